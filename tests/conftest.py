@@ -1,0 +1,163 @@
+"""Fixtures: servers that start on free ports and are gone after the test, whatever
+happens, and whose logs stand in the report of a test that failed."""
+
+import shutil
+import signal
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from kit import ROOT, Redis, Server, Upstream, need, need_module
+
+SECRET = "sk-server-7f3a9c55e1"  # the server's own key, which nobody must ever see
+CHROMIUM_FLAGS = [
+    "--no-sandbox",  # Chromium refuses to run as root with it, as in most containers
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+running = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    config.stash[running] = []
+
+
+def pytest_sessionstart(session):
+    """A run that is terminated (timeout, CI) cleans up like one that is interrupted."""
+
+    def interrupt(*_):
+        session.shouldstop = "terminated"
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.failed:
+        for server in item.config.stash[running]:
+            end = "".join(server.log().splitlines(keepends=True)[-25:])
+            report.sections.append((f"chatstream {server.http}", end[-4000:]))
+    return report
+
+
+@contextmanager
+def servers(config):
+    """A way to start servers, all of which are stopped in the end."""
+    started, folder = [], Path(tempfile.mkdtemp(prefix="chatstream-test-"))
+
+    def start(*flags, env=None, program=None):
+        home = folder / str(len(started))
+        home.mkdir()
+        server = Server(home, *flags, env=env, program=program)
+        started.append(server)
+        config.stash[running].append(server)
+        return server
+
+    try:
+        yield start
+    finally:
+        for server in started:
+            server.stop()
+            config.stash[running].remove(server)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def serve(request):
+    """serve(*flags, env=None): start a server of this test's own."""
+    with servers(request.config) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def shared(request):
+    """The same for servers that many tests use."""
+    with servers(request.config) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def demo(shared):
+    """A server with the demo model and no flag at all."""
+    return shared()
+
+
+QUICK = """
+import sys
+sys.path.insert(0, {root!r})
+import chatstream
+chatstream.Demo.PACE /= 20
+sys.exit(chatstream.main())
+"""
+
+
+@pytest.fixture(scope="session")
+def quick_demo(shared):
+    """The demo for tests that read whole answers and do not look at its pace."""
+    return shared(program=[sys.executable, "-c", QUICK.format(root=str(ROOT))])
+
+
+@pytest.fixture(scope="session")
+def open_room(shared):
+    """A server whose room has no limit to its pace."""
+    return shared("--room-rate", "0")
+
+
+@pytest.fixture(scope="session")
+def upstream():
+    """A model's server that says what each test tells it to."""
+    with Upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture(scope="session")
+def relay(shared, upstream):
+    """A server that relays to the upstream, with a key, and is quick to let go."""
+    env = {"OPENAI_BASE_URL": upstream.url, "OPENAI_API_KEY": SECRET}
+    return shared("--linger", "0.4", "--model", "scripted", env=env)
+
+
+@pytest.fixture
+def second_upstream():
+    """For tests that look at an upstream's connections and not at one request."""
+    with Upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A real Chromium, driven by Playwright; for tests that are not async."""
+    path = need("chromium chromium-browser google-chrome", "apt-get install chromium")
+    api = need_module("playwright.sync_api", "pip install playwright")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """A fresh page in a fresh context: no cache, no storage."""
+    context = chromium.new_context()
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture
+def redis(tmp_path):
+    """A real redis-server of this test's own. Nobody else can name it."""
+    need("redis-server", "apt-get install redis-server")
+    server = Redis(tmp_path)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

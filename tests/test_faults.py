@@ -1,0 +1,757 @@
+"""Nothing that a client or an operator does takes the server down.
+
+Time limits are a second or two here, so that nobody waits; with CHATSTREAM_FULL=1 they
+are the real ones, and there are thousands of clients instead of hundreds.
+"""
+
+import random
+import re
+import shlex
+import signal
+import subprocess
+import time
+from contextlib import AsyncExitStack, suppress
+
+import pytest
+import trio
+from hostile import (
+    FULL,
+    assert_no_fault,
+    descriptors,
+    drain,
+    health,
+    narrow,
+    program,
+    raw_connection,
+    resident,
+    tasks,
+    unharmed,
+)
+from kit import (
+    CHAT,
+    CLOSE,
+    HANDSHAKE,
+    HOLD,
+    OPENAI,
+    PING,
+    PONG,
+    ROOM_PROTOCOL,
+    TEXT,
+    Cut,
+    Gate,
+    answer,
+    asking,
+    close_code,
+    command,
+    connect,
+    delta,
+    fetch,
+    frame,
+    plain,
+    raw_member,
+    read_frame,
+    reset,
+    sse,
+    stream,
+    until,
+)
+
+import chatstream
+
+TAIL = "--返回数据"
+BROKEN = (Cut, trio.BrokenResourceError, trio.ClosedResourceError)
+LIMITS = {"HEAD_TIMEOUT": 1.5, "STUCK_TIMEOUT": 1.5, "BODY_TIMEOUT": 2}
+
+
+def test_the_time_limits_are_those_that_are_promised():
+    assert chatstream.HEAD_TIMEOUT == chatstream.STUCK_TIMEOUT == 10
+    assert chatstream.PING_EVERY == 20
+    assert chatstream.SSE_KEEP_ALIVE == 15
+    assert chatstream.HEARTBEAT_EVERY == 25
+
+
+@pytest.fixture
+def impatient(serve):
+    return serve(program=program(**LIMITS))
+
+
+# ------------------------------------------------------------- requests that are none
+
+NAMES = """
+    host connection upgrade origin accept accept-encoding authorization cookie range
+    content-type content-length transfer-encoding expect te trailer last-event-id
+    if-none-match access-control-request-method access-control-request-headers
+    sec-websocket-key sec-websocket-version sec-websocket-protocol
+    sec-websocket-extensions x-forwarded-for x-anything
+"""
+HEADERS = NAMES.split()
+
+
+def head(method, path, *headers):
+    """A request as bytes, exactly these."""
+    lines = [f"{method} {path} HTTP/1.1".encode()]
+    lines += [h.encode("latin-1") if isinstance(h, str) else h for h in headers]
+    return b"\r\n".join([*lines, b"\r\n"])
+
+
+async def said_to(url, request, eof=True):
+    """All that the server says to these bytes, to the end of the connection."""
+    async with raw_connection(url) as connection:
+        with suppress(trio.BrokenResourceError):
+            await connection.send(request)
+            if eof:
+                await connection.transport.send_eof()
+        return await drain(connection)
+
+
+@pytest.mark.parametrize("port", ["http", "ws"])
+async def test_odd_bytes_in_any_header_harm_nobody(demo, port):
+    """Both libraries decode some headers as ASCII, one of them outside of any `try`."""
+    url = getattr(demo, port)
+    upgrade = [f"{k}: {v}" for k, v in HANDSHAKE.items()]
+    async with unharmed(demo):
+        for name in HEADERS:
+            for value in (b"caf\xe9", b"\xff" * 40, b"\xe4\xbd\xa0", b"a, \xa0, b"):
+                odd = name.encode() + b": " + value
+                others = [h for h in upgrade if h.split(":")[0].lower() != name]
+                host = [] if name == "host" else ["Host: localhost"]
+                for path in ("/time", "/room"):
+                    ask = head("GET", path, *host, *others, odd)
+                    twice = head("GET", path, *host, odd, *upgrade)  # a second is good
+                    plain = head("GET", "/time", *host, odd)
+                    for request in (ask, twice, plain):
+                        assert b"HTTP/1.1 500" not in await said_to(url, request)
+
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+SHAPES = {
+    "length and chunked": ["Content-Length: 4", "Transfer-Encoding: chunked"],
+    "chunked and length": ["Transfer-Encoding: chunked", "Content-Length: 4"],
+    "two lengths": ["Content-Length: 4", "Content-Length: 0"],
+    "a list of lengths": ["Content-Length: 4, 0"],
+    "a signed length": ["Content-Length: +4"],
+    "a negative length": ["Content-Length: -4"],
+    "a hexadecimal length": ["Content-Length: 0x4"],
+    "an endless length": ["Content-Length: " + "9" * 30],
+    "a length of letters": ["Content-Length: four"],
+    "chunked twice": ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
+    "chunked and more": ["Transfer-Encoding: chunked, identity"],
+    "not quite chunked": ["Transfer-Encoding: xchunked"],
+    "chunked after a tab": ["Transfer-Encoding:\x0bchunked"],
+    "a space before the colon": ["Transfer-Encoding : chunked"],
+    "a folded line": ["X: y", " Transfer-Encoding: chunked"],
+    "a nul": ["Transfer-Encoding: chun\0ked"],
+    "a bare cr": ["X: y\rTransfer-Encoding: chunked"],
+}
+
+
+async def test_a_request_with_two_readings_is_refused(demo):
+    """What a proxy in front may read otherwise must not become a second request."""
+    async with unharmed(demo):
+        for name, lines in SHAPES.items():
+            request = head("POST", CHAT, "Host: localhost", *lines) + b"0\r\n\r\n"
+            said = await said_to(demo.http, request + SMUGGLED)
+            assert re.match(rb"HTTP/1.1 (4..|501) ", said), (name, said)
+            assert not re.search(rb"HTTP/1.1 (2|404)", said), (name, said)
+            assert b"smuggled" not in said, (name, said)
+
+
+BODIES = {
+    "a size of letters": b"zz\r\nab\r\n",
+    "a signed size": b"+2\r\nab\r\n",
+    "a negative size": b"-2\r\nab\r\n",
+    "a size with 0x": b"0x2\r\nab\r\n",
+    "an endless size": b"f" * 40 + b"\r\nab",
+    "more than its size": b"2\r\nabcd\r\n0\r\n\r\n",
+    "an endless extension": b"2;" + b"x" * 30_000,
+    "an endless trailer": b"0\r\nX: " + b"y" * 30_000,
+}
+
+
+async def test_a_body_in_bad_chunks_is_refused(demo):
+    request = head("POST", CHAT, "Host: localhost", "Transfer-Encoding: chunked")
+    async with unharmed(demo):
+        for name, body in BODIES.items():
+            said = await said_to(demo.http, request + body + SMUGGLED)
+            assert re.match(rb"HTTP/1.1 (4..|501) ", said), (name, said)
+            assert said.count(b"HTTP/1.1 ") == 1, (name, said)
+
+
+async def test_a_reader_that_pipelines_is_seen_to_leave(serve):
+    """What stands in the queue must not hide that its client has gone."""
+    server = serve()
+    ask = head("GET", "/clock", "Host: localhost")
+    async with unharmed(server):
+        for more in (b"", SMUGGLED * 3, b"GET /tim", b"\xff" * 99):
+            async with raw_connection(server.http, ask + more) as connection:
+                assert (await connection.response()).status == 200
+                await connection.up_to(b"data:")
+                assert (await health(server))["readers"] == 2
+            await trio.sleep(0.3)
+            assert (await health(server))["readers"] == 1
+
+
+async def test_a_client_that_talks_into_its_stream_without_end_is_dropped(serve):
+    server = serve()
+    async with unharmed(server):
+        async with raw_connection(
+            server.http, head("GET", "/clock", "Host: localhost")
+        ) as connection:
+            with pytest.raises(BROKEN):
+                await send_without_end(connection, b"x" * 10_000)
+        assert resident(server.process.pid) < 100 << 20
+
+
+async def send_without_end(connection, data):
+    with trio.fail_after(30):
+        while True:
+            await connection.transport.send_all(data)
+
+
+async def test_a_handshake_may_follow_a_request(demo):
+    """On a kept connection, also in the same packet, also right behind a body."""
+    upgrade = head(
+        "GET", "/room", "Host: localhost", *(f"{k}: {v}" for k, v in HANDSHAKE.items())
+    )
+    get = head("GET", "/time", "Host: localhost")
+    post = head("POST", CHAT, "Host: localhost", "Content-Length: 2") + b"[]"
+    hello = frame(TEXT, b"hello")
+    for first, status in ((get, 200), (post, 400)):
+        async with raw_connection(demo.http, first + upgrade) as connection:
+            answered = await (await connection.response()).read()
+            assert answered.status == status
+            assert (await connection.response()).status == 101
+            await connection.send(hello)
+            assert await read_frame(connection) == (TEXT, ("hello" + TAIL).encode())
+
+
+async def test_any_status_of_an_upstream_reaches_the_client(relay, upstream):
+    """Also those that Python has no name for; what is no refusal is 502."""
+    async with unharmed(relay):
+        for status in (404, 418, 429, 499, 503, 520, 529, 599, 101, 204, 304, 600, 999):
+            prompt = upstream.script(plain(status, {"error": {"message": "not today"}}))
+            response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
+            assert response.status == (status if 400 <= status < 600 else 502)
+            assert response.error["message"]
+
+
+# ------------------------------------------------------------------------ slow clients
+
+
+async def one_byte_a_time(url, data, ended):
+    """Slower than anybody has reason to be."""
+    async with connect(url) as connection:
+        started = time.monotonic()
+        with suppress(*BROKEN):
+            for byte in data:
+                await connection.send(bytes([byte]))
+                with trio.move_on_after(0.2 if not FULL else 1):
+                    await connection.receive()
+        ended.append(time.monotonic() - started)
+
+
+async def test_slow_heads_are_closed_in_time(impatient):
+    """Some send a byte a time, some nothing, some stop in the middle."""
+    ended, count = [], 200
+    begun = head("GET", "/time", "Host: localhost", "X: " + "x" * 1000)
+    async with unharmed(impatient), trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(one_byte_a_time, impatient.http, begun, ended)
+        for _ in range(10):
+            assert (await fetch("GET", impatient.http + "/time")).status == 200
+        with trio.fail_after(15 if FULL else 5):
+            while len(ended) < count:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+
+
+SILENT = {
+    "nothing": b"",
+    "half a head": b"GET /time HTTP/1.1\r\nHost: local",
+    "half a body": head("POST", CHAT, "Host: localhost", "Content-Length: 9") + b"{",
+    "half a chunk": head("POST", CHAT, "Host: localhost", "Transfer-Encoding: chunked")
+    + b"9\r\nabc",
+    "no body though it asked first": head(
+        "POST", CHAT, "Host: localhost", "Content-Length: 9", "Expect: 100-continue"
+    ),
+}
+
+
+async def test_who_says_no_more_is_told_and_closed(impatient):
+    told = {}
+
+    async def wait(name):
+        async with raw_connection(impatient.http, SILENT[name]) as connection:
+            told[name] = b" 408 " in await drain(connection, 32 if FULL else 4)
+
+    async with trio.open_nursery() as nursery:
+        for name in SILENT:
+            nursery.start_soon(wait, name)
+    assert told == dict.fromkeys(SILENT, True)
+
+
+# --------------------------------------------------------------------- stuck readers
+
+STUCK = 50
+MOUTHFUL = "x" * 4000
+
+
+async def deaf(stack, count, url, request):
+    """So many clients that ask for something, and then never read."""
+    for _ in range(count):
+        connection = await stack.enter_async_context(narrow(url))
+        await connection.send(request)
+
+
+def handshake_bytes():
+    lines = [f"{k}: {v}" for k, v in HANDSHAKE.items()]
+    return head("GET", "/room", "Host: localhost", *lines)
+
+
+async def test_members_that_never_read_are_dropped_and_delay_nobody(serve):
+    """50 of them, while one talks faster than any buffer lasts; 5 hear all of it."""
+    server = serve("--room-rate", "0", program=program(**LIMITS))
+    pid, count = server.process.pid, 4000
+    heard = []
+    before = resident(pid)
+    async with unharmed(server), AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        healthy = [await enter(raw_member(server.ws)) for _ in range(5)]
+        await deaf(stack, STUCK, server.http, handshake_bytes())
+        await until_health(server, members=STUCK + 5)
+        async with trio.open_nursery() as nursery:
+            for member in healthy:
+                nursery.start_soon(hear_all, member, count, heard)
+            grown = await talk_until_dropped(server, healthy[0], count)
+        await until_health(server, members=5)
+    assert heard == [True] * 5
+    assert grown - before < STUCK << 20
+    assert resident(pid) - before < 20 << 20
+
+
+async def talk_until_dropped(server, member, count):
+    """Say everything; returns how large the server became."""
+    largest = 0
+    for n in range(count):
+        await member.send(frame(TEXT, f"{n} {MOUTHFUL}".encode()))
+        if n % 100 == 0:
+            largest = max(largest, resident(server.process.pid))
+            await trio.sleep(0.05)
+    return largest
+
+
+async def hear_all(member, count, heard):
+    """Everything that is said, in order."""
+    expected = (f"{n} {MOUTHFUL}{TAIL}".encode() for n in range(count))
+    member.patience = 30
+    heard.append(all([(await read_frame(member))[1] == text for text in expected]))
+
+
+async def until_health(server, seconds=20, **wanted):
+    with trio.fail_after(seconds):
+        while True:
+            found = await health(server)
+            if wanted.items() <= found.items():
+                return
+            await trio.sleep(0.1)
+
+
+async def test_readers_that_never_read_are_dropped_and_delay_nobody(serve, upstream):
+    """50 of them on an answer of 16 MiB; 5 others read all of it."""
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve(program=program(**LIMITS), env=env)
+    pid, gate, last = server.process.pid, Gate(), Gate()
+    words = [f"{n} " + "y" * 16_000 for n in range(1000)]
+    prompt = upstream.script(*answer("Go", gate, *words, last))
+    whole = []
+    async with unharmed(server), AsyncExitStack() as stack:
+        first = await stack.enter_async_context(
+            stream("POST", server.http + CHAT, None, asking(prompt))
+        )
+        name = first.headers["x-answer-id"]
+        ask = head("GET", f"/answers/{name}", "Host: localhost")
+        await deaf(stack, STUCK, server.http, ask)
+        await until_health(server, readers=STUCK + 2)
+        before = resident(pid)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_answer, first, whole)
+            for _ in range(4):
+                url = f"{server.http}/answers/{name}"
+                other = await stack.enter_async_context(stream("GET", url))
+                nursery.start_soon(read_answer, other, whole)
+            gate.open()
+            await until_health(server, readers=6)
+            grown = resident(pid) - before
+            last.open()
+    expected = ["Go", *words]
+    assert [text == expected for text in whole] == [True] * 5
+    assert grown < (STUCK + 32) << 20  # the answer itself is kept, too
+
+
+async def read_answer(response, whole):
+    response.connection.patience = 30
+    *events, done = await response.events()
+    assert done.data == "[DONE]"
+    whole.append([event.json["content"] for event in events])
+
+
+# -------------------------------------------------------------------------- WebSocket
+
+
+async def test_a_flood_of_pings_delays_nobody(demo):
+    """Each gets its pong, in order; who never reads them is dropped."""
+    async with (
+        unharmed(demo),
+        raw_member(demo.ws) as member,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(pings, member, 5000)
+        for n in range(5000):
+            assert await read_frame(member) == (PONG, b"%d" % n)
+
+
+async def pings(member, count):
+    for n in range(count):
+        await member.send(frame(PING, b"%d" % n))
+
+
+async def test_who_floods_and_never_reads_is_dropped(impatient):
+    async with unharmed(impatient):
+        async with narrow(impatient.http) as connection:
+            await connection.send(handshake_bytes())
+            flood = frame(PING, b"x" * 125) * 1000
+            with pytest.raises(BROKEN):
+                await send_without_end(connection, flood)
+        await until_health(impatient, members=0)
+
+
+async def test_fragments_of_nothing_do_not_pile_up(serve):
+    """Empty ones cost nobody's limit of a message's size, and yet take memory."""
+    server = serve("--room-rate", "0")
+    before = resident(server.process.pid)
+    async with unharmed(server), raw_member(server.ws) as member:
+        await member.send(frame(TEXT, b"", fin=False))
+        with suppress(*BROKEN):
+            for _ in range(100):
+                await member.send(frame(0, b"", fin=False) * 5000)
+        assert resident(server.process.pid) - before < 3 << 20
+
+
+async def test_a_ping_after_the_close_harms_nobody(demo):
+    """Whatever comes behind a close frame, and while the server is closing."""
+    close = frame(CLOSE, (1000).to_bytes(2))
+    too_long = frame(TEXT, b"x" * 4097)
+    async with unharmed(demo):
+        for ending in (
+            close,
+            too_long,
+            frame(2, b"x"),
+            b"\xff\xff",
+            frame(TEXT, b"\xff"),
+        ):
+            for _ in range(10):
+                async with raw_member(demo.ws) as member:
+                    with suppress(*BROKEN):
+                        await member.send(ending + frame(PING, b"hello") * 50)
+                        await member.send(frame(PING, b"hello"))
+                        assert await close_code(member)
+
+
+async def test_half_a_frame_and_then_nothing(serve):
+    """It holds nobody up, and is dropped when it answers no ping."""
+    limits = LIMITS | {"PING_EVERY": 1}
+    server = serve(program=program(**limits))
+    async with unharmed(server), AsyncExitStack() as stack:
+        for half in (1, 2, 5, 8):
+            member = await stack.enter_async_context(raw_member(server.ws))
+            await member.send(frame(TEXT, b"hello")[:half])
+        await until_health(server, 60, members=0)
+
+
+async def test_a_member_that_answers_pings_stays(serve):
+    server = serve(program=program(PING_EVERY=1, HEARTBEAT_EVERY=1))
+    async with raw_member(server.ws) as member:
+        member.patience = 60
+        for _ in range(3):
+            opcode, payload = await read_frame(member)
+            assert opcode == PING
+            await member.send(frame(PONG, payload))
+        assert (await health(server))["members"] == 1
+
+
+# ------------------------------------------------------------------------------- stop
+
+
+async def load(stack, server, upstream):
+    """100 readers, 50 members, 20 answers, and 10 that never read."""
+    enter = stack.enter_async_context
+    prompt = upstream.script(*sse(delta("Hel"), delta("z" * 500_000), HOLD))
+    answers = [
+        await enter(stream("POST", server.http + CHAT, None, asking(prompt)))
+        for _ in range(20)
+    ]
+    name = answers[0].headers["x-answer-id"]
+    for _ in range(6):
+        await deaf(
+            stack, 1, server.http, head("GET", f"/answers/{name}", "Host: localhost")
+        )
+    await deaf(stack, 4, server.http, handshake_bytes())
+    clocks = [await enter(stream("GET", server.http + "/clock")) for _ in range(100)]
+    protocols = [{"Sec-WebSocket-Protocol": ROOM_PROTOCOL}, {}] * 25
+    members = [await enter(raw_member(server.ws, one)) for one in protocols]
+    await until_health(server, members=54, answers=20)
+    return answers, clocks, members
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_under_load_tells_everybody_and_ends_with_0(
+    serve, upstream, number
+):
+    server = serve("--grace", "1", env={"OPENAI_BASE_URL": upstream.url})
+    async with AsyncExitStack() as stack:
+        answers, clocks, members = await load(stack, server, upstream)
+        began = time.monotonic()
+        server.signal(number)
+        for answered in answers:
+            *_, last = await answered.events()
+            assert last.type == "error"
+            assert last.json["error"]["type"] == "server_stopping"
+        for clock in clocks:
+            await clock.events()
+            assert 1000 <= clock.retry[-1] <= 5000
+        for member in members:
+            assert await close_code(member) == 1001
+        assert await server.exit_code(began + 1 + 3 - time.monotonic()) == 0
+    assert_no_fault(server.log())
+
+
+async def test_a_second_signal_under_load_stops_at_once(serve, upstream):
+    server = serve("--grace", "60", env={"OPENAI_BASE_URL": upstream.url})
+    async with AsyncExitStack() as stack:
+        await load(stack, server, upstream)
+        server.signal()
+        await trio.sleep(0.2)
+        server.signal()
+        await server.exit_code(2)
+    assert_no_fault(server.log())
+
+
+async def test_signals_during_the_stop_do_no_harm(serve, upstream):
+    server = serve("--grace", "0.3", env={"OPENAI_BASE_URL": upstream.url})
+    async with AsyncExitStack() as stack:
+        await load(stack, server, upstream)
+        for _ in range(40):
+            if server.process.poll() is None:
+                server.signal(random.choice([signal.SIGTERM, signal.SIGINT]))
+            await trio.sleep(0.01)
+        await server.exit_code(3)
+    assert_no_fault(server.log())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_during_start_ends_it_quietly(number):
+    """At any moment: before Python listens, that is the system's own way to end."""
+    async with trio.open_nursery() as nursery:
+        limit = trio.CapacityLimiter(2)
+        for n in range(200 if FULL else 16):
+            nursery.start_soon(start_and_signal, number, 0.02 + n % 16 * 0.045, limit)
+
+
+async def start_and_signal(number, delay, limit):
+    ports = ["--port", "0", "--room-port", "0"]
+    async with limit:
+        process = await trio.lowlevel.open_process(
+            command(*ports), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        try:
+            await trio.sleep(delay)
+            process.send_signal(number)
+            with trio.fail_after(5):
+                await process.wait()
+                said = await process.stderr.receive_some()
+        finally:
+            process.kill()
+        assert process.returncode in (0, -number, 1), said
+        if process.returncode != 0:  # Python was not yet that far
+            assert not re.search(rb'chatstream.py", line \d+, in main', said), said
+            assert number == signal.SIGINT or not said, said
+
+
+# ------------------------------------------------------------------------------ churn
+
+
+async def visit(server, n):
+    """One connection that ends in one of all the ways there are."""
+    ways = [leave_reading, leave_answer, leave_room, leave_head, leave_body, garbage]
+    with suppress(*BROKEN, OSError):
+        async with connect(
+            server.http if n % 2 else plain_url(server.ws)
+        ) as connection:
+            with trio.move_on_after(5):
+                await ways[n % len(ways)](connection)
+            if n // len(ways) % 3 == 0:
+                reset(connection.transport)
+            elif n // len(ways) % 3 == 1:
+                await connection.transport.send_eof()
+
+
+def plain_url(url):
+    return url.replace("ws", "http", 1)
+
+
+async def leave_reading(connection):
+    response = await connection.request("GET", "/clock")
+    await response.piece()
+
+
+async def leave_answer(connection):
+    response = await connection.request("POST", CHAT, None, asking("Hello"))
+    await response.piece()
+    await response.piece()
+
+
+async def leave_room(connection):
+    response = await connection.request("GET", "/room", HANDSHAKE)
+    assert response.status == 101
+    await connection.send(frame(TEXT, b"hello") + frame(TEXT, b"and")[:5])
+
+
+async def leave_head(connection):
+    await connection.send(b"GET /clock HTTP/1.1\r\nHo")
+
+
+async def leave_body(connection):
+    await connection.send(
+        head("POST", CHAT, "Host: localhost", "Content-Length: 99") + b'{"me'
+    )
+
+
+async def garbage(connection):
+    await connection.send(random.Random(1).randbytes(300))
+    await connection.receive()
+
+
+async def crowd(server, count):
+    async with trio.open_nursery() as nursery:
+        limit = trio.CapacityLimiter(50)
+
+        async def one(n):
+            async with limit:
+                await visit(server, n)
+
+        for n in range(count):
+            nursery.start_soon(one, n)
+
+
+async def test_nothing_is_left_of_those_that_came_and_went(serve):
+    """Descriptors, tasks, readers, answers and memory are back where they were."""
+    limits = {"LINGER_CLOSE": 0.5, "ANSWER_KEPT": 0.5}
+    server = serve("--linger", "0.2", "--room-rate", "0", program=program(**limits))
+    pid, count = server.process.pid, 5000 if FULL else 200
+    await crowd(server, 100)  # what is loaded or grown once
+    await settle(server)
+    before = descriptors(pid), await tasks(server), await health(server)
+    memory = resident(pid)
+    async with unharmed(server):
+        await crowd(server, count)
+        await settle(server, readers=1)
+    await settle(server)
+    assert (descriptors(pid), await tasks(server), await health(server)) == before
+    assert resident(pid) - memory < 10 << 20
+
+
+async def settle(server, readers=0):
+    wait = 90 if FULL else 15
+    await until_health(server, wait, readers=readers, answers=0, members=0)
+    await trio.sleep(62 if FULL else 1.5)
+
+
+# ----------------------------------------------------------------- too many for it
+
+
+def limited(files):
+    """A program for serve() that the system lets have only so many files."""
+    start = shlex.join(command())
+    return ["sh", "-c", f'ulimit -n {files}; exec {start} "$@"', "sh"]
+
+
+async def test_out_of_descriptors_is_not_the_end(serve):
+    """Who is there goes on; who waits gets in as soon as somebody leaves."""
+    server = serve(program=limited(60))
+    assert "ulimit -n" in server.stderr_text()
+    async with unharmed(server), AsyncExitStack() as stack:
+        held = [
+            await stack.enter_async_context(connect(server.http)) for _ in range(100)
+        ]
+        await trio.sleep(1)
+        assert server.process.poll() is None
+        late = await stack.enter_async_context(connect(server.http))
+        await late.send(head("GET", "/time", "Host: localhost"))
+        for connection in held[:90]:
+            reset(connection.transport)
+        assert (await late.response()).status == 200
+    assert len(server.stderr_text()) < 40_000, "it fills the disk with its complaints"
+
+
+async def test_ten_thousand_idle_readers(serve):
+    """(Some hundred, unless all is done in full.)"""
+    server, count = serve(), 10_000 if FULL else 400
+    pid = server.process.pid
+    async with unharmed(server), AsyncExitStack() as stack:
+        before = resident(pid)
+        for n in range(count):
+            connection = await stack.enter_async_context(
+                narrow(server.http, f"127.0.0.{2 + n % 20}")
+            )
+            await connection.send(head("GET", "/clock", "Host: localhost"))
+        await until_health(server, 60, readers=count + 1)
+        await trio.sleep(2)
+        assert resident(pid) - before < count * 20_000
+        assert (await fetch("GET", server.http + "/time")).status == 200
+
+
+# --------------------------------------------------------------------------- the log
+
+
+async def test_nobody_can_forge_a_line_of_the_log(serve):
+    server = serve()
+    forged = "2026-01-01 00:00:00,000 ERROR stolen"
+    async with unharmed(server):
+        for path in (
+            f"/%0a{forged.replace(' ', '%20')}",
+            "/%0d%0astolen",
+            "/%1b[2Jstolen",
+        ):
+            assert (await fetch("GET", server.http + path)).status == 404
+        name = "%0a" + forged.replace(" ", "%20")
+        async with raw_member(f"{server.ws}/room?name={name}") as member:
+            await member.send(frame(TEXT, forged.encode()))
+            await member.send(frame(CLOSE, (1000).to_bytes(2) + f"\n{forged}".encode()))
+            assert await close_code(member) == 1000
+    log = server.stderr_text()
+    assert all(
+        re.match(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ ", li) for li in log.splitlines()
+    )
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", log)
+    assert not re.search("^2026-01-01|^stolen", log, re.MULTILINE)
+
+
+async def test_one_line_for_each_connection_tells_what_became_of_it(serve):
+    server = serve("--log-level", "info")
+    secret = "sk-client-key-55221"
+    head = {"Authorization": f"Bearer {secret}"}
+    await fetch("GET", server.http + "/time", head)
+    await fetch("POST", server.http + CHAT, head, asking("what is my PIN 7788?"))
+    async with raw_member(server.ws) as member:
+        await member.send(frame(TEXT, b"the PIN is 7788"))
+        await read_frame(member)
+        await member.send(frame(CLOSE, (1000).to_bytes(2)))
+        await close_code(member)
+    await until(lambda: server.stderr_text().count("127.0.0.1") == 3)
+    log = server.stderr_text()
+    time_line, chat_line, room_line = [x for x in log.splitlines() if "127.0.0.1" in x]
+    assert "GET /time 200" in time_line
+    assert f"POST {CHAT} 200" in chat_line
+    assert "WebSocket" in room_line
+    assert "1000" in room_line
+    assert "7788" not in log
+    assert secret not in log

@@ -1,0 +1,276 @@
+"""Whatever comes: no exception but the ones we mean, no 500, no fault in the log."""
+
+import argparse
+import json
+from contextlib import suppress
+from urllib.parse import quote_from_bytes
+
+import pytest
+import trio
+from hostile import FULL, assert_no_fault, drain, raw_connection, unharmed
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kit import CHAT, CLOSE, OPENAI, ROOM_PROTOCOL, TEXT, frame, raw_member, read_frame
+
+import chatstream
+from chatstream import ChunkDecoder, Problem, SSEParser
+
+
+def fuzz(examples):
+    """So many, or ten times as many where all is done in full."""
+    return settings(
+        max_examples=examples * 10 if FULL else examples,
+        deadline=None,
+        database=None,
+        derandomize=not FULL,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+ANY = st.characters(codec=None)  # lone surrogates too: JSON can carry them
+TEXTS = st.text(ANY, max_size=20)
+NAMES = """
+    choices delta content index message messages role user tool_calls id type name
+    stream stream_options include_usage model text usage error object
+"""
+WORDS = st.sampled_from(NAMES.split())
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | WORDS,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(WORDS | TEXTS, inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+CUTS = st.lists(st.integers(0, 400), max_size=8)
+
+
+def cut(data, cuts):
+    """The same bytes in pieces."""
+    at = sorted(min(n, len(data)) for n in cuts)
+    return [data[a:b] for a, b in zip([0, *at], [*at, len(data)], strict=True)]
+
+
+# ------------------------------------------------------------------- what reads bytes
+
+PARTS = [b"data:", b"data", b" ", b"id: 1", b"event: x", b"retry: 9", b": c", b"{}"]
+MARKS = [b"\r", b"\n", b"\r\n", b"\n\n", b"\xef\xbb\xbf", b"\0", b"\xe4\xbd", b"\xa0"]
+SSE_BYTES = st.lists(
+    st.sampled_from(PARTS) | st.sampled_from(MARKS) | st.binary(max_size=6),
+    max_size=40,
+).map(b"".join)
+
+
+@fuzz(500)
+@given(SSE_BYTES, CUTS)
+def test_an_event_stream_reads_the_same_however_it_is_cut(data, cuts):
+    parser = SSEParser()
+    events = [event for piece in cut(data, cuts) for event in parser.feed(piece)]
+    assert events == SSEParser().feed(data)
+    assert all(isinstance(event.data, str) for event in events)
+
+
+@fuzz(200)
+@given(SSE_BYTES, st.integers(1, 60))
+def test_an_event_that_is_too_large_is_a_value_error(data, limit):
+    parser = SSEParser(limit)
+    with suppress(ValueError):
+        for byte in data:
+            for event in parser.feed(bytes([byte])):
+                assert len(event.data) <= limit
+
+
+def decoded(pieces):
+    decoder, payload = ChunkDecoder(), b""
+    for piece in pieces:
+        part = decoder.feed(piece)
+        while part:
+            payload += part
+            part = decoder.feed(b"")
+    return payload, decoder.done
+
+
+@fuzz(300)
+@given(st.lists(st.binary(min_size=1, max_size=60), max_size=6), CUTS)
+def test_chunks_carry_what_was_put_in(payloads, cuts):
+    data = b"".join(map(chatstream.chunk, payloads)) + b"0\r\n\r\n"
+    assert decoded(cut(data, cuts)) == (b"".join(payloads), True)
+
+
+@fuzz(300)
+@given(st.lists(st.binary(max_size=9) | st.sampled_from([b"\r\n", b"5", b"0", b";"])))
+def test_chunks_that_are_none_are_a_value_error(pieces):
+    with suppress(ValueError):  # the one that its caller awaits
+        decoded(pieces)
+
+
+# -------------------------------------------------------------------- what reads JSON
+
+
+@fuzz(500)
+@given(JSON)
+def test_a_question_is_sound_or_a_400(body):
+    refused = None
+    try:
+        assert chatstream.check_messages(body) is body
+    except Problem as problem:
+        refused = problem
+    assert refused is None or (refused.status == 400 and refused.error["message"])
+
+
+ODD = (TypeError, AttributeError, ValueError, LookupError)  # a 502 by whoever called it
+
+
+@fuzz(300)
+@given(st.lists(st.dictionaries(WORDS | TEXTS, JSON, max_size=4), max_size=4))
+def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(chunks):
+    chunks = json.loads(json.dumps(chunks))
+    for chunk in chunks:
+        assert isinstance(chatstream.content_of(chunk), str)
+    with suppress(*ODD):
+        chatstream.to_json(chatstream.join_chunks(chunks)).encode()
+
+
+@fuzz(300)
+@given(JSON)
+def test_any_value_can_be_sent_and_read_again(value):
+    text = chatstream.to_json(value).encode().decode()
+    if "NaN" in text or "Infinity" in text:
+        with pytest.raises(ValueError, match="JSON"):
+            chatstream.from_json(text)
+    else:
+        assert chatstream.from_json(text) == value
+
+
+@fuzz(300)
+@given(st.binary(max_size=60))
+def test_a_query_always_has_an_answer(query):
+    for source in (query, b"name=" + quote_from_bytes(query).encode()):
+        for value in chatstream.parse_query(source).values():
+            name = chatstream.clean_name(value)
+            assert 1 <= len(name) <= 32
+            assert name.isprintable()
+            name.encode()
+
+
+@fuzz(300)
+@given(st.text(max_size=30) | st.from_regex(r"clock-[-0-9a-f]{0,20}", fullmatch=True))
+def test_an_id_is_a_place_of_this_log_or_none(text):
+    log = chatstream.EventLog("clock", 3)
+    for n in range(9):
+        log.append(str(n))
+    place = log.place_after(text)
+    n = text.removeprefix("clock-")
+    known = text.startswith("clock-") and n.isdecimal() and n.isascii() and int(n) < 9
+    assert place == (int(n) + 1 if known and len(n) <= 15 else None)
+
+
+@fuzz(300)
+@given(st.text(max_size=30) | st.from_regex(r"https?://[\[\]a-z0-9.:@/?#]{0,20}"))
+def test_hosts_and_flags_are_understood_or_refused(text):
+    assert len(chatstream.split_host(text)) == 2
+    with suppress(chatstream.Usage):
+        chatstream.base_url(text)
+    for reads in (chatstream.origin, chatstream.port, chatstream.seconds):
+        with suppress(argparse.ArgumentTypeError):
+            reads(text)
+
+
+# ------------------------------------------------------------------ the server itself
+
+PATHS = st.sampled_from(
+    f"{CHAT} {OPENAI} / /clock /time /healthz /metrics /v1/models /answers/x /answers/"
+    f" /answers/{'0' * 32} // /nothing *".split()
+)
+METHODS = st.sampled_from("GET POST DELETE HEAD OPTIONS PUT TRACE X".split())  # noqa: SIM905
+VALUES = st.text(st.characters(min_codepoint=33, max_codepoint=255), max_size=20)
+IDS = VALUES | st.sampled_from(["clock-1", "-", "clock--5", "0" * 32 + "-3", "9" * 99])
+BODIES = (
+    JSON.map(json.dumps)
+    | st.builds(
+        lambda content, more: json.dumps(
+            {"messages": [{"role": "user", "content": content}], "stream": True} | more
+        ),
+        JSON,
+        st.dictionaries(WORDS, JSON, max_size=2),
+    )
+    | TEXTS
+)
+REQUEST = st.tuples(METHODS, PATHS, VALUES, IDS, BODIES)
+
+
+def as_bytes(method, path, query, last_event_id, body):
+    data = body.encode(errors="replace")
+    lines = [f"{method} {path}?{quote_from_bytes(query.encode())} HTTP/1.1"]
+    lines += ["Host: localhost", f"Last-Event-ID: {last_event_id}"]
+    lines += ["Connection: close", f"Content-Length: {len(data)}", "\r\n"]
+    return "\r\n".join(lines).encode("latin-1") + data
+
+
+async def status_of(server, request):
+    """What it says first; a stream, or a slow answer, is left at once."""
+    async with raw_connection(server.http, request) as connection:
+        with trio.move_on_after(0.05):
+            return int((await connection.line()).split()[1])
+    return None
+
+
+def test_no_request_is_answered_by_500(demo):
+    @fuzz(25)
+    @given(st.lists(REQUEST, min_size=10, max_size=10))
+    def ask(requests):
+        async def all_at_once():
+            async with trio.open_nursery() as nursery:
+                for request in requests:
+                    nursery.start_soon(one, as_bytes(*request))
+
+        async def one(request):
+            status = await status_of(demo, request)
+            assert status is None or status < 500, request
+
+        trio.run(all_at_once)
+
+    ask()
+    assert_no_fault(demo.stderr_text())
+
+
+@pytest.mark.parametrize("protocol", [ROOM_PROTOCOL, None])
+def test_whatever_is_said_in_the_room_harms_nobody(open_room, protocol):
+    """One member says it; another hears it, if it can be heard, and stays."""
+    head = {"Sec-WebSocket-Protocol": protocol} if protocol else {}
+    said = st.one_of(
+        BODIES.map(lambda text: frame(TEXT, text.encode(errors="replace"))),
+        JSON.map(lambda value: frame(TEXT, json.dumps({"text": value}).encode())),
+        st.binary(max_size=40),
+        st.builds(frame, st.integers(0, 15), st.binary(max_size=130), st.booleans()),
+    )
+
+    @fuzz(40)
+    @given(st.lists(said, max_size=6))
+    def say(frames):
+        async def one():
+            async with raw_member(open_room.ws, head) as member:
+                await member.send(b"".join(frames) + frame(CLOSE, b"\x03\xe8"))
+                await drain(member)
+
+        trio.run(one)
+
+    async def meanwhile():
+        async with (
+            unharmed(open_room),
+            raw_member(open_room.ws) as other,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(hear, other)
+            await trio.to_thread.run_sync(say)
+            nursery.cancel_scope.cancel()
+
+    trio.run(meanwhile)
+    assert_no_fault(open_room.stderr_text())
+
+
+async def hear(member):
+    member.patience = 60
+    while True:
+        opcode, payload = await read_frame(member)
+        if opcode == TEXT:
+            payload.decode()

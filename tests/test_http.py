@@ -1,0 +1,623 @@
+"""Requests: pages, the clock, what is refused and how, and who may do what."""
+
+import json
+import time
+from urllib.parse import quote, urlsplit
+
+import pytest
+import trio
+from kit import (
+    CHAT,
+    HANDSHAKE,
+    OPENAI,
+    ROOT,
+    Cut,
+    answer,
+    asking,
+    connect,
+    fetch,
+    fetch_events,
+    raw_member,
+    stream,
+)
+from trio_websocket import open_websocket_url
+
+LOOPBACK = "127.0.0.1"
+HELLO = asking("Hello", stream=True)
+
+# ------------------------------------------------------------------------------ pages
+
+TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+
+
+def page_paths():
+    """Every file of www/, as a path on the server."""
+    files = (file for file in (ROOT / "www").rglob("*") if file.is_file())
+    return sorted(f"/{file.relative_to(ROOT / 'www')}" for file in files)
+
+
+@pytest.mark.parametrize("path", page_paths())
+async def test_each_file_is_served_and_known_again(demo, path):
+    file = ROOT / "www" / path[1:]
+    page = await fetch("GET", demo.http + path)
+    assert (page.status, page.body) == (200, file.read_bytes())
+    assert page.headers["content-type"].startswith(TYPES.get(file.suffix, ""))
+    head = await fetch("HEAD", demo.http + path)
+    assert (head.status, head.headers["etag"]) == (200, page.headers["etag"])
+    known = {"If-None-Match": page.headers["etag"]}
+    again = await fetch("GET", demo.http + path, known)
+    assert (again.status, again.body) == (304, b"")
+    assert again.headers["etag"] == page.headers["etag"]
+
+
+async def test_the_root_is_the_page(demo):
+    page = await fetch("GET", demo.http + "/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.body == (ROOT / "www" / "index.html").read_bytes()
+    assert (await fetch("GET", demo.http + "/?a=b")).body == page.body
+
+
+@pytest.mark.parametrize(
+    ("tag", "status"),
+    [('"other"', 200), ("*", 304), ('"other", {}', 304), ("W/{}", 304), ("", 200)],
+)
+async def test_an_etag_is_compared_as_a_list(demo, tag, status):
+    etag = (await fetch("GET", demo.http + "/")).headers["etag"]
+    page = await fetch("GET", demo.http + "/", {"If-None-Match": tag.format(etag)})
+    assert page.status == status
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../chatstream.py",
+        "/..%2fchatstream.py",
+        "/%2e%2e/chatstream.py",
+        "/%2e%2e%2f%2e%2e%2fetc/passwd",
+        "/www/../chatstream.py",
+        "/www/index.html",
+        "/./../chatstream.py",
+        "/..\\chatstream.py",
+        "/..%5cchatstream.py",
+        "//etc/passwd",
+        "/" + quote(str(ROOT / "chatstream.py"), safe=""),
+        "/index.html%00",
+        "/index.html/",
+        "/.gitignore",
+        "/chatstream.py",
+        "/%ff%fe",
+    ],
+)
+async def test_no_path_leads_out_of_the_pages(demo, path):
+    async with connect(demo.http) as connection:
+        response = await (await connection.request("GET", path)).read()
+    assert response.status == 404
+    assert response.error["message"]
+
+
+# ------------------------------------------------------------------------------ clock
+
+
+async def test_the_clock_ticks_each_second_on_the_second(demo):
+    async with stream("GET", demo.http + "/clock") as clock:
+        assert clock.status == 200
+        assert clock.headers["content-type"].startswith("text/event-stream")
+        assert clock.headers["cache-control"] == "no-cache"
+        assert clock.headers["x-accel-buffering"] == "no"
+        first = await clock.event()
+        second = await clock.event()
+        late = time.time() % 1
+        third = await clock.event()
+    assert [second.n, third.n] == [first.n + 1, first.n + 2]
+    assert abs(third.n - time.time()) < 2
+    assert late < 0.5
+    assert clock.retry == [2000]
+
+
+async def test_all_readers_see_the_same_tick(demo):
+    async with (
+        stream("GET", demo.http + "/clock") as one,
+        stream("GET", demo.http + "/clock") as other,
+    ):
+        seen = {event.n: event for event in await one.events(2)}
+        same = [event for event in await other.events(2) if event.n in seen]
+    assert same
+    assert all(seen[event.n] == event for event in same)
+
+
+async def test_time_is_the_same_tick_as_a_short_connection(demo):
+    async with stream("GET", demo.http + "/clock") as clock:
+        for _ in range(3):  # a tick may fall between the two
+            event = await clock.event()
+            short = (await fetch("GET", demo.http + "/time")).json
+            if short["id"] == event.id:
+                break
+    assert short == {"id": event.id, "data": event.data}
+    assert event.data.startswith("The server time is: ")
+
+
+async def test_a_reader_that_comes_back_misses_no_tick(demo):
+    """By a header, or by the URL where a client can set none, over either transport."""
+    async with stream("GET", demo.http + "/clock") as clock:
+        first, second = await clock.events(2)
+    head, query = {"Last-Event-ID": first.id}, f"?after={quote(first.id)}"
+    async with (
+        stream("GET", demo.http + "/clock", head) as one,
+        stream("GET", demo.http + "/clock" + query) as other,
+        open_websocket_url(demo.ws + "/clock" + query) as member,
+    ):
+        with trio.fail_after(0.8):  # at once: no tick is due that soon
+            assert await one.event() == await other.event() == second
+            assert json.loads(await member.get_message())["id"] == second.id
+        assert (await one.event()).n == first.n + 2
+
+
+async def test_a_reader_that_was_away_too_long_is_told_what_it_missed(demo):
+    async with stream("GET", demo.http + "/clock") as clock:
+        event = await clock.event()
+    long_ago = event.id.replace(str(event.n), str(event.n - 1000))
+    async with stream(
+        "GET", demo.http + "/clock", {"Last-Event-ID": long_ago}
+    ) as clock:
+        gap, first, second = await clock.events(3)
+    assert (gap.type, gap.id) == ("gap", None)
+    assert gap.json == {"missed": first.n - (event.n - 1000) - 1}
+    assert second.n == first.n + 1
+
+
+MEANINGLESS = ["rubbish", "clock", "clock-", "clock-x", "clock--5", "clock-1e9"]
+MEANINGLESS += [
+    "clock-99999999999",
+    "clock-" + "9" * 5000,
+    "clock-\xb2",
+    "room-5",
+    "-5",
+]
+MEANINGLESS += ["caf\xe9", "x" * 4000]
+
+
+async def test_an_id_of_the_clock_that_means_nothing_counts_as_none(demo):
+    async with trio.open_nursery() as nursery:
+        for last in MEANINGLESS:
+            nursery.start_soon(read_live_ticks, demo, last)
+
+
+async def read_live_ticks(server, last):
+    head = {"Last-Event-ID": last}
+    async with stream("GET", server.http + "/clock", head) as clock:
+        assert clock.status == 200
+        first, second = await clock.events(2)
+    assert (first.type, second.n) == ("message", first.n + 1)
+    assert abs(first.n - time.time()) < 3
+
+
+async def test_the_clock_over_a_websocket_is_the_same_log(demo):
+    async with (
+        stream("GET", demo.http + "/clock") as clock,
+        open_websocket_url(demo.ws + "/clock") as member,
+    ):
+        with trio.fail_after(5):
+            message = json.loads(await member.get_message())
+            while (event := await clock.event()).id != message["id"]:
+                pass
+    assert message == {"id": event.id, "data": event.data}
+
+
+@pytest.mark.parametrize("path", ["/clock", "/time", "/healthz", "/"])
+async def test_head_opens_no_stream(demo, path):
+    async with connect(demo.http) as connection:
+        head = await connection.request("HEAD", path)
+        assert head.status == 200
+        after = await (await connection.request("GET", "/time")).read()
+        assert after.json["data"]  # no body came in between
+    get = await stream_head(demo.http + path)
+    assert head.headers["content-type"] == get["content-type"]
+
+
+async def stream_head(url):
+    async with stream("GET", url) as response:
+        return response.headers
+
+
+async def test_health_counts(serve):
+    server = serve()
+    async with (
+        stream("GET", server.http + "/clock"),
+        raw_member(server.ws),
+        raw_member(server.http + "/room"),
+        stream("POST", server.http + CHAT, None, HELLO) as answering,
+    ):
+        await answering.event()
+        health = await fetch("GET", server.http + "/healthz")
+    assert health.json == {
+        "status": "ok",
+        "readers": 2,
+        "answers": 1,
+        "members": 2,
+        "model": "demo",
+    }
+
+
+# ---------------------------------------------------------------------------- refusals
+
+ROUTES = {
+    "/": "GET",
+    "/clock": "GET",
+    "/time": "GET",
+    "/healthz": "GET",
+    "/v1/models": "GET",
+    CHAT: "POST",
+    OPENAI: "POST",
+    "/answers/unknown": "GET, DELETE",
+}
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW"]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_wrong_method_is_405_and_names_the_right_ones(demo, path):
+    right = set(ROUTES[path].split(", "))
+    for method in set(METHODS) - right:
+        response = await fetch(method, demo.http + path)
+        assert response.status == 405, method
+        allowed = {name.strip() for name in response.headers["allow"].split(",")}
+        assert right <= allowed <= right | {"HEAD", "OPTIONS"}
+        assert response.error["message"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/v1", "/clock/", "/answers", "/answers/"]
+)
+async def test_a_wrong_path_is_404(demo, method, path):
+    response = await fetch(method, demo.http + path)
+    assert response.status == 404
+    assert response.error["message"]
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+TALK = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("path", [CHAT, OPENAI])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"hello",
+        b"messages=hello",
+        b"\xff\xfe",
+        b'{"messages": "\xff"}',
+        b'{"messages": ' + DEEP + b"}",
+        b'{"messages": [], "n": ' + b"9" * 10_000 + b"}",
+        b"[]",
+        b"null",
+        b"5",
+        b'"text"',
+        b"{}",
+        b'{"messages": null}',
+        b'{"messages": "Hello"}',
+        b'{"messages": {}}',
+        b'{"messages": []}',
+        b'{"messages": [null]}',
+        b'{"messages": ["Hello"]}',
+        b'{"messages": [[]]}',
+        b'{"messages": [{}]}',
+        b'{"messages": [{"content": "Hello"}]}',
+        b'{"messages": [{"role": "user"}]}',
+        b'{"messages": [{"role": 5, "content": "Hello"}]}',
+        b'{"messages": [{"role": "user", "content": 5}]}',
+    ],
+    ids=lambda body: body[:40].decode("latin-1"),
+)
+async def test_a_body_of_the_wrong_shape_is_400(demo, path, body):
+    response = await fetch("POST", demo.http + path, None, body)
+    assert response.status == 400
+    assert response.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"stream": "yes"}, {"stream": 1}, {"model": 5}, {"stream_options": 5}]
+)
+async def test_a_field_of_the_wrong_type_is_400(demo, fields):
+    response = await fetch("POST", demo.http + OPENAI, None, HELLO | fields)
+    assert response.status == 400
+    assert response.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "Be brief."}, *TALK],
+        [{"role": "developer", "content": "Be brief."}, *TALK],
+        [*TALK, {"role": "assistant", "content": None, "tool_calls": []}, *TALK],
+        [*TALK, {"role": "tool", "tool_call_id": "1", "content": "sun"}],
+        [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
+        [{"role": "user", "content": ""}],
+        [{"role": "user", "content": "\ud800 half an emoji"}],
+        [{"role": "user", "content": "\0\u2028\x1b[31m"}],
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("path", [CHAT, OPENAI])
+async def test_every_legal_talk_is_answered(demo, path, messages):
+    body = {"messages": messages, "stream": True}
+    async with stream("POST", demo.http + path, None, body) as response:
+        assert response.status == 200
+        assert (await response.event()).json
+
+
+@pytest.mark.parametrize("path", [CHAT, OPENAI])
+async def test_a_body_over_1_mib_is_413_before_it_has_come(demo, path):
+    async with connect(demo.http) as connection:
+        head = {"Content-Length": str((1 << 20) + 1)}
+        response = await connection.request("POST", path, head, b"{")
+        await response.read()
+    assert response.status == 413
+    assert response.error["message"]
+
+
+async def test_a_chunked_body_over_1_mib_is_413(demo):
+    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+    async with connect(demo.http) as connection:
+        head = f"POST {OPENAI} HTTP/1.1\r\nHost: localhost\r\n"
+        await connection.send(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
+        await connection.send(chunk * 16 + b"1\r\n \r\n")
+        response = await (await connection.response()).read()
+    assert response.status == 413
+
+
+async def test_a_body_of_just_1_mib_is_read(demo):
+    body = json.dumps(HELLO).encode()
+    body += b" " * ((1 << 20) - len(body))
+    async with stream("POST", demo.http + OPENAI, None, body) as response:
+        assert response.status == 200
+
+
+async def test_a_chunked_body_is_read(demo):
+    body = json.dumps(HELLO | {"stream": True}).encode()
+    async with connect(demo.http) as connection:
+        head = f"POST {OPENAI} HTTP/1.1\r\nHost: localhost\r\n"
+        await connection.send(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
+        for byte in body:
+            await connection.send(b"1\r\n%c\r\n" % byte)
+        await connection.send(b"0\r\n\r\n")
+        response = await connection.response()
+        assert response.status == 200
+        assert (await response.event()).json["choices"]
+
+
+async def test_a_client_that_asks_first_is_told_to_go_on(demo):
+    body = json.dumps(HELLO).encode()
+    async with connect(demo.http) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+        await connection.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+        assert b"100" in await connection.up_to(b"\r\n\r\n")
+        await connection.send(body)
+        assert (await connection.response()).status == 200
+
+
+async def test_a_body_that_breaks_off_starts_nothing(serve, upstream):
+    server = serve(env={"OPENAI_BASE_URL": upstream.url})
+    before = len(upstream.heard)
+    async with connect(server.http) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n"
+        await connection.send(head.encode() + json.dumps(HELLO).encode())
+    await trio.sleep(0.3)
+    assert len(upstream.heard) == before
+    assert (await fetch("GET", server.http + "/healthz")).json["answers"] == 0
+
+
+# --------------------------------------------------------------------- Host and Origin
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("127.0.0.1:{port}", 200),
+        ("127.0.0.1:1", 200),
+        ("localhost", 200),
+        ("LocalHost:{port}", 200),
+        ("[::1]", 200),
+        ("[::1]:{port}", 200),
+        ("evil.example", 421),
+        ("evil.example:{port}", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("evil.example@localhost", 421),
+        ("localhost@evil.example", 421),
+        ("192.168.1.5", 421),
+        ("0.0.0.0", 421),
+        ("[::2]", 421),
+        ("127.0.0.1 evil.example", 421),
+        ("localhost:evil.example", 421),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/clock", "/v1/models"])
+async def test_a_rebound_host_is_421(demo, host, status, path):
+    host = host.format(port=demo.port)
+    async with connect(demo.http) as connection:
+        response = await connection.request("GET", path, host=host)
+        if status == 421:
+            assert response.status in (421, 400 if set(host) & set("@ ") else 421)
+            assert (await response.read()).error["message"]
+        else:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize("port", ["port", "room_port"])
+async def test_a_rebound_host_cannot_join(demo, port):
+    url = f"http://127.0.0.1:{getattr(demo, port)}/"
+    async with connect(url) as connection:
+        response = await connection.request("GET", "/", HANDSHAKE, host="evil.example")
+        assert response.status == 421
+
+
+async def test_a_server_for_the_network_has_any_name(serve):
+    server = serve("--host", "0.0.0.0")
+    async with connect(f"http://127.0.0.1:{server.port}") as connection:
+        response = await connection.request("GET", "/time", host="chat.example.org")
+        assert response.status == 200
+
+
+def origins(server):
+    """(origin, welcome) at a server with the demo model and no flag."""
+    yield f"http://127.0.0.1:{server.port}", True
+    yield "null", True
+    yield None, True
+    yield "http://evil.example", False
+    yield f"http://127.0.0.1.evil.example:{server.port}", False
+    yield f"http://evil.example:{server.port}", False
+    yield "http://127.0.0.1:1", False
+    yield "http://127.0.0.1", False
+    yield "", False
+    yield "rubbish", False
+    yield f"http://127.0.0.1:{server.port}, http://evil.example", False
+    yield "caf\xe9", False
+
+
+def from_origin(origin):
+    return {} if origin is None else {"Origin": origin}
+
+
+GUARDED = [("POST", CHAT), ("POST", OPENAI)]
+GUARDED += [("GET", "/answers/{id}"), ("DELETE", "/answers/{id}")]
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+async def test_a_foreign_origin_cannot_start_read_or_stop_an_answer(demo, method, path):
+    for origin, welcome in origins(demo):
+        async with stream("POST", demo.http + CHAT, None, HELLO) as running:
+            url = demo.http + path.format(id=running.headers["x-answer-id"])
+            body = HELLO if method == "POST" else None
+            async with stream(method, url, from_origin(origin), body) as response:
+                check_welcome(response, origin, welcome)
+
+
+def check_welcome(response, origin, welcome):
+    allowed = response.headers.get("access-control-allow-origin")
+    if welcome:
+        assert response.status in (200, 204), origin
+        assert allowed in (origin, "*") or origin is None
+    else:
+        assert response.status == 403, origin
+        assert allowed is None
+
+
+async def test_a_refusal_says_what_to_do(demo):
+    head = {"Origin": "http://evil.example"}
+    response = await fetch("POST", demo.http + CHAT, head, HELLO)
+    assert "--allow-origin http://evil.example" in response.error["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/room", "/clock"])
+async def test_a_foreign_origin_opens_no_websocket(demo, path):
+    for url in (demo.http, demo.ws):
+        for origin, welcome in origins(demo):
+            async with connect(url) as connection:
+                head = HANDSHAKE | from_origin(origin)
+                host = urlsplit(url).netloc
+                response = await connection.request("GET", path, head, host=host)
+                assert response.status == (101 if welcome else 403), (url, origin)
+
+
+async def test_localhost_is_the_servers_own_name_too(demo):
+    origin = f"http://localhost:{demo.port}"
+    async with connect(demo.http) as connection:
+        host = f"localhost:{demo.port}"
+        head = {"Origin": origin}
+        response = await connection.request("POST", CHAT, head, HELLO, host)
+        assert response.status == 200
+
+
+@pytest.mark.parametrize("path", ["/clock", "/time", "/healthz", "/"])
+@pytest.mark.parametrize("origin", ["http://any.example", "null"])
+async def test_public_reads_allow_any_origin(demo, path, origin):
+    async with stream("GET", demo.http + path, {"Origin": origin}) as response:
+        assert response.status == 200
+        assert response.headers["access-control-allow-origin"] in ("*", origin)
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+async def test_a_preflight_is_answered(demo, method, path):
+    head = {
+        "Origin": f"http://127.0.0.1:{demo.port}",
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": "content-type,last-event-id",
+    }
+    response = await fetch("OPTIONS", demo.http + path.format(id="x"), head)
+    assert response.status in (200, 204)
+    assert response.headers["access-control-allow-origin"] in (head["Origin"], "*")
+    allowed = response.headers["access-control-allow-headers"].lower()
+    assert {"content-type", "last-event-id"} <= set(allowed.replace(" ", "").split(","))
+    assert method in response.headers["access-control-allow-methods"]
+    head["Origin"] = "http://evil.example"
+    response = await fetch("OPTIONS", demo.http + path.format(id="x"), head)
+    assert "access-control-allow-origin" not in response.headers
+
+
+async def test_a_preflight_of_the_clock_is_answered_for_any_origin(demo):
+    head = {
+        "Origin": "http://any.example",
+        "Access-Control-Request-Method": "GET",
+        "Access-Control-Request-Headers": "last-event-id",
+    }
+    response = await fetch("OPTIONS", demo.http + "/clock", head)
+    assert response.status in (200, 204)
+    assert response.headers["access-control-allow-origin"] in ("*", head["Origin"])
+    assert "last-event-id" in response.headers["access-control-allow-headers"].lower()
+
+
+async def test_allow_origin_lets_a_page_in(serve):
+    flags = [
+        "--allow-origin",
+        "http://one.example",
+        "--allow-origin",
+        "http://two.example",
+    ]
+    server = serve(*flags)
+    for origin in ("http://one.example", "http://two.example"):
+        head = {"Origin": origin}
+        async with stream("POST", server.http + CHAT, head, HELLO) as response:
+            assert response.status == 200
+            assert response.headers["access-control-allow-origin"] in (origin, "*")
+            exposed = response.headers.get("access-control-expose-headers", "").lower()
+            assert "x-answer-id" in exposed
+        async with raw_member(server.ws, head):
+            pass
+    head = {"Origin": "http://three.example"}
+    assert (await fetch("POST", server.http + CHAT, head, HELLO)).status == 403
+
+
+async def test_a_page_from_disk_is_refused_once_a_real_upstream_is_there(
+    relay, upstream
+):
+    head, body = {"Origin": "null"}, asking(upstream.script(*answer("Hello")))
+    response = await fetch("POST", relay.http + CHAT, head, body)
+    assert response.status == 403
+    assert "--allow-origin null" in response.error["message"]
+    with pytest.raises((AssertionError, Cut)):
+        async with raw_member(relay.ws, head):
+            pass
+
+
+async def test_a_page_from_disk_is_let_in_by_a_flag(serve, upstream):
+    server = serve("--allow-origin", "null", env={"OPENAI_BASE_URL": upstream.url})
+    head, body = {"Origin": "null"}, asking(upstream.script(*answer("Hello")))
+    events = await fetch_events("POST", server.http + CHAT, head, body)
+    assert events[-1].data == "[DONE]"
+
+
+async def test_a_foreign_page_cannot_spend_money(relay, upstream):
+    prompt = upstream.script(*answer("Hello"))
+    head = {"Origin": "http://evil.example"}
+    for path in (CHAT, OPENAI):
+        response = await fetch("POST", relay.http + path, head, asking(prompt))
+        assert response.status == 403
+    assert not upstream.asked(prompt)

@@ -1,0 +1,117 @@
+"""The package as a stranger gets it: built, installed elsewhere, started."""
+
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+
+import pytest
+from kit import ROOT, fetch, missing
+
+PAGES = {path.name for path in (ROOT / "www").iterdir()}
+
+
+def run(*command, cwd):
+    done = subprocess.run(
+        command, check=False, cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def clone(folder):
+    """What a clone has, the changes that are not committed yet included."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(listed, check=False, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        missing("the git repository", "test a clone")
+    for name in done.stdout.splitlines():
+        if name.startswith(("www/", "chatstream.py", "pyproject", "README", "LICENSE")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+
+
+def make_venv(folder):
+    """The python of an environment with nothing in it."""
+    venv.create(folder, with_pip=True)
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder with the wheel and the sdist."""
+    folder = tmp_path_factory.mktemp("package")
+    source, out = folder / "source", folder / "dist"
+    source.mkdir()
+    clone(source)
+    python = make_venv(folder / "venv")
+    run(python, "-m", "pip", "install", "-q", "build", cwd=folder)
+    run(python, "-m", "build", "-o", out, source, cwd=folder)
+    return out
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """The python of an environment with the wheel and its dependencies, no more."""
+    folder = tmp_path_factory.mktemp("installed")
+    python = make_venv(folder / "venv")
+    (wheel,) = built.glob("*.whl")
+    run(python, "-m", "pip", "install", "-q", wheel, cwd=folder)
+    return python
+
+
+def test_the_wheel_has_the_module_and_the_pages(built):
+    (wheel,) = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"chatstream_www/{page}" for page in PAGES} <= names
+    top = {name.partition("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {
+        "chatstream.py",
+        "chatstream_www",
+    }
+
+
+def test_the_sdist_has_all_to_build_from(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"chatstream.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert wanted | {f"www/{page}" for page in PAGES} <= names
+
+
+def test_a_wheel_from_the_sdist_has_the_pages_too(built, tmp_path):
+    (sdist,) = built.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path]
+    run(*pip, sdist, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "chatstream_www/index.html" in zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.mark.parametrize("way", ["command", "module"])
+async def test_it_starts_from_anywhere_and_finds_its_pages(installed, serve, way):
+    command = installed.parent / "chatstream"
+    program = [command] if way == "command" else [installed, "-m", "chatstream"]
+    server = serve(program=[str(part) for part in program])
+    page = await fetch("GET", server.http + "/")
+    assert page.status == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    for name in PAGES:
+        assert (await fetch("GET", f"{server.http}/{name}")).status == 200
+    server.signal()
+    assert await server.exit_code(10) == 0
+
+
+def test_nothing_optional_is_needed(installed, tmp_path):
+    """Redis, the SDK and the browser are for those who want them."""
+    program = "import chatstream, sys; print(sorted(sys.modules))"
+    loaded = run(installed, "-c", program, cwd=tmp_path)
+    for name in ("coredis", "openai", "playwright", "httpx2"):
+        assert f"'{name}'" not in loaded
+    listed = run(installed, "-m", "pip", "list", "--format=freeze", cwd=tmp_path)
+    assert "coredis" not in listed
+
+
+def test_what_is_imported_later_is_there(installed, tmp_path):
+    """The classes for HTTP/2 and for an upstream are loaded when they are needed."""
+    run(installed, "-c", "import hypercorn.protocol.h2, h2, httpx2", cwd=tmp_path)

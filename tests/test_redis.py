@@ -1,0 +1,310 @@
+"""Two processes and one Redis: what is promised of one log holds for both."""
+
+import contextlib
+import os
+import signal
+import sys
+
+import pytest
+import trio
+from conftest import servers
+from kit import (
+    OPENAI,
+    ROOT,
+    Gate,
+    Redis,
+    answer,
+    asking,
+    delta,
+    fetch,
+    fetch_events,
+    need,
+    sse,
+    stream,
+    until,
+)
+from redis_kit import TOGETHER, asked, at, frozen
+from test_answers import error_of, text_of
+from test_room import event, hear_of, hear_texts, person, say, say_and_hear
+
+SOON = 1.0
+
+
+def two(start, redis, upstream):
+    flags = ("--redis", redis.url, *TOGETHER)
+    env = {"OPENAI_BASE_URL": upstream.url}
+    return start(*flags, env=env), start(*flags, env=env)
+
+
+@pytest.fixture(scope="module")
+def both(request, tmp_path_factory, upstream):
+    """Two processes that nothing happens to."""
+    need("redis-server", "apt-get install redis-server")
+    redis = Redis(tmp_path_factory.mktemp("redis"))
+    try:
+        redis.start()
+        with servers(request.config) as start:
+            yield two(start, redis, upstream)
+    finally:
+        redis.stop()
+
+
+@pytest.fixture
+def pair(serve, redis, upstream):
+    """Two processes for a test that breaks something."""
+    return two(serve, redis, upstream)
+
+
+def closed(upstream, prompt):
+    (heard,) = upstream.asked(prompt)
+    return heard.closed_at is not None
+
+
+# ---------------------------------------------------------------------------- the room
+
+
+async def test_all_members_hear_all_messages_once_and_in_one_order(both):
+    a, b = both
+    heard, count = [], 40
+
+    async def talk(member, who):
+        for n in range(count):
+            await say(member, f"{who} {n}")
+
+    async def listen(member):
+        said = [await hear_of(member, "message") for _ in range(4 * count)]
+        heard.append([(message["id"], message["text"]) for message in said])
+
+    async with (
+        person(a) as one,
+        person(a) as two,
+        person(b) as three,
+        person(b) as four,
+    ):
+        members = (one, two, three, four)
+        after = (await say_and_hear(one))["id"]
+        for member in members[1:]:
+            while (await event(member)).get("id") != after:
+                pass
+        async with trio.open_nursery() as nursery:
+            for who, member in enumerate(members):
+                nursery.start_soon(talk, member, who)
+                nursery.start_soon(listen, member)
+    assert heard == [heard[0]] * 4
+    texts = [text for _, text in heard[0]]
+    for who in range(4):
+        mine = [text for text in texts if text.startswith(f"{who} ")]
+        assert mine == [f"{who} {n}" for n in range(count)]
+
+
+async def test_a_member_resumes_at_the_other_process(both):
+    a, b = both
+    async with person(a) as ann:
+        seen = await say_and_hear(ann)
+        for word in ("one", "two"):
+            await say(ann, word)
+        await hear_of(ann, "message", text="two")
+        async with person(b, after=seen["id"]) as bob:
+            assert await hear_texts(bob, 2) == ["one", "two"]
+
+
+async def test_members_are_counted_over_both(both):
+    a, b = both
+    async with person(a, "Ann") as ann:
+        before = (await hear_of(ann, "joined", name="Ann"))["members"]
+        async with person(b, "Bob") as bob:
+            joined = await hear_of(bob, "joined", name="Bob")
+            assert joined["members"] == before + 1
+            assert (await hear_of(ann, "joined", name="Bob")) == joined
+        assert (await hear_of(ann, "left", name="Bob"))["members"] == before
+
+
+# ------------------------------------------------------------------------- the answers
+
+
+async def test_an_answer_is_followed_at_the_other_process_from_any_id(both, upstream):
+    a, b = both
+    gate = Gate()
+    prompt = upstream.script(*answer("a ", "b ", gate, "c ", "d"))
+    read = {}
+
+    async def follow(start):
+        head = {"Last-Event-ID": first[start - 1].id} if start else None
+        read[start] = await fetch_events("GET", url, head)
+
+    async with asked(a, prompt) as response:
+        url = at(b, response)
+        first = await response.events(2)
+        async with trio.open_nursery() as nursery:
+            for start in range(3):
+                nursery.start_soon(follow, start)
+            gate.open()
+            events = first + await response.events()
+    assert read == {start: events[start:] for start in range(3)}
+    assert await fetch_events("GET", url) == events
+
+
+async def test_a_new_answer_is_known_to_the_other_process_at_once(both, upstream):
+    a, b = both
+    for _ in range(10):
+        prompt = upstream.script(*answer("a ", "b"))
+        async with asked(a, prompt) as response:
+            events = await fetch_events("GET", at(b, response))
+            assert events == await response.events()
+
+
+async def test_the_same_post_at_the_other_process_costs_nothing(both, upstream):
+    a, b = both
+    gate = Gate()
+    prompt = upstream.script(*answer("a ", "b ", gate, "c"))
+    async with asked(a, prompt) as response:
+        first = await response.events(2)
+    head, body = {"Last-Event-ID": first[-1].id}, asking(prompt, stream=True)
+    async with stream("POST", b.http + OPENAI, head, body) as response:
+        assert response.status == 200
+        await trio.sleep(0.8)  # twice the linger
+        gate.open()
+        events = first + await response.events()
+    assert text_of(events) == "a b c"
+    assert events[-1].data == "[DONE]"
+    assert len(upstream.asked(prompt)) == 1
+
+
+async def test_it_is_stopped_from_the_other_process(both, upstream):
+    a, b = both
+    prompt = upstream.script(*sse(delta("a"), Gate()))
+    async with asked(a, prompt) as here, stream("GET", at(b, here)) as there:
+        await here.events(1)
+        assert (await fetch("DELETE", at(b, here))).status == 204
+        await until(lambda: closed(upstream, prompt), SOON)
+        events = await here.events()
+        assert error_of(events)["type"] == "stopped"
+        assert (await there.events())[-1:] == events
+
+
+@pytest.mark.parametrize("attempt", range(2))
+async def test_the_last_reader_is_the_last_one_anywhere(both, upstream, attempt):
+    a, b = both
+    prompt = upstream.script(*sse(delta("a"), Gate()))
+    async with asked(a, prompt) as here, stream("GET", at(b, here)) as there:
+        await there.events(1)
+        await here.connection.transport.aclose()
+        await trio.sleep(0.9)
+        assert not closed(upstream, prompt)
+    await until(lambda: closed(upstream, prompt), 0.4 + SOON)
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_what_neither_knows_is_404(both, method):
+    for server in both:
+        url = f"{server.http}/answers/{'0' * 32}"
+        assert (await fetch(method, url)).status == 404
+
+
+# ------------------------------------------------------------------- when things break
+
+
+async def test_a_killed_process_leaves_an_error_and_no_ghosts(pair, upstream):
+    a, b = pair
+    prompt = upstream.script(*sse(delta("a"), Gate()))
+    async with person(a), person(b, "Bob") as bob, asked(a, prompt) as here:
+        await hear_of(bob, "joined", members=2)  # who of them came last is open
+        async with stream("GET", at(b, here)) as there:
+            await there.events(1)
+            os.kill(a.process.pid, signal.SIGKILL)
+            with trio.fail_after(10):
+                assert error_of(await there.events())["type"] == "upstream_error"
+        with trio.fail_after(10):
+            while (await event(bob)).get("members") != 1:
+                pass
+
+
+async def insist(member, text):
+    """Say it until it is not refused; returns the refusals that came before."""
+    refused = []
+    while True:
+        await say(member, text)
+        while True:
+            found = await event(member)
+            if found["type"] == "error":
+                refused.append(found["error"])
+                break
+            if found.get("text") == text:
+                return refused
+        await trio.sleep(0.1)
+
+
+async def while_away(a, b, upstream, away, kept=True):
+    """What must hold before, during and after an absence of Redis."""
+    gates = Gate(), Gate()
+    prompt = upstream.script(*answer("a ", gates[0], "b ", gates[1], "c"))
+    async with (
+        person(a, "Ann") as ann,
+        person(b, "Bob") as bob,
+        asked(a, prompt) as here,
+    ):
+        said = await say_and_hear(ann)
+        await hear_of(bob, "message", text=said["text"])
+        async with stream("GET", at(b, here)) as there:
+            first = await there.events(1)
+            assert await here.events(1) == first
+            with away():
+                await say(ann, "into the void")
+                assert (await hear_of(ann, "error"))["error"]["code"] == "not_stored"
+                gates[0].open()
+                rest = await here.events(1)  # its own reader does not notice
+                assert (await fetch("GET", b.http + "/healthz")).status == 200
+            with trio.fail_after(5):
+                await insist(ann, "well again")
+                await hear_of(bob, "message", text="well again")
+            gates[1].open()
+            rest += await here.events()
+            assert text_of(first + rest) == "a b c"
+            assert await there.events() == rest
+        if kept:
+            async with person(b, "Cid") as cid:
+                texts = await hear_texts(cid, 2)
+            assert texts == [said["text"], "well again"]
+
+
+async def test_redis_goes_away_and_comes_back(pair, redis, upstream):
+    @contextlib.contextmanager
+    def away():
+        redis.stop()
+        yield
+        redis.start()
+
+    await while_away(*pair, upstream, away)
+
+
+async def test_redis_hangs_for_a_while(pair, redis, upstream):
+    await while_away(*pair, upstream, lambda: frozen(redis.process))
+
+
+async def test_redis_comes_back_empty(pair, redis, upstream):
+    @contextlib.contextmanager
+    def away():
+        redis.stop()
+        yield
+        for path in sorted(redis.folder.rglob("*.aof*")):
+            if path.is_file():
+                path.unlink()
+        redis.start()
+
+    await while_away(*pair, upstream, away, kept=False)
+
+
+# ------------------------------------------------------------------------- without it
+
+WITHOUT = """
+import sys
+sys.path.insert(0, {root!r})
+sys.modules["coredis"] = None
+import chatstream
+sys.exit(chatstream.main())
+"""
+
+
+async def test_without_the_flag_coredis_is_not_wanted(serve):
+    server = serve(program=[sys.executable, "-c", WITHOUT.format(root=str(ROOT))])
+    assert (await fetch("GET", server.http + "/time")).status == 200

@@ -1,0 +1,526 @@
+"""TLS and HTTP/2: the same promises on the same ports, and what only they have.
+
+Hypercorn speaks HTTP/2; a client may break its rules in ways that no library sends, so
+these tests have a client of their own (hostile.H2), besides Chromium.
+"""
+
+import json
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+import trio
+from hostile import (
+    FULL,
+    assert_no_fault,
+    descriptors,
+    health,
+    http2,
+    make_certificate,
+    narrow,
+    program,
+    resident,
+    unharmed,
+)
+from hyperframe import frame as frames
+from kit import (
+    CHAT,
+    HANDSHAKE,
+    HOLD,
+    OPENAI,
+    PATIENCE,
+    PING,
+    PONG,
+    TEXT,
+    Cut,
+    asking,
+    close_code,
+    connect,
+    delta,
+    frame,
+    raw_member,
+    read_frame,
+    reset,
+    sse,
+    until,
+    wait_until,
+)
+
+BROKEN = (Cut, trio.BrokenResourceError, trio.ClosedResourceError)
+LIMITS = {"HEAD_TIMEOUT": 1.5, "STUCK_TIMEOUT": 1.5}
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def secure(shared, certificate):
+    return shared(*certificate, "--room-rate", "0")
+
+
+@pytest.fixture
+def impatient(serve, certificate):
+    return serve(*certificate, program=program(**LIMITS))
+
+
+# ---------------------------------------------------------------------- what it is for
+
+
+def test_eight_tabs_stream_at_once_on_one_http_2_connection(chromium, secure):
+    """Over HTTP/1.1 the seventh would wait for ever: browsers open six a host."""
+    context = chromium.new_context(ignore_https_errors=True)
+    url = secure.http.replace("127.0.0.1", "localhost")
+    try:
+        pages = [context.new_page() for _ in range(8)]
+        for page in pages:
+            page.goto(url)
+            page.evaluate(FOLLOW_CLOCK)
+        for page in pages:
+            wait_until(lambda page=page: page.evaluate("window.ticks") >= 2)
+            assert page.evaluate("window.protocol") == "h2"
+        wait_until(lambda: connections_to(secure.port) == 1)
+        assert pages[0].evaluate(SAY, url.replace("https", "wss")) == "hello--返回数据"
+    finally:
+        context.close()
+
+
+FOLLOW_CLOCK = """() => {
+    window.ticks = 0
+    const source = new EventSource("/clock")
+    source.onmessage = () => {
+        window.ticks += 1
+        const entries = performance.getEntriesByType("navigation")
+        window.protocol = entries[0].nextHopProtocol
+    }
+}"""
+SAY = """url => new Promise((resolve, reject) => {
+    const socket = new WebSocket(url + "/room")
+    socket.onopen = () => socket.send("hello")
+    socket.onmessage = event => resolve(event.data)
+    socket.onerror = () => reject("refused")
+})"""
+
+
+def connections_to(port):
+    """How many connections there are to this port of this machine."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    fields = (line.split() for line in lines)
+    return sum(f[1].endswith(f":{port:04X}") and f[3] == "01" for f in fields)
+
+
+async def test_a_quiet_room_over_wss_is_kept_alive(serve, certificate):
+    """Pings and heartbeats go out though nobody speaks, and who answers them stays."""
+    limits = {"PING_EVERY": 1, "HEARTBEAT_EVERY": 1}
+    server = serve(*certificate, program=program(**limits))
+    async with raw_member(server.ws.replace("wss", "https")) as member:
+        member.patience = 60
+        for _ in range(3):
+            opcode, payload = await read_frame(member)
+            assert opcode == PING
+            await member.send(frame(PONG, payload))
+        assert (await health(server))["members"] == 1
+
+
+async def test_the_thousand_and_first_request_ends_no_stream(secure):
+    async with unharmed(secure), http2(secure.http) as client:
+        clock = await client.ask("/clock")
+        await client.body_has(clock, b"data:")
+        for _ in range(11):
+            asked = [await client.ask("/time") for _ in range(99)]
+            for number in asked:
+                assert (await client.whole(number))[0] == 200
+        await lives(client, clock)
+
+
+async def lives(client, number):
+    """This stream goes on."""
+    so_far = len(client.bodies[number])
+    await client.until(lambda: len(client.bodies[number]) > so_far)
+    assert number not in client.ended | client.resets.keys()
+
+
+# ---------------------------------------------------------------- broken requests
+
+
+def request_head(client, path=b"/time", method=b"GET", scheme=b"https"):
+    """A HEADERS frame with whatever bytes in it, as no library would send them."""
+    fields = [(b":method", method), (b":scheme", scheme), (b":path", path)]
+    fields += [(b":authority", client.host.encode())]
+    number = client.conn.get_next_available_stream_id()
+    client.conn.send_headers(number, [f for f in fields if f[1]], end_stream=True)
+    return number
+
+
+ODD_REQUESTS = {
+    "connect": {"method": b"CONNECT", "path": b"", "scheme": b""},
+    "connect with a scheme": {"method": b"CONNECT", "path": b""},
+    "connect for a websocket": {"method": b"CONNECT"},
+    "a path beyond ascii": {"path": "/caf\xe9".encode()},
+    "a path of bytes": {"path": b"/\xff\xfe"},
+    "a method beyond ascii": {"method": b"G\xe9T"},
+    "an odd method": {"method": b"BREW"},
+    "no slash": {"path": b"time"},
+    "a star": {"path": b"*"},
+    "an absolute path": {"path": b"https://evil.example/"},
+    "a way out": {"path": b"/../../../etc/passwd"},
+    "a way out, encoded": {"path": b"/%2e%2e/%2e%2e/etc/passwd"},
+    "a long path": {"path": b"/" + b"x" * 10_000},
+}
+
+
+async def test_a_request_that_is_none_ends_alone(secure):
+    """It is refused or reset; the streams beside it, and the connection, go on.
+
+    (What the HTTP/2 library takes for an attack ends with its goodbye.)
+    """
+    async with unharmed(secure):
+        for name, odd in ODD_REQUESTS.items():
+            async with http2(secure.http) as client:
+                number = request_head(client, **odd)
+                await client.flush()
+                await over(client, number)
+                if not client.closed:
+                    assert (await client.whole(await client.ask("/time")))[0] == 200
+                assert not client.closed or client.goaway == 1, name
+                if number in client.heads:
+                    assert client.heads[number][":status"][0] == "4", name
+
+
+async def over(client, number):
+    with trio.fail_after(PATIENCE):
+        while not client.closed and number not in client.ended | client.resets.keys():  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+async def test_a_body_that_comes_after_its_answer_ends_nothing(secure):
+    """An upload of 3 MiB gets its 413, and goes on for a while, as browsers do."""
+    async with unharmed(secure), http2(secure.http) as client:
+        clock = await client.ask("/clock")
+        await client.body_has(clock, b"data:")
+        for _ in range(3):
+            number = await client.ask(OPENAI, "POST", end=False)
+            await upload(client, number, 3 << 20)
+            assert await client.status(number) == 413
+        await lives(client, clock)
+        assert (await client.whole(await client.ask("/time")))[0] == 200
+
+
+async def upload(client, number, size):
+    """Send so much, whatever the server has answered meanwhile."""
+    sent = 0
+    while sent < size and number not in client.resets:
+        room = client.conn.local_flow_control_window(number)
+        if not room:
+            with trio.move_on_after(1) as waited:
+                await client.until(
+                    lambda: (
+                        number in client.resets
+                        or client.conn.local_flow_control_window(number)
+                    )
+                )
+            if waited.cancelled_caught:
+                return
+            continue
+        piece = min(room, 16384, size - sent)
+        client.conn.send_data(number, bytes(piece), end_stream=sent + piece == size)
+        sent += piece
+        await client.flush()
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/time", CHAT, "/clock"])
+async def test_a_body_in_many_pieces_blocks_no_other_stream(secure, path):
+    async with http2(secure.http) as client:
+        number = client.conn.get_next_available_stream_id()
+        request = [(":method", "POST"), (":scheme", "https"), (":path", path)]
+        client.conn.send_headers(number, [*request, (":authority", client.host)])
+        for _ in range(60):
+            client.conn.send_data(number, b"x" * 100)
+        await client.flush()
+        assert (await client.whole(await client.ask("/time")))[0] == 200
+        client.conn.end_stream(number)
+        await client.flush()
+        assert await client.status(number) in (400, 404, 405)
+    assert_no_fault(secure.stderr_text())
+
+
+# ---------------------------------------------------------------- broken frames
+
+
+def serialized(frame_type, stream_id, **fields):
+    made = frame_type(stream_id)
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made.serialize()
+
+
+def headers_frame(number, block, *flags):
+    return serialized(frames.HeadersFrame, number, data=block, flags={*flags})
+
+
+BAD_FRAMES = {
+    "noise": bytes(range(256)),
+    "http/1.1": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "data on an idle stream": serialized(frames.DataFrame, 999, data=b"x"),
+    "data on stream 0": b"\x00\x00\x01\x00\x00\x00\x00\x00\x00x",
+    "a frame too large": b"\xff\xff\xff\x00\x00\x00\x00\x00\x01",
+    "an even stream": headers_frame(2, b"\x82", "END_HEADERS", "END_STREAM"),
+    "a bad header block": headers_frame(999, b"\xff" * 50, "END_HEADERS", "END_STREAM"),
+    "an endless head": headers_frame(999, b"\x00" * 99)
+    + serialized(frames.ContinuationFrame, 999, data=b"\x00" * 9000) * 100,
+    "a bomb of headers": headers_frame(
+        999, b"\x40\x01a\x7f\x80\x1e" + b"b" * 3967 + b"\xbe" * 9000, "END_HEADERS"
+    ),
+    "a window of nothing": serialized(
+        frames.WindowUpdateFrame, 0, window_increment=1
+    ).replace(b"\x00\x00\x00\x01", b"\x00\x00\x00\x00"),
+    "a window too wide": serialized(
+        frames.WindowUpdateFrame, 0, window_increment=0x7FFFFFFF
+    ),
+    "a ping of 7 bytes": b"\x00\x00\x07\x06\x00\x00\x00\x00\x001234567",
+    "a push": serialized(
+        frames.PushPromiseFrame, 999, promised_stream_id=2, flags={"END_HEADERS"}
+    ),
+    "a bad setting": serialized(frames.SettingsFrame, 0, settings={4: 0xFFFFFFFF}),
+    "a goodbye": serialized(frames.GoAwayFrame, 0, last_stream_id=0, error_code=0),
+    "an unknown type": b"\x00\x00\x02\xfa\x00\x00\x00\x00\x01hi",
+}
+
+
+async def test_broken_frames_end_their_connection_only(secure):
+    async with unharmed(secure):
+        for data in BAD_FRAMES.values():
+            async with http2(secure.http) as client:
+                await client.ask("/clock")
+                try:
+                    await client.raw(data)
+                    with trio.move_on_after(0.1):
+                        await client.until(lambda: False)
+                except (AssertionError, *BROKEN):
+                    pass  # it has hung up, as it should
+
+
+async def test_a_thousand_priorities_do_no_harm(secure):
+    """Of streams that never come; the standard has given them up since (RFC 9113)."""
+    async with unharmed(secure), http2(secure.http) as client:
+        clock = await client.ask("/clock")
+        await client.body_has(clock, b"data:")
+        for n in range(2000):
+            await client.raw(
+                serialized(frames.PriorityFrame, 2 * n + 1001, depends_on=n and 1001)
+            )
+        await lives(client, clock)
+        assert (await client.whole(await client.ask("/time")))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        serialized(frames.PingFrame, 0, opaque_data=b"12345678"),
+        serialized(frames.SettingsFrame, 0, settings={4: 65535}),
+        serialized(frames.WindowUpdateFrame, 0, window_increment=1),
+        serialized(frames.RstStreamFrame, 1, error_code=8),
+    ],
+    ids=["pings", "settings", "windows", "resets"],
+)
+async def test_a_flood_of_small_frames_delays_nobody(secure, flood):
+    async with unharmed(secure), http2(secure.http) as client:
+        number = await client.ask("/time")
+        await client.whole(number)
+        try:
+            for _ in range(50):
+                await client.raw(flood * 100)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # or it hangs up
+
+
+async def test_requests_that_are_reset_at_once_leave_nothing(secure):
+    """The rapid reset: each costs the client a few bytes, and the server a task."""
+    async with unharmed(secure):
+        before = resident(secure.process.pid)
+        async with http2(secure.http) as client:
+            for _ in range(500 if FULL else 20):
+                for path in (b"/clock", b"/", b"/answers/x", b"/v1/models") * 5:
+                    number = request_head(client, path=path)
+                    client.conn.reset_stream(number)
+                await client.flush()
+            await until_readers(secure, 1)
+            assert (await client.whole(await client.ask("/time"), 60))[0] == 200
+        assert resident(secure.process.pid) - before < 20 << 20
+
+
+async def until_readers(server, count, seconds=20):
+    with trio.fail_after(seconds):
+        while (await health(server))["readers"] != count:  # noqa: ASYNC110
+            await trio.sleep(0.1)
+
+
+async def test_answers_that_are_reset_are_stopped(serve, certificate, upstream):
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve(*certificate, "--linger", "0.2", env=env)
+    prompt = upstream.script(*sse(delta("Hel"), HOLD))
+    async with unharmed(server), http2(server.http) as client:
+        body = json.dumps(asking(prompt)).encode()
+        for _ in range(20):
+            number = await client.ask(CHAT, "POST", body)
+            client.conn.reset_stream(number)
+        await client.flush()
+        asked = upstream.asked(prompt)
+        await until(lambda: all(heard.closed_at for heard in asked))
+        with trio.fail_after(5):
+            while (await health(server))["answers"]:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+
+
+# -------------------------------------------------------------------- stuck readers
+
+
+async def test_streams_whose_window_stays_shut_are_dropped(impatient):
+    """Pages, not only event streams: nobody may hold a response for ever."""
+    async with unharmed(impatient), http2(impatient.http) as other:
+        clock = await other.ask("/clock")
+        async with http2(impatient.http, INITIAL_WINDOW_SIZE=0) as client:
+            asked = [await client.ask("/") for _ in range(50)]
+            gone = lambda: client.closed or client.resets.keys() >= {*asked}  # noqa: E731
+            with trio.fail_after(15 if FULL else 6):
+                while not gone():  # noqa: ASYNC110
+                    await trio.sleep(0.1)
+        await lives(other, clock)
+
+
+@pytest.mark.parametrize("scheme", ["https", "wss"])
+async def test_readers_over_tls_that_never_read_are_dropped(
+    serve, certificate, upstream, scheme
+):
+    env = {"OPENAI_BASE_URL": upstream.url}
+    flags = [*certificate, "--room-rate", "0"]
+    server = serve(*flags, program=program(**LIMITS), env=env)
+    async with unharmed(server), AsyncExitStack() as stack:
+        talker = await stack.enter_async_context(
+            raw_member(server.ws.replace("wss", "https"))
+        )
+        path, head, key = "/room", HANDSHAKE, "members"
+        if scheme == "https":
+            prompt = upstream.script(*sse(*[delta("x" * 100_000)] * 150, HOLD))
+            path, head, key = CHAT, {"Content-Type": "application/json"}, "readers"
+        for _ in range(10):
+            stuck = await stack.enter_async_context(narrow(server.http))
+            if scheme == "https":
+                body = json.dumps(asking(prompt)).encode()
+                length = {"Content-Length": str(len(body))}
+                await stuck.send(request_bytes("POST", path, head | length) + body)
+            else:
+                await stuck.send(request_bytes("GET", path, head))
+        await until_counted(server, key, lambda n: n >= 10)
+        heard = 0
+        with trio.fail_after(25 if FULL else 15):
+            while (await health(server))[key] > 1:
+                if scheme == "wss":
+                    for _ in range(50):
+                        await talker.send(frame(TEXT, b"x" * 4000))
+                    for _ in range(50):
+                        heard += (await read_frame(talker))[0] == TEXT
+                await trio.sleep(0.05)
+        assert scheme == "https" or heard
+
+
+def request_bytes(method, path, headers):
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "\r\n"]).encode()
+
+
+async def until_counted(server, key, good, seconds=15):
+    with trio.fail_after(seconds):
+        while not good((await health(server))[key]):  # noqa: ASYNC110
+            await trio.sleep(0.1)
+
+
+async def test_silent_and_slow_handshakes_are_closed_in_time(impatient):
+    """Half a TLS hello, or an HTTP/2 connection on which nobody asks anything."""
+    plain = impatient.http.replace("https", "http")
+    over = []
+
+    async def wait(data):
+        async with connect(plain) as connection:
+            await connection.send(data)
+            with pytest.raises(BROKEN):
+                await connection.receive()
+            over.append(data)
+
+    async with unharmed(impatient), trio.open_nursery() as nursery:
+        for data in (b"\x16\x03\x01\x02\x00\x01", b"\x16", b"\x16\x03\x01" * 9):
+            for _ in range(20):
+                nursery.start_soon(wait, data)
+        async with http2(impatient.http) as client:
+            with trio.fail_after(13 if FULL else 5):
+                while not client.closed:  # noqa: ASYNC110
+                    await trio.sleep(0.1)
+    assert len(over) == 60
+
+
+async def test_nothing_is_left_of_those_that_came_and_went(serve, certificate):
+    """Half handshakes, half requests, resets, in TLS and in HTTP/2."""
+    server = serve(*certificate, program=program(LINGER_CLOSE=0.5, HEAD_TIMEOUT=3))
+    pid, plain = server.process.pid, server.http.replace("https", "http")
+
+    async def visit(n):
+        if n % 3 == 0:
+            async with connect(plain) as connection:
+                await connection.send(b"\x16\x03\x01\x02\x00\x01"[: n % 7])
+        elif n % 3 == 1:
+            async with http2(server.http) as client:
+                await client.body_has(await client.ask("/clock"), b"retry")
+        else:
+            async with connect(server.http) as connection:
+                await (await connection.request("GET", "/clock")).piece()
+                reset(connection.transport.transport_stream)
+
+    async def crowd(count):
+        for start in range(0, count, 20):
+            async with trio.open_nursery() as nursery:
+                for n in range(start, start + 20):
+                    nursery.start_soon(visit, n)
+        await until_readers(server, 0)
+        await trio.sleep(1)
+
+    await crowd(60)
+    files, memory = descriptors(pid), resident(pid)
+    await crowd(2000 if FULL else 120)
+    await until(lambda: descriptors(pid) <= files)
+    assert resident(pid) - memory < 10 << 20
+    assert_no_fault(server.stderr_text())
+
+
+# ------------------------------------------------------------------------------- stop
+
+
+async def test_a_stop_tells_everybody_over_tls_too(serve, certificate, upstream):
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve(*certificate, "--grace", "1", env=env)
+    prompt = upstream.script(*sse(delta("Hel"), HOLD))
+    async with (
+        http2(server.http) as client,
+        http2(server.http, INITIAL_WINDOW_SIZE=0) as stuck,
+        raw_member(server.ws.replace("wss", "https")) as member,
+    ):
+        clocks = [await client.ask("/clock") for _ in range(20)]
+        answered = await client.ask(CHAT, "POST", json.dumps(asking(prompt)).encode())
+        for _ in range(10):
+            await stuck.ask("/")
+        await client.body_has(answered, b"Hel")
+        for clock in clocks:
+            await client.body_has(clock, b"data:")
+        began = time.monotonic()
+        server.signal()
+        for clock in clocks:
+            await client.whole(clock)
+            assert b"\nretry: " in client.bodies[clock]
+        _, body = await client.whole(answered)
+        assert b"server_stopping" in body
+        assert b"[DONE]" not in body
+        assert await close_code(member) == 1001
+        assert await server.exit_code(began + 1 + 3 - time.monotonic()) == 0
+    assert_no_fault(server.log())

@@ -1,0 +1,30 @@
+"""The source of the Python peers: one timer, and a queue for each reader.
+
+In the same process, which spares them the upstream that chatstream reads from.
+"""
+
+import asyncio
+import time
+
+readers: set[asyncio.Queue] = set()
+
+
+async def tick(rate):
+    """Keep to the clock: an event that is late is sent late, none is left out."""
+    due = time.monotonic()
+    while rate:
+        due += 1 / rate
+        await asyncio.sleep(max(0, due - time.monotonic()))
+        data = f'{{"content": "@{time.monotonic_ns():018d} "}}'
+        for queue in readers:
+            queue.put_nowait(data)
+
+
+async def follow():
+    queue = asyncio.Queue()
+    readers.add(queue)
+    try:
+        while True:
+            yield await queue.get()
+    finally:
+        readers.discard(queue)

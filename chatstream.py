@@ -32,6 +32,7 @@ Run `python chatstream.py`, then open http://localhost:4001/.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import fcntl
@@ -341,7 +342,10 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def frame_ws(payload: bytes, opcode: int = 0x1) -> bytes:
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+
+
+def frame_ws(payload: bytes, opcode: int = TEXT) -> bytes:
     """One unmasked, unfragmented frame (RFC 6455, section 5.2), text by default."""
     size = len(payload)
     if size < 126:
@@ -353,7 +357,9 @@ def frame_ws(payload: bytes, opcode: int = 0x1) -> bytes:
 
 def frame_close(code: int, reason: str = "") -> bytes:
     """A close frame (RFC 6455, section 5.5.1); the reason has at most 123 bytes."""
-    return frame_ws(struct.pack("!H", code) + reason.encode()[:123], 0x8)
+    if code == 1005:  # stands for: no code
+        return frame_ws(b"", CLOSE)
+    return frame_ws(struct.pack("!H", code) + reason.encode()[:123], CLOSE)
 
 
 def frame_ws_json(name: str, event: Event) -> bytes:
@@ -488,6 +494,122 @@ class SSEParser:
         return event
 
 
+class Closing(Exception):
+    """The connection must end, with this code (RFC 6455, section 7.4.1)."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+
+class FrameParser:
+    """Reads a client's WebSocket frames (RFC 6455, section 5), however they were split.
+
+    What comes next is pulled, not pushed: who is called away between two messages
+    finds the second one still here. Raises Closing: 1002 for what is no frame, 1007 for
+    text that is not UTF-8, 1009 for a message of more than MESSAGE_BYTES.
+    """
+
+    __slots__ = ("_buffer", "_decoder", "_opcode", "_parts", "_size")
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._opcode = CONTINUATION  # of the message whose fragments are coming, if any
+        self._size = 0  # of these so far
+        self._parts: list[str] = []
+        self._decoder: codecs.IncrementalDecoder | None = None
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def next(self) -> tuple[int, str | bytes] | None:
+        """A whole message, text as str, or a control frame. None: feed me more."""
+        while frame := self._next_frame():
+            final, opcode, payload = frame
+            if opcode >= CLOSE:
+                return opcode, payload
+            self._opcode = opcode or self._opcode
+            if self._opcode == TEXT:
+                self._parts.append(self._decode(payload, final))
+            self._size += len(payload)
+            if final:
+                text, opcode = "".join(self._parts), self._opcode
+                self._opcode, self._size, self._parts = CONTINUATION, 0, []
+                return opcode, text if opcode == TEXT else b""  # which nobody wants
+        return None
+
+    def _next_frame(self) -> tuple[bool, int, bytes] | None:
+        buffer = self._buffer
+        if len(buffer) < 2:
+            return None
+        self._check_head(buffer[0], buffer[1])
+        final, opcode, size = buffer[0] >= 0x80, buffer[0] & 0xF, buffer[1] & 0x7F
+        start = {126: 4, 127: 10}.get(size, 2)
+        if len(buffer) < start:
+            return None
+        if start > 2:
+            size = int.from_bytes(buffer[2:start])
+            if size >> 63 or size < (126 if start == 4 else 1 << 16):
+                raise Closing(1002, "this length could be written shorter")
+        if opcode < CLOSE and self._size + size > MESSAGE_BYTES:
+            raise Closing(1009, f"at most {MESSAGE_CHARACTERS} characters, please")
+        end = start + 4 + size
+        if len(buffer) < end:
+            return None
+        payload = unmask(buffer[start + 4 : end], buffer[start : start + 4])
+        del buffer[:end]
+        return final, opcode, payload
+
+    def _check_head(self, first: int, second: int) -> None:
+        opcode = first & 0xF
+        if first & 0x70 or opcode not in (0x0, 0x1, 0x2, 0x8, 0x9, 0xA):
+            raise Closing(1002, "reserved bits and opcodes mean nothing here")
+        if second < 0x80:
+            raise Closing(1002, "a client must mask its frames")
+        if opcode >= CLOSE:
+            if first < 0x80 or second & 0x7F > 125:
+                raise Closing(1002, "a control frame is short, and in one piece")
+        elif (opcode == CONTINUATION) != (self._opcode != CONTINUATION):
+            raise Closing(1002, "a message begins once, then it continues")
+
+    def _decode(self, payload: bytes, final: bool) -> str:
+        """Text may be cut inside of a character; nonsense is found in its fragment."""
+        try:
+            if final and not self._decoder:
+                return payload.decode()
+            self._decoder = self._decoder or UTF8()
+            text = self._decoder.decode(payload, final)
+        except UnicodeDecodeError:
+            raise Closing(1007, "text must be UTF-8") from None
+        if final:
+            self._decoder = None
+        return text
+
+
+UTF8 = codecs.getincrementaldecoder("utf-8")
+
+
+def unmask(data: bytes | bytearray, key: bytes | bytearray) -> bytes:
+    """XOR with the key, again and again (RFC 6455, section 5.3), as one number."""
+    mask = (key * (len(data) // 4 + 1))[: len(data)]
+    return (int.from_bytes(data) ^ int.from_bytes(mask)).to_bytes(len(data))
+
+
+def parse_close(payload: bytes) -> tuple[int, str]:
+    """Code and reason of a close frame (RFC 6455, section 7.4). Raises Closing."""
+    if not payload:
+        return 1005, ""
+    code = int.from_bytes(payload[:2])
+    known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)
+    if len(payload) == 1 or not (known or 3000 <= code < 5000):
+        raise Closing(1002, "this is no close code")
+    try:
+        return code, payload[2:].decode()
+    except UnicodeDecodeError:
+        raise Closing(1007, "a reason must be UTF-8") from None
+
+
 # ─── Delivery ────────────────────────────────────────────────────────────────────────
 # The usual design wakes a task for each reader of each event. Here one task, the pump,
 # makes one plain pass over the readers of every log that has news, and writes without
@@ -524,6 +646,7 @@ class Wire(trio.abc.HalfCloseableStream):
         self.unread = b""
         self.sent = 0
         self.stuck = False
+        self.ended = False  # the peer has said all that it will
         self.listening_since = inf
         self._lock = trio.Lock()
 
@@ -606,9 +729,29 @@ class Wire(trio.abc.HalfCloseableStream):
             data, self.unread = self.unread, b""
             return data
         self.listening_since = trio.current_time()
-        data = bytes(await self.stream.receive_some(max_bytes))
+        data = await self._receive(max_bytes or 64 * KiB)
         self.listening_since = inf
+        self.ended = not data
         return data
+
+    def receive_now(self) -> bytes:
+        """What is there already, and b"" if nothing is. Never waits."""
+        try:
+            return os.read(self.fd, 64 * KiB) if self.tcp else b""
+        except OSError:  # nothing, or broken: receive_some() will see which
+            return b""
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        """As SocketStream does, with 1 KB less of it in memory while nothing comes."""
+        while self.tcp:
+            await trio.lowlevel.wait_readable(self.fd)
+            try:
+                return os.read(self.fd, max_bytes)
+            except BlockingIOError:
+                continue  # it was a false alarm
+            except OSError as error:
+                raise trio.BrokenResourceError(str(error)) from error
+        return bytes(await self.stream.receive_some(max_bytes))
 
     async def send_eof(self) -> None:
         if isinstance(self.stream, trio.SocketStream):
@@ -623,6 +766,8 @@ class Wire(trio.abc.HalfCloseableStream):
 
         Closing a socket with unread input resets it, and destroys what is under way.
         """
+        if self.ended:  # there is no input: what we have sent will arrive
+            return
         with trio.move_on_after(LINGER_CLOSE):
             if isinstance(self.stream, trio.SSLStream):
                 with contextlib.suppress(trio.BrokenResourceError):  # no goodbye back
@@ -803,6 +948,7 @@ QUIET_ENDS = (
     trio.ClosedResourceError,
     trio.TooSlowError,
     h11.RemoteProtocolError,
+    trio_websocket.ConnectionClosed,
     ssl.SSLError,
     OSError,
 )
@@ -851,6 +997,10 @@ class Http1:
 
     async def serve(self, app: App) -> Upgrade | None:
         """Request after request, until either side wants no more, or a WebSocket."""
+        if (
+            early := self.stream.receive_now()
+        ):  # a head mostly comes with its connection
+            self.feed(early)
         try:
             while request := await self.next_request():
                 if isinstance(request, Upgrade):
@@ -869,23 +1019,30 @@ class Http1:
             await self.stream.linger()
         return None
 
+    def feed(self, data: bytes) -> None:
+        self.raw += data
+        self.conn.receive_data(data)
+
     async def next_request(self) -> h11.Request | Upgrade | None:
         """The next request's head; None if the client leaves instead of asking."""
-        limit: float = HEAD_TIMEOUT if not self.visit.requests else IDLE_TIMEOUT
+        event: object = self.conn.next_event()
+        if event is h11.NEED_DATA:
+            event = await self.rest_of_head()
+        return self.accept(event) if isinstance(event, h11.Request) else None
+
+    async def rest_of_head(self) -> object:
+        limit: float = IDLE_TIMEOUT if self.visit.requests else HEAD_TIMEOUT
         with trio.move_on_after(limit) as scope:
             while (event := self.conn.next_event()) is h11.NEED_DATA:
                 data = await self.stream.receive_some(64 * KiB)
                 if self.visit.requests and not self.raw:
                     scope.deadline = trio.current_time() + HEAD_TIMEOUT
-                self.raw += data
-                self.conn.receive_data(data)
-        if scope.cancelled_caught:
-            if self.raw or not self.visit.requests:
-                raise Problem(408, "the request's head did not arrive in time")
-            return None
-        if not isinstance(event, h11.Request):
-            return None
-        return self.accept(event)
+                self.feed(data)
+        if not scope.cancelled_caught:
+            return event
+        if self.raw or not self.visit.requests:
+            raise Problem(408, "the request's head did not arrive in time")
+        return None
 
     def accept(self, request: h11.Request) -> h11.Request | Upgrade:
         self.raw = b""
@@ -948,10 +1105,8 @@ class Http1:
     async def send(self, message: Message) -> None:
         """The head waits for the first piece of the body: one write, one packet."""
         if message["type"] == "http.response.start":
-            headers = [*message["headers"], (b"date", http_date(int(time.time())))]
-            status = message["status"]
-            reason = http.client.responses.get(status, "").encode()
-            self.head = h11.Response(status_code=status, headers=headers, reason=reason)
+            status, headers = message["status"], tuple(message["headers"])
+            self.head = response_head(status, headers, int(time.time()))
             self.visit.asked += f" {status}"
             return
         data = b""
@@ -977,9 +1132,15 @@ class Http1:
         await self.stream.send_all(b"".join(part or b"" for part in parts))
 
 
-@functools.lru_cache(1)
-def http_date(second: int) -> bytes:
-    return formatdate(second, usegmt=True).encode()
+@functools.lru_cache(10)  # most are like the last one
+def response_head(
+    status: int, headers: tuple[tuple[bytes, bytes], ...], second: int
+) -> h11.Response:
+    return h11.Response(
+        status_code=status,
+        headers=[*headers, (b"date", formatdate(second, usegmt=True).encode())],
+        reason=http.client.responses.get(status, "").encode(),
+    )
 
 
 def problem_response(problem: Problem) -> tuple[list[tuple[bytes, bytes]], bytes]:
@@ -2074,7 +2235,10 @@ class Request:
         Raises Problem 413, 408.
         """
         length = self.headers.get("content-length", "")
-        announced = int(length) if re.fullmatch("[0-9]{1,15}", length) else 0
+        announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
+        if self.wire and not announced and "transfer-encoding" not in self.headers:
+            await self.receive()  # which says so without waiting (RFC 9112, 6.3)
+            return
         more = True
         with trio.move_on_after(BODY_TIMEOUT):
             while more:
@@ -2251,13 +2415,12 @@ def check_messages(body: Any) -> Message:
 
 
 # ─── Members: readers that also speak ────────────────────────────────────────────────
-# trio-websocket does the handshake, pings, and everything that comes in. What goes out
-# is ours: the pump writes frames on the same wire, whose lock keeps both in order.
+# trio-websocket shakes hands. The frames are ours in both directions: the pump writes
+# them, and the reader's one task listens (with the tasks and channels of trio-websocket
+# an idle member takes 24 KB of memory).
 
 SUBPROTOCOL = "chatstream.v1"
-PING = frame_ws(b"", 0x9)
-
-
+PING_FRAME = frame_ws(b"", PING)
 HANDSHAKE_HEADERS = (
     "host", "connection", "upgrade", "sec-websocket-version", "sec-websocket-key",
     "sec-websocket-protocol",
@@ -2297,74 +2460,66 @@ def clean_name(name: str) -> str:
     return name or f"guest-{random.randint(1000, 9999)}"
 
 
-class Closing(Exception):
-    """The connection must end, with this code (RFC 6455, section 7.4.1)."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(code, reason)
-        self.code = code
-        self.reason = reason
-
-
 class Lent(trio.abc.Stream):
-    """A wire as trio-websocket gets it: to read and to write, but not to hang up.
+    """A wire as trio-websocket gets it: to shake hands, not to read on or hang up."""
 
-    It answers a close frame at once, or sends one and closes, and what was said just
-    before would be lost. So the close frame is kept here, and goes out last.
-    """
-
-    def __init__(self, wire: Wire, trailing: bytes) -> None:
+    def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.trailing = trailing  # sent before the handshake was answered
-        self.accepted = trio.Event()
-        self.close_frame = b""
-        self.closed = False
-        self.chatter = 0  # bytes since the last message
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        if data[:1] == b"\x88":
-            self.close_frame = bytes(data)
-        elif data:
-            await self.wire.send_all(data)
+        await self.wire.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         await self.wire.flush()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if self.closed or self.close_frame:
-            raise trio.ClosedResourceError
         if self.wire.unread:
             return await self.wire.receive_some(max_bytes)
-        await self.accepted.wait()  # else frames that come early lie there, unread
-        data, self.trailing = self.trailing, b""
-        data = data or await self.wire.receive_some(max_bytes)
-        self.chatter += len(data)
-        if self.chatter > CHATTER_BYTES:
-            raise trio.BrokenResourceError("it chatters, and says nothing")
-        return data
+        return await trio.sleep_forever()
 
     async def aclose(self) -> None:
-        self.closed = True
+        pass
+
+
+async def shake_hands(wire: Wire, may_v1: bool) -> bool:
+    """Accept the WebSocket (RFC 6455, section 4.2.2). Does it speak our subprotocol?"""
+    async with trio.open_nursery() as nursery:
+        offer = await trio_websocket.wrap_server_stream(nursery, Lent(wire))
+        v1 = may_v1 and SUBPROTOCOL in offer.proposed_subprotocols
+        await offer.accept(subprotocol=SUBPROTOCOL if v1 else None)
+        nursery.cancel_scope.cancel()
+    return v1
 
 
 class Member(Reader):
     """A reader on a WebSocket; in the room it also speaks."""
 
-    __slots__ = ("code", "lent", "name", "pinged_at", "pings", "reason", "turn", "ws")
+    __slots__ = (
+        "chatter",
+        "code",
+        "frames",
+        "name",
+        "owed",
+        "pinged_at",
+        "pings",
+        "rate",
+        "reason",
+        "room",
+        "said",
+        "turn",
+        "wire",
+    )  # fmt: skip
 
     def __init__(
-        self,
-        ws: trio_websocket.WebSocketConnection,
-        lent: Lent,
-        log: EventLog,
-        framing: Framing,
-        start: int,
-        name: str,
+        self, wire: Wire, log: EventLog, framing: Framing, start: int, name: str
     ) -> None:
-        super().__init__(log, lent.wire, framing, start)
-        self.ws = ws
-        self.lent = lent
+        super().__init__(log, wire, framing, start)
+        self.wire = wire
         self.name = name
+        self.frames = FrameParser()
+        self.said: str | bytes | None = None  # the message that waits for its turn
+        self.owed = b""  # pongs and errors, to be sent before we listen on
+        self.chatter = 0  # bytes since the last message
         self.turn = 0.0
         self.pings = 0
         self.pinged_at = self.quiet_since
@@ -2379,34 +2534,63 @@ class Member(Reader):
         super().keep_alive(now)
         if now - self.pinged_at < PING_EVERY:
             return
-        if self.pings and self.lent.wire.listening_since <= self.pinged_at:
+        if self.pings and self.wire.listening_since <= self.pinged_at:
             self.drop("it answered no ping")
         elif not self.outlet.busy:
             self.pings, self.pinged_at = self.pings + 1, now
-            self.write_aside(PING)
+            self.write_aside(PING_FRAME)
 
-    async def stay(self, listen: Callable[[], Awaitable[None]]) -> None:
-        """Until it or we have had enough; then the close code is known."""
+    async def stay(self, room: Room | None, rate: float) -> str:
+        """Until it or we have had enough; the close frame goes out last.
+
+        What was said before it, by anyone, must not be lost. Returns how it ended.
+        """
         try:
-            await self.run(listen)
-            self.code, self.reason = 1001, "the server is stopping"
+            if await self.run(functools.partial(self.listen, room, rate)):
+                self.code, self.reason = 1001, "the server is stopping"
         except Closing as closing:
             self.code, self.reason = closing.code, closing.reason
-        except trio_websocket.ConnectionClosed as closed:
-            if closed.reason:
-                self.code, self.reason = closed.reason.code, closed.reason.reason or ""
+        return f"closed {self.code} {self.reason}".rstrip()
 
-    async def ignore(self) -> None:
-        while True:
-            await self.ws.get_message()
+    async def listen(self, room: Room | None, rate: float) -> None:
+        """Everything it says, into the room, until it leaves. Raises Closing.
 
-    async def hear(self, room: Room, rate: float) -> None:
-        """Everything it says, into the room."""
+        May be called away at every `await`, and again later: what is half done stands
+        in `said`, `owed` and `frames`.
+        """
         while True:
-            await self.throttle(rate)
-            said = await self.ws.get_message()
-            self.lent.chatter = 0
-            await self.tell(room, said)
+            if self.owed:
+                await self.pay()
+            elif self.said is not None:
+                await self.throttle(rate)
+                said, self.said = self.said, None
+                if room is not None:
+                    await self.tell(room, said)
+            elif frame := self.frames.next():
+                self.take(*frame)
+            elif data := await self.wire.receive_some():
+                self.frames.feed(data)
+                self.chatter += len(data)
+                if self.chatter > CHATTER_BYTES:
+                    raise trio.BrokenResourceError("it chatters, and says nothing")
+            else:
+                return
+
+    def take(self, opcode: int, payload: str | bytes) -> None:
+        if opcode == PING:
+            self.owed += frame_ws(cast(bytes, payload), PONG)
+        elif opcode == CLOSE:
+            raise Closing(*parse_close(cast(bytes, payload)))
+        elif opcode != PONG:
+            self.said, self.chatter = payload, 0
+
+    async def pay(self) -> None:
+        if self.outlet.busy:
+            await self.outlet.flush()
+        owed, self.owed = self.owed, b""
+        self.outlet.write_now(owed)
+        if self.outlet.busy:
+            await self.outlet.flush()
 
     async def tell(self, room: Room, said: str | bytes) -> None:
         """One message. Raises Closing if the connection must end because of it."""
@@ -2415,7 +2599,7 @@ class Member(Reader):
         except Problem as problem:
             told = to_json({"type": "error", "error": problem.error})
             v1 = self.framing is WS_JSON
-            await self.ws.send_message(told if v1 else f"error: {problem}")
+            self.owed += frame_ws((told if v1 else f"error: {problem}").encode())
 
     def text_of(self, said: str | bytes) -> str:
         text: Any = said
@@ -2433,24 +2617,23 @@ class Member(Reader):
         return text
 
     async def throttle(self, rate: float) -> None:
-        """Read on no faster than `rate` messages a second, after a second's worth.
+        """Go on no faster than `rate` messages a second, after a second's worth.
 
         Who talks faster fills the socket's buffers, and TCP makes it wait.
         """
-        if rate:
-            await trio.sleep_until(self.turn - 1)
-            self.turn = max(self.turn, trio.current_time()) + 1 / rate
+        if not rate:
+            return await trio.lowlevel.checkpoint()  # let the pump have its turn
+        await trio.sleep_until(self.turn - 1)
+        self.turn = max(self.turn, trio.current_time()) + 1 / rate
 
-    async def goodbye(self) -> str:
-        """What was said last, then the close frame; returns how it ended."""
-        frame = self.lent.close_frame
-        if not frame and self.code != 1006:  # 1006: there is nobody to tell
-            frame = frame_close(self.code, self.reason)
+    async def goodbye(self) -> None:
+        """What was said last, then the close frame."""
+        if self.code == 1006:
+            return  # there is nobody to tell
         with trio.move_on_after(LINGER_CLOSE):
-            await self.lent.wire.flush()
+            await self.wire.flush()
             self.catch_up(trio.current_time())
-            await self.lent.wire.send_all(frame)
-        return f"closed {self.code} {self.reason}".rstrip()
+            await self.wire.send_all(frame_close(self.code, self.reason))
 
 
 # ─── The service: logs, readers, and who may be one ──────────────────────────────────
@@ -2765,37 +2948,26 @@ class Service:
         return path == b"/clock", parse_query(query)
 
     async def session(
-        self, lent: Lent, is_clock: bool, query: Mapping[str, str]
+        self, wire: Wire, early: bytes, is_clock: bool, query: Mapping[str, str]
     ) -> str:
-        """From the handshake to the close frame, which goes out last."""
-        async with trio.open_nursery() as nursery:
-            with trio.fail_after(HEAD_TIMEOUT):
-                offer = await trio_websocket.wrap_server_stream(
-                    nursery, lent, max_message_size=MESSAGE_BYTES
-                )
-                v1 = SUBPROTOCOL in offer.proposed_subprotocols and not is_clock
-                ws = await offer.accept(subprotocol=SUBPROTOCOL if v1 else None)
-                lent.accepted.set()
-            member = self.member(lent, ws, is_clock, v1, query)
-            if is_clock:
-                await member.stay(member.ignore)
-            else:
-                rate = self.settings.room_rate
-                await self.room.enter(member.name, 1)
-                try:
-                    await member.stay(functools.partial(member.hear, self.room, rate))
-                finally:
-                    await self.room.enter(member.name, -1)
-            nursery.cancel_scope.cancel()
-        return await member.goodbye()
+        """From the handshake to the close frame; returns how it ended."""
+        with trio.fail_after(HEAD_TIMEOUT):
+            v1 = await shake_hands(wire, not is_clock)
+        member = self.member(wire, is_clock, v1, query)
+        member.frames.feed(early)
+        if is_clock:
+            ended = await member.stay(None, self.settings.room_rate)
+        else:
+            await self.room.enter(member.name, 1)
+            try:
+                ended = await member.stay(self.room, self.settings.room_rate)
+            finally:
+                await self.room.enter(member.name, -1)
+        await member.goodbye()
+        return ended
 
     def member(
-        self,
-        lent: Lent,
-        ws: trio_websocket.WebSocketConnection,
-        is_clock: bool,
-        v1: bool,
-        query: Mapping[str, str],
+        self, wire: Wire, is_clock: bool, v1: bool, query: Mapping[str, str]
     ) -> Member:
         """Where this one starts to read, and how the events look to it."""
         name = clean_name(query.get("name", ""))
@@ -2803,23 +2975,36 @@ class Service:
         if is_clock:
             place = self.clock.place_after(after)
             start = self.clock.end if place is None else place
-            return Member(ws, lent, self.clock, WS_CLOCK, start, name)
+            return Member(wire, self.clock, WS_CLOCK, start, name)
         if v1:
             place = self.room.place_after(after)
             start = self.room.history() if place is None else place
-            return Member(ws, lent, self.room, WS_JSON, start, name)
-        return Member(ws, lent, self.room, self.plain, self.room.end, name)
+            return Member(wire, self.room, WS_JSON, start, name)
+        return Member(wire, self.room, self.plain, self.room.end, name)
 
     # ── connections ──
 
-    async def connection(self, stream: trio.SocketStream) -> None:
+    async def accept(
+        self, listener: trio.socket.SocketType, connections: trio.Nursery
+    ) -> NoReturn:
+        """One task for each client, from now on until it leaves."""
+        told = -inf
+        while True:
+            try:
+                client, address = await listener.accept()
+            except OSError as error:  # of a client that has gone, or no file is left
+                if (now := trio.current_time()) > told + 10:
+                    logger.error("new connections wait: %s (see ulimit -n)", error)
+                    told = now
+                await trio.sleep(0.1)
+            else:
+                connections.start_soon(self.connection, client, peer_name(address))
+
+    async def connection(self, client: trio.socket.SocketType, peer: str) -> None:
         """One client: whatever goes wrong inside ends here, as one line in the log."""
-        wire = Wire(stream)
-        visit = Visit(peer_name(stream))
+        wire = Wire(trio.SocketStream(client))
+        visit = Visit(peer)
         self.wires[wire] = None
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # else TCP takes a quarter of an hour
-            limit = VANISHED_TIMEOUT * 1000
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
         try:
             await self.converse(wire, visit)
         except* QUIET_ENDS as group:
@@ -2833,7 +3018,7 @@ class Service:
             del self.wires[wire]
             self.metrics.count("sent_bytes_total", wire.sent)
             wire.fd = -1  # the number may be another connection's at once
-            stream.socket.close()
+            client.close()
             if logger.isEnabledFor(logging.INFO):
                 logger.info(visit.line(wire.sent))
 
@@ -2857,14 +3042,14 @@ class Service:
         visit.asked = f"WebSocket {visit.asked.partition(' ')[2]}"
         try:
             is_clock, query = self.admit(wire, upgrade)
-            lent = Lent(wire, upgrade.trailing)
         except Problem as problem:
             await http1.refuse(problem)
             return await wire.linger()
+        early = upgrade.trailing
         del http1, upgrade  # 4 KB that a member needs no more
         self.active += 1
         try:
-            visit.ended = await self.session(lent, is_clock, query)
+            visit.ended = await self.session(wire, early, is_clock, query)
         finally:
             await wire.linger()
             self.active -= 1
@@ -2873,7 +3058,7 @@ class Service:
 
     async def serve(
         self,
-        listeners: list[trio.SocketListener],
+        listeners: list[trio.socket.SocketType],
         stop: trio.Event,
         ready: Callable[[], object],
     ) -> None:
@@ -2883,15 +3068,13 @@ class Service:
             if self.shared:
                 await writers.start(self.shared.run)
             async with trio.open_nursery() as accepting:
-                accepting.start_soon(
-                    functools.partial(
-                        trio.serve_listeners, self.connection, listeners,
-                        handler_nursery=connections,
-                    )
-                )  # fmt: skip
+                for listener in listeners:
+                    accepting.start_soon(self.accept, listener, connections)
                 ready()
                 await stop.wait()
                 accepting.cancel_scope.cancel()
+            for listener in listeners:
+                listener.close()
             await self.end()
             connections.cancel_scope.cancel()
             writers.cancel_scope.cancel()
@@ -2918,11 +3101,8 @@ class Service:
                 await trio.sleep(0.02)
 
 
-def peer_name(stream: trio.SocketStream) -> str:
-    try:
-        host, port, *_ = stream.socket.getpeername()
-    except OSError:
-        return "somebody"  # gone before we looked
+def peer_name(address: Any) -> str:
+    host, port, *_ = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -3105,7 +3285,7 @@ class Shared:
         args: list[str | int | float] = [origin, self.me, room.here, ROOM_EVENTS]
         args += [type, data, name, now_ms(), late]
         try:
-            with trio.fail_after(REDIS_TIMEOUT):
+            with trio.fail_after(REDIS_TIMEOUT, shield=True):  # said is said
                 await self.say_script(keys("room", "room:origin", "presence"), args)
         except self.trouble:
             away = "the room cannot store messages at the moment: say it again later"
@@ -3371,13 +3551,6 @@ def keys(*names: str) -> list[str]:
 # first client is served, and told in one line.
 
 
-def now_and_then(record: logging.LogRecord) -> bool:
-    """Trio tells that no file is left ten times a second, each with a traceback."""
-    record.msg = "no file is left for new connections: they wait (see ulimit -n)"
-    record.args, record.exc_info = (), None
-    return time.monotonic() % 10 < 0.1
-
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -3498,9 +3671,13 @@ def listen(host: str, number: int) -> socket.socket:
     """A listening TCP socket. Raises Usage."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server(
+        listener = socket.create_server(
             (host.strip("[]"), number), family=family, backlog=4096
         )
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # else TCP takes a quarter of an hour
+            limit = VANISHED_TIMEOUT * 1000  # each connection inherits it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
+        return listener
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise Usage(f"cannot listen on {host}:{number}: {reason}") from None
@@ -3540,9 +3717,7 @@ async def run(
     service = Service(settings, set(ports), tls)
     if settings.redis:
         service.shared = Shared(service, settings.redis)
-    listeners = [
-        trio.SocketListener(trio.socket.from_stdlib_socket(s)) for s in sockets
-    ]
+    listeners = [trio.socket.from_stdlib_socket(s) for s in sockets]
     with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         async with trio.open_nursery() as nursery:
@@ -3671,7 +3846,6 @@ def main(argv: list[str] | None = None) -> int:
             format="%(asctime)s %(levelname)s %(message)s",
         )  # fmt: skip
         logging.getLogger("trio-websocket").setLevel(logging.WARNING)
-        logging.getLogger("trio.serve_listeners").addFilter(now_and_then)
         for noisy in ("httpx2", "httpcore2", "hpack", "coredis"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         raise_file_limit()

@@ -11,9 +11,18 @@ from hostile import FULL, assert_no_fault, drain, raw_connection, unharmed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit import CHAT, CLOSE, OPENAI, ROOM_PROTOCOL, TEXT, frame, raw_member, read_frame
+from wsproto.frame_protocol import FrameProtocol, ParseFailed
 
 import chatstream
-from chatstream import ChunkDecoder, Problem, SSEParser
+from chatstream import (
+    ChunkDecoder,
+    Closing,
+    FrameParser,
+    Problem,
+    SSEParser,
+    parse_close,
+    unmask,
+)
 
 
 def fuzz(examples):
@@ -101,6 +110,76 @@ def test_chunks_carry_what_was_put_in(payloads, cuts):
 def test_chunks_that_are_none_are_a_value_error(pieces):
     with suppress(ValueError):  # the one that its caller awaits
         decoded(pieces)
+
+
+@st.composite
+def client_frames(draw):
+    """A frame, mostly a good one; its length is true, so that it is whole."""
+    few = st.integers(0, 40).map(lambda n: n == 0)
+    opcode = draw(st.sampled_from([0, 1, 2, 8, 9, 10] * 4 + [3, 15]))
+    text = st.text(max_size=8).map(str.encode)
+    code = st.sampled_from([0, 999, 1000, 1004, 1005, 1013, 1015, 2999, 3000, 5000])
+    reason = st.builds(lambda n, t: n.to_bytes(2) + t, code, text | st.binary())
+    long = st.sampled_from([b"x" * n for n in (125, 126, 40_000)])
+    payload = draw(reason if opcode == 8 else text | st.binary(max_size=5) | long)
+    final = not draw(few) if opcode >= 8 else draw(st.booleans())
+    head = final << 7 | (0x40 if draw(few) else 0) | opcode
+    if draw(few):
+        return bytes([head, len(payload) % 126]) + payload  # not masked
+    key = draw(st.binary(min_size=4, max_size=4))
+    length = frame(0, payload)[1 : -4 - len(payload)]
+    return bytes([head]) + length + key + unmask(payload, key)
+
+
+def heard_by_wsproto(data):
+    """What its parser makes of these bytes, and with which code it gives up."""
+    protocol, heard, parts = FrameProtocol(client=False, extensions=[]), [], []
+    protocol.receive_bytes(data)
+    try:
+        for part in protocol.received_frames():
+            if part.opcode.iscontrol():
+                heard.append((int(part.opcode), part.payload))
+                continue
+            parts.append(part.payload)
+            if part.message_finished:
+                heard.append(
+                    (int(part.opcode), "".join(parts) if part.opcode == 1 else b"")
+                )
+                parts = []
+    except ParseFailed as failure:
+        return heard, int(failure.code)
+    return heard, None
+
+
+def heard_by_us(pieces):
+    parser, heard = FrameParser(), []
+    try:
+        for piece in pieces:
+            parser.feed(piece)
+            while said := parser.next():
+                opcode, payload = said
+                if opcode == 8:  # after which nothing counts
+                    return [*heard, (opcode, parse_close(payload))], None
+                heard.append(said)
+    except Closing as closing:
+        return heard, closing.code
+    return heard, None
+
+
+@fuzz(500)
+@given(st.lists(client_frames(), max_size=8).map(b"".join), CUTS)
+def test_frames_are_read_as_wsproto_reads_them(data, cuts):
+    ours, theirs = heard_by_us(cut(data, cuts)), heard_by_wsproto(data)
+    if ours[1] == 1009:  # our limit; wsproto itself has none
+        assert ours[0] == theirs[0][: len(ours[0])]
+    else:
+        assert ours == theirs
+
+
+@fuzz(200)
+@given(st.lists(st.binary(max_size=30)))
+def test_no_bytes_surprise_the_frame_parser(pieces):
+    assert heard_by_us(pieces)[1] in (None, 1002, 1007, 1009)
 
 
 # -------------------------------------------------------------------- what reads JSON

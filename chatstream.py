@@ -111,6 +111,7 @@ LINGER_CLOSE = 2  # for the last bytes to arrive before the socket is closed
 WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
 PUMP_REST = 0.0005  # after a short pass
 INTAKE_REST = 0.002  # the most, or so, that a token waits for others
+TURN = 0.005  # after so long, a busy loop lets the other tasks run
 GC_THRESHOLD = 20_000  # new objects; the default of 700 costs a twentieth of all time
 
 SSE_KEEP_ALIVE, SSE_RETRY = 15, 2
@@ -212,13 +213,16 @@ DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 # ever sees half a change. Whoever wants news is told by one call, and not waited for.
 
 
+NOTHING: Mapping[str, Any] = {}  # one for all events that have nothing to add
+
+
 class Event(NamedTuple):
     """One thing that happened. `n` is its place in its log."""
 
     n: int
     data: str
     type: str = "message"
-    about: Mapping[str, Any] = {}
+    about: Mapping[str, Any] = NOTHING
 
 
 class EventLog:
@@ -248,7 +252,7 @@ class EventLog:
 
     def append(self, data: str, type: str = "message", **about: Any) -> Event:
         """Add an event at the end; forget the oldest ones beyond the bounds."""
-        event = Event(self.end, data, type, about)
+        event = Event(self.end, data, type, about or NOTHING)
         self._events.append(event)
         self.end += 1
         self.size += len(data)
@@ -916,16 +920,25 @@ class Pump:
             await self._news.wait()
             self._news = trio.Event()
             logs, self._news_in = self._news_in, {}
-            started, now = time.perf_counter(), trio.current_time()
-            for log in logs:
-                for reader in list(log.readers):
-                    reader.catch_up(now)
-            took = time.perf_counter() - started
+            took = await self._pass(logs)
             if max(logs.values()) > 1 or took < PUMP_REST:
                 await trio.sleep(max(took, PUMP_REST))
             else:
                 for _ in range(3):
                     await trio.lowlevel.checkpoint()
+
+    async def _pass(self, logs: Iterable[EventLog]) -> float:
+        """All readers of these logs. Returns the seconds that it took."""
+        took, now, started = 0.0, trio.current_time(), time.perf_counter()
+        for log in logs:
+            for reader in list(log.readers):
+                reader.catch_up(now)
+            turn = time.perf_counter() - started
+            if turn > TURN:
+                took += turn
+                await trio.lowlevel.checkpoint()
+                started = time.perf_counter()
+        return took + time.perf_counter() - started
 
 
 # ─── Connections ─────────────────────────────────────────────────────────────────────
@@ -1902,8 +1915,13 @@ class Intake:
     async def run(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._selector.fileno())
+            started = time.perf_counter()
             for key, _ in self._selector.select(0):
-                key.data()
+                if time.perf_counter() - started > TURN:
+                    await trio.lowlevel.checkpoint()
+                    started = time.perf_counter()
+                if self._selector.get_map().get(key.fd) is key:  # still
+                    key.data()
             await trio.sleep(INTAKE_REST)
 
     @contextlib.contextmanager
@@ -3128,6 +3146,7 @@ def why(group: BaseExceptionGroup[BaseException]) -> str:
 #   alive, counts, presence   a lease of LEASE seconds for each process, and its numbers
 
 LEASE, BEAT, MIRROR_EVERY, FOLLOW_BLOCK = 4, 1, 0.05, 0.1
+MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # at a time: a batch takes 20 ms, not seconds
 REDIS_TIMEOUT = 2
 ANSWER_EXPIRES = 300  # after the last event; ANSWER_KEPT once it has ended
 
@@ -3252,7 +3271,7 @@ class Shared:
         Who follows an answer of a process that stops as well gets its end from there.
         """
         with contextlib.suppress(*self.trouble), trio.fail_after(0.5):
-            if ours := [a for a in self.mine() if a.mirrored < a.end]:
+            while ours := [a for a in self.mine() if a.mirrored < a.end]:
                 await self.store(ours)
             await self.redis.zrem("chatstream:alive", [self.me])
             await self.redis.hdel("chatstream:counts", [self.me])
@@ -3338,13 +3357,13 @@ class Shared:
         answer.mirrored = answer.start
 
     async def mirror(self) -> None:
-        """Our answers into their streams: one round trip for all that is new."""
+        """Our answers into their streams, many in one round trip."""
         while True:
             await trio.sleep(MIRROR_EVERY)
             ours = [a for a in self.mine() if a.mirrored < a.end]
-            if ours:
+            for n in range(0, len(ours), MIRROR_ANSWERS):
                 with trio.fail_after(REDIS_TIMEOUT):
-                    await self.store(ours)
+                    await self.store(ours[n : n + MIRROR_ANSWERS])
 
     def mine(self) -> list[Answer]:
         answers = self.service.answers.by_id.values()
@@ -3352,7 +3371,7 @@ class Shared:
 
     async def store(self, answers: list[Answer]) -> None:
         """A stream that is not there (any more) is written again from the start."""
-        ends = [answer.end for answer in answers]
+        ends = [min(a.end, a.mirrored + MIRROR_EVENTS) for a in answers]
         pipe = self.redis.pipeline(transaction=False, raise_on_error=False)
         async with pipe:  # an error of one stream: it was buried while we were away
             for answer, end in zip(answers, ends, strict=True):

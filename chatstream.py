@@ -111,7 +111,7 @@ LINGER_CLOSE = 2  # for the last bytes to arrive before the socket is closed
 WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
 PUMP_REST = 0.0005  # after a short pass
 INTAKE_REST = 0.002  # the most, or so, that a token waits for others
-GC_THRESHOLD = 20_000  # new objects; the default of 700 costs a twentieth of all time
+GC_THRESHOLD = 20_000  # new objects; the default of 700 looks for cycles all the time
 
 SSE_KEEP_ALIVE, SSE_RETRY = 15, 2
 PING_EVERY, HEARTBEAT_EVERY = 20, 25
@@ -188,7 +188,11 @@ def to_json(value: object) -> str:
 
 
 def from_json(text: str | bytes | bytearray) -> Any:
-    """Parse JSON as RFC 8259 has it. Raises ValueError."""
+    """Parse JSON as RFC 8259 has it. Raises ValueError.
+
+    Python also takes NaN, and reads 1e999 as infinity: passed on, either would be JSON
+    that no browser can parse.
+    """
     try:
         return DECODER.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
@@ -210,10 +214,17 @@ DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 # ─── The log ─────────────────────────────────────────────────────────────────────────
 # append() and close() are plain functions: nothing else runs in between, so nobody
 # ever sees half a change. Whoever wants news is told by one call, and not waited for.
+#
+# A reader costs the log nothing but a number, and that is the reader's own. So the log
+# never asks how far they are: it forgets by its bounds alone, and who has stood still
+# for too long finds on its return that `start` has moved past its place.
 
 
 class Event(NamedTuple):
-    """One thing that happened. `n` is its place in its log."""
+    """One thing that happened. `n` is its place in its log.
+
+    `about` is what only some framings show: who said it, and when.
+    """
 
     n: int
     data: str
@@ -240,10 +251,10 @@ class EventLog:
         self.max_bytes = max_bytes
         self.on_news = on_news
         self.start = self.end = 0
-        self.size = 0
+        self.size = 0  # in characters: nobody encodes a text only to count its bytes
         self.closed = False
-        self.readers: dict[Reader, None] = {}
-        self._events: list[Event] = []
+        self.readers: dict[Reader, None] = {}  # as a set that keeps its order
+        self._events: list[Event] = []  # no deque: readers take slices
         self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}
 
     def append(self, data: str, type: str = "message", **about: Any) -> Event:
@@ -264,7 +275,10 @@ class EventLog:
         self._changed()
 
     def skip_to(self, n: int) -> None:
-        """Start again at place n, with nothing kept: what was before it is missed."""
+        """Start again at place n, with nothing kept: what was before it is missed.
+
+        Readers learn of it by the next append, and who was further back by a gap.
+        """
         self._events.clear()
         self.start = self.end = n
         self.size = 0
@@ -286,7 +300,10 @@ class EventLog:
         return self._events[start - self.start : end - self.start]
 
     def place_after(self, last_event_id: str | None) -> int | None:
-        """The place after the event with this id; None if it is no id of this log."""
+        """The place after the event with this id; None if it is no id of this log.
+
+        That event may be forgotten: the reader then starts before `start`, with a gap.
+        """
         name, _, n = (last_event_id or "").rpartition("-")
         if name != self.name or not re.fullmatch("[0-9]{1,15}", n):
             return None
@@ -296,7 +313,8 @@ class EventLog:
         """The bytes of the events from `place` on, WRITE_BYTES or so; the place after.
 
         Most readers stand at the same place: what one of them needs is made once and
-        kept until the log changes.
+        kept until the log changes. No more than WRITE_BYTES, because a slow reader
+        holds what its socket did not take: its memory is one write, however far back.
         """
         key = framing, place
         if key not in self._joined:
@@ -311,6 +329,7 @@ class EventLog:
             frames.append(framing.frame(self.name, self[place]))
             size += len(frames[-1])
             place += 1
+        # A framing may show nothing of an event; a chunk of nothing would end the body.
         return framing.wrap(b"".join(frames)) if size else b"", place
 
 

@@ -346,13 +346,14 @@ def frame_sse(name: str, event: Event) -> bytes:
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
-    if "\n" in data or "\r" in data:
+    if "\n" in data or "\r" in data:  # not splitlines(): U+2028 ends no line here
         data = "\ndata: ".join(re.split("\r\n|\r|\n", data))
     block = f"{type_line}data: {data}\nid: {name}-{event.n}\n\n"
     return block.encode(errors="replace")
 
 
 def sse_gap(missed: int) -> bytes:
+    """No event of the log, so it has no id: the client's last one stays as it was."""
     return b'event: gap\ndata: {"missed": %d}\n\n' % missed
 
 
@@ -406,11 +407,14 @@ def frame_ws_plain(suffix: str, name: str, event: Event) -> bytes:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: a fast dict key
 class Framing:
-    """How the events of a log look on one kind of wire."""
+    """How the events of a log look on one kind of wire.
+
+    All that SSE and WebSocket do not share stands in these six fields.
+    """
 
     frame: Callable[[str, Event], bytes]
     gap: Callable[[int], bytes] = lambda missed: b""
-    wrap: Callable[[bytes], bytes] = bytes
+    wrap: Callable[[bytes], bytes] = bytes  # around all that goes out in one write
     keep_alive: bytes = b""
     every: float = inf
     steady: bool = False  # keep-alives at fixed times, not after silence
@@ -420,7 +424,7 @@ SSE = Framing(frame_sse, sse_gap, bytes, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
 WS_JSON = Framing(frame_ws_json, ws_gap, bytes, HEARTBEAT, HEARTBEAT_EVERY, True)
-WS_CLOCK = Framing(frame_ws_json, ws_gap)
+WS_CLOCK = Framing(frame_ws_json, ws_gap)  # a tick a second is sign of life enough
 
 
 class ServerSentEvent(NamedTuple):
@@ -434,6 +438,9 @@ class SSEParser:
 
     Lines are cut as bytes and decoded one by one, so that a character that arrives in
     two pieces is whole again. An event larger than `max_bytes` raises ValueError.
+
+    An unfinished line is a list of its pieces, joined when its end is there: adding
+    each piece to one growing string would take time that grows with its square.
     """
 
     _LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -444,10 +451,10 @@ class SSEParser:
         self.retry: int | None = None  # milliseconds
         self._type = ""
         self._data: list[str] = []
-        self._size = 0
+        self._size = 0  # of the event that is not complete yet
         self._tail: list[bytes] = []
-        self._after_cr = False
-        self._first_line = True
+        self._after_cr = False  # a line end already; should a LF come, it is part of it
+        self._first_line = True  # which may have a byte order mark
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         """Take the next bytes; return the events that they complete.
@@ -475,7 +482,11 @@ class SSEParser:
         return events
 
     def _is_one_block(self, data: bytes) -> bool:
-        """One `data:` line and its blank line, as nearly all that upstreams send."""
+        """One `data:` line and its blank line, as nearly all that upstreams send.
+
+        A short cut, and it must change nothing: it is taken only where nothing is
+        pending, and where the long way would give the same event.
+        """
         return (
             data[:6] == b"data: "
             and data.find(b"\n") == len(data) - 2 <= self.max_bytes
@@ -505,6 +516,7 @@ class SSEParser:
             self.retry = int(value)
 
     def _dispatch(self) -> ServerSentEvent | None:
+        """At a blank line. Without data it is no event, and its type is forgotten."""
         event = None
         if self._data:
             data = "\n".join(self._data)

@@ -663,6 +663,10 @@ class Wire(trio.abc.HalfCloseableStream):
     On TCP `write_now` goes straight to the socket, and every write has a deadline: no
     progress for STUCK_TIMEOUT seconds breaks the connection. TLS goes between two
     wires: the lower one keeps the deadline, the upper one the order of the writes.
+
+    `rest` is what the socket did not take. Nobody writes while there is some, or while
+    somebody else holds the lock, because half a frame inside of another is the end of
+    any protocol. The pump looks whether the wire is busy; all others wait for the lock.
     """
 
     def __init__(self, stream: trio.SocketStream | trio.SSLStream[Wire]) -> None:
@@ -674,11 +678,11 @@ class Wire(trio.abc.HalfCloseableStream):
         )  # fmt: skip
         self.fd = self.socket.fileno() if self.tcp else -1
         self.rest: memoryview | bytes = b""
-        self.unread = b""
+        self.unread = b""  # put back, to be read before what the peer sends
         self.sent = 0
         self.stuck = False
         self.ended = False  # the peer has said all that it will
-        self.listening_since = inf
+        self.listening_since = inf  # when we began to wait for bytes; inf: we do not
         self._lock = trio.Lock()
 
     @property
@@ -686,7 +690,12 @@ class Wire(trio.abc.HalfCloseableStream):
         return bool(self.rest) or self._lock.locked()
 
     def write_now(self, data: bytes) -> None:
-        """Write without waiting, if not busy; what is not taken waits for flush()."""
+        """Write without waiting, if not busy; what is not taken waits for flush().
+
+        With TLS nothing is taken at once: its records are flush()'s to make. `os.write`
+        does what `socket.send` does, cheaper: Trio's sockets never block, and Python
+        ignores SIGPIPE.
+        """
         taken = 0
         if self.tcp:
             try:
@@ -702,6 +711,11 @@ class Wire(trio.abc.HalfCloseableStream):
             await self._drain()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Write all; against Trio's custom no checkpoint if it is taken at once.
+
+        That saves a turn of the loop for each response. The price: who sends without
+        end must wait for something else now and then, as all here do for input.
+        """
         if self.tcp and not self.busy:
             self.write_now(bytes(data))
             if not self.rest:
@@ -729,7 +743,11 @@ class Wire(trio.abc.HalfCloseableStream):
                 raise trio.BrokenResourceError(str(error)) from error
 
     async def _room(self) -> None:
-        """Wait for room in the socket's buffer, as long as the peer takes anything."""
+        """Wait for room in the socket's buffer, as long as the peer takes anything.
+
+        Linux calls a socket writable when a third of its buffer is free. A slow peer
+        may take longer than our limit for that: so what counts is what it acknowledges.
+        """
         queued = self._queued()
         while True:
             with trio.move_on_after(STUCK_TIMEOUT):
@@ -810,7 +828,11 @@ class Wire(trio.abc.HalfCloseableStream):
 
 
 class AsgiOutlet:
-    """HTTP/2 has frames, windows and streams of its own: here Hypercorn writes."""
+    """HTTP/2 has frames, windows and streams of its own: here Hypercorn writes.
+
+    Nothing goes out by itself: each write calls the reader's own task to flush(). So
+    here each event wakes a task for each reader, as in the usual design.
+    """
 
     def __init__(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         self.send = send
@@ -831,7 +853,12 @@ class AsgiOutlet:
 
 
 class Reader:
-    """A position in a log, on a wire."""
+    """A position in a log, on a wire.
+
+    Two drive it. The pump calls catch_up() when there is news; that is a plain
+    function. The task of the connection sits in run(), and is needed only for what
+    has to wait: a full wire, the end of the log, the client's leaving.
+    """
 
     __slots__ = (
         "_listening",
@@ -875,6 +902,7 @@ class Reader:
             self._listening.cancel()
 
     def _tell_gap(self) -> None:
+        """What it missed is gone for good: say how much, go on where the log begins."""
         gap = self.framing.gap(self.log.start - self.position)
         self.position = self.log.start
         self.gaps += 1
@@ -903,7 +931,8 @@ class Reader:
 
         One task does it all. It listens to the client, and `listen` returns when that
         has left; catch_up() calls it away, by cancelling, when there is something that
-        must be waited for: room on a full wire, or the log's last bytes.
+        must be waited for: room on a full wire, or the log's last bytes. So `listen`
+        must be something that can be cancelled and called again, with nothing lost.
         Raises BrokenResourceError when the client takes nothing any more.
         """
         self.log.readers[self] = None
@@ -913,6 +942,8 @@ class Reader:
                 with self._listening:
                     await listen()
                     return False
+                # Made anew before anything is waited for: who cancels it from now on
+                # ends the next listen(), so that no call is lost.
                 self._listening = trio.CancelScope()
                 if self.problem:
                     raise trio.BrokenResourceError(self.problem)
@@ -942,9 +973,12 @@ class Pump:
         After one that was over in no time, rest for PUMP_REST: with many small logs, to
         wake up is what costs. After a long pass with single events only yield a few
         times: in a full room a lone message must not wait for a rest.
+
+        So when events pile up, the passes take half of the time: the rest is for input.
         """
         while True:
             await self._news.wait()
+            # Taken before the pass: what is appended from now on is for the next one.
             self._news = trio.Event()
             logs, self._news_in = self._news_in, {}
             started, now = time.perf_counter(), trio.current_time()
@@ -955,7 +989,7 @@ class Pump:
             if max(logs.values()) > 1 or took < PUMP_REST:
                 await trio.sleep(max(took, PUMP_REST))
             else:
-                for _ in range(3):
+                for _ in range(3):  # turns that a message takes from socket to append()
                     await trio.lowlevel.checkpoint()
 
 

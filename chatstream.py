@@ -996,7 +996,8 @@ class Pump:
 # ─── Connections ─────────────────────────────────────────────────────────────────────
 # One client is one nursery, with one `except*`: whatever goes wrong inside ends that
 # connection and no other. Libraries that keep all connections in one nursery can be
-# ended by one bad handshake (trio-websocket issue 184), so we accept by ourselves.
+# ended by one client (a ping at the wrong moment: trio-websocket issue 184; a header
+# that is not ASCII), so we accept by ourselves.
 #
 # The first head decides who goes on: h11 for HTTP/1, trio-websocket for a WebSocket,
 # Hypercorn for HTTP/2. The application above sees ASGI in each HTTP case.
@@ -1008,7 +1009,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n"
-QUIET_ENDS = (
+QUIET_ENDS = (  # of a connection: no fault of ours, and no news
     trio.BrokenResourceError,
     trio.ClosedResourceError,
     trio.TooSlowError,
@@ -1050,7 +1051,12 @@ class Upgrade(NamedTuple):
 
 
 class Http1:
-    """HTTP/1.x on one stream: h11 knows the rules, the application sees ASGI."""
+    """HTTP/1.x on one stream: h11 knows the rules, the application sees ASGI.
+
+    One task reads and writes. While an app streams, it sits in receive(): that is how
+    it learns at once that its client has left, which a server that only writes learns
+    when its buffers are full.
+    """
 
     def __init__(self, stream: Wire, scheme: str, visit: Visit) -> None:
         self.stream = stream
@@ -1071,6 +1077,8 @@ class Http1:
                 if isinstance(request, Upgrade):
                     return request
                 await app(self.scope(request), self.receive, self.send)
+                # Something of this exchange is left over: what came next on this
+                # connection could be taken for it.
                 if self.conn.our_state is not h11.DONE:
                     break
                 if self.conn.their_state is not h11.DONE:
@@ -1110,14 +1118,18 @@ class Http1:
         return None
 
     def accept(self, request: h11.Request) -> h11.Request | Upgrade:
+        """What h11 lets through, and we do not. Raises Problem."""
         self.raw = b""
         self.visit.requests += 1
+        # h11 only limits a head that is incomplete; one packet may bring a whole one.
         size = sum(len(name) + len(value) + 4 for name, value in request.headers)
         if size + len(request.target) > HEAD_BYTES:
             raise Problem(431, f"the request's head is larger than {HEAD_BYTES} bytes")
         target = request.target.decode("latin-1").partition("?")[0]
         self.visit.asked = f"{request.method.decode()} {target}"
         headers = [name for name, _ in request.headers]
+        # A proxy before us may go by the other one of the two: then the rest of what
+        # it took for one request would be a second one to us (RFC 9112, section 11.2).
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise Problem(400, "send Content-Length or Transfer-Encoding, not both")
         if request.http_version not in (b"1.0", b"1.1"):
@@ -1219,13 +1231,20 @@ def problem_response(problem: Problem) -> tuple[list[tuple[bytes, bytes]], bytes
 
 
 class Http2(H2Protocol):
-    """Hypercorn's HTTP/2, without what lets one stream end all the others."""
+    """Hypercorn's HTTP/2, without what lets one stream end all the others.
+
+    An exception in here ends the connection, and with it every stream. Hypercorn 0.18
+    raises KeyError for a body whose stream has ended, UnicodeDecodeError for a head
+    that is not ASCII, and what its priority tree raises for a stream that depends on
+    itself. And where an app leaves off in mid-response, it tells the client nothing.
+    """
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
             if isinstance(event, h2.events.DataReceived | h2.events.RequestReceived):
                 await self._handle_stream(event)
-            elif not isinstance(event, h2.events.PriorityUpdated):  # RFC 9113, 5.3.2
+            # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
+            elif not isinstance(event, h2.events.PriorityUpdated):
                 await super()._handle_events([event])
         await self._flush()
 
@@ -1269,7 +1288,8 @@ def in_time(app: App) -> App:
 
     async def run(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            with trio.fail_after(STUCK_TIMEOUT):  # a window that is never opened
+            # A window that is never opened: TCP goes on, so the wire sees nothing.
+            with trio.fail_after(STUCK_TIMEOUT):
                 await send(message)
 
         try:
@@ -1301,7 +1321,7 @@ async def serve_http2(stream: Wire, scheme: str, app: App, ended: trio.Event) ->
         )  # fmt: skip
         offered = protocol.connection.local_settings
         offered[h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL] = 0
-        offered.acknowledge()
+        offered.acknowledge()  # else h2 sends the old value, until that is confirmed
         await protocol.initiate()
         while not (ended.is_set() and protocol.idle):
             data = None
@@ -1311,7 +1331,7 @@ async def serve_http2(stream: Wire, scheme: str, app: App, ended: trio.Event) ->
                 data = await stream.receive_some(64 * KiB)
             if data:
                 await protocol.handle(RawData(data))
-            elif data == b"" or protocol.idle:
+            elif data == b"" or protocol.idle:  # None: silence, which a stream may keep
                 break
         await protocol.handle(Closed())
 

@@ -1359,7 +1359,8 @@ async def tick(clock: EventLog) -> None:
 
     Seconds that were missed (a busy or suspended machine) are made up for, as far back
     as the log reaches; that also fills it at the start, so that a reader loses nothing
-    when the server is started again.
+    when the server is started again. A clock that is set back has said those seconds:
+    it is silent until it has caught up.
     """
     while True:
         second = int(time.time())
@@ -1371,7 +1372,10 @@ async def tick(clock: EventLog) -> None:
 
 
 class Room(EventLog):
-    """What is said in the room. Its ids carry a token of this start of the server."""
+    """What is said in the room. Its ids carry a token of this start of the server.
+
+    Without it, event 7 of yesterday's room would pass for event 7 of today's.
+    """
 
     def __init__(self, on_news: Callable[[EventLog], None]) -> None:
         name = f"room-{secrets.token_hex(4)}"
@@ -1394,7 +1398,10 @@ class Room(EventLog):
             self.append(data, type, name=name, at=now_ms(), **about)
 
     async def enter(self, name: str, change: int) -> None:
-        """A member more, or less. The room works without, should that not be told."""
+        """A member more, or less. The room works without, should that not be told.
+
+        Shielded, for who leaves because all is being cancelled is to be told of, too.
+        """
         self.here += change
         with contextlib.suppress(Problem), trio.move_on_after(1, shield=True):
             await self.publish("joined" if change > 0 else "left", name)
@@ -1427,6 +1434,9 @@ class Answer(EventLog):
     """An answer under way, or ended less than ANSWER_KEPT seconds ago.
 
     Its name is unguessable (128 bits): who knows it may read it and stop it.
+
+    `scope` is around its writer, and all that can stop it is done with that: Stop
+    cancels it, and the linger time is its deadline, so there is no timer to be kept.
     """
 
     def __init__(self, table: Answers, seed: bool, short: bool) -> None:
@@ -1435,7 +1445,7 @@ class Answer(EventLog):
         self.seed = seed  # in the format of the chat page, else in OpenAI's
         self.short = short  # asked for as one body, not as a stream
         self.scope = trio.CancelScope()
-        self.verdict = ABANDONED  # why, should the scope be cancelled
+        self.verdict = ABANDONED  # why, should the scope be cancelled: by its deadline
         self.attending = 0  # requests here,
         self.remote: set[str] = set()  # and processes where there are some
         self.mirrored = 0  # events that Redis has
@@ -1478,6 +1488,7 @@ class Answer(EventLog):
             await (self.ended if self.short else self.head).wait()
 
     def skip_to(self, n: int) -> None:
+        """Only a Replica ever does; append() keeps the same account."""
         self.table.held -= self.size
         super().skip_to(n)
 
@@ -1496,6 +1507,7 @@ class Answer(EventLog):
         self.write_chunk(raw, chunk)
 
     def write_chunk(self, raw: str, chunk: Message) -> None:
+        """Its text for the chat page, else as it came: with fields nobody knows yet."""
         if self.size + len(raw) > ANSWER_BYTES or not self.table.has_room(len(raw)):
             raise upstream_problem("the answer is too large to keep", code="too_large")
         if not len(self):
@@ -1516,7 +1528,10 @@ class Answer(EventLog):
         self.scope.cancel()
 
     def finish(self, problem: Problem | None = None) -> None:
-        """The end, in exactly one of three ways; whatever is said later is ignored."""
+        """The end, in exactly one of three ways; whatever is said later is ignored.
+
+        So it may be called by whoever sees an end first, and by run() in any case.
+        """
         if self.closed:
             return
         if problem is None:
@@ -1562,7 +1577,10 @@ def content_of(chunk: Mapping[str, Any]) -> str:
 
 
 def join_chunks(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One chat.completion out of its chunks; fields that we do not know are kept."""
+    """One chat.completion out of its chunks; fields that we do not know are kept.
+
+    A null says "nothing new here": it never replaces what an earlier chunk said.
+    """
     whole: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
@@ -1583,6 +1601,7 @@ def join_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
     for key, value in delta.items():
         old = message.get(key)
         if isinstance(old, str) and isinstance(value, str):
+            # These are repeated, or come whole: put together they would be nonsense.
             once = key in ("role", "id", "type", "name", "object")
             message[key] = value if once else old + value
         elif isinstance(old, dict) and isinstance(value, dict):
@@ -1597,7 +1616,11 @@ def join_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
 
 
 class Metrics:
-    """Counters, as text for Prometheus (its exposition format, version 0.0.4)."""
+    """Counters, as text for Prometheus (its exposition format, version 0.0.4).
+
+    A reader counts for itself, on the fast path without a lookup, and is added when it
+    ends; text() is given those that are still here as `live`.
+    """
 
     FIRST_TOKEN = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
 
@@ -1647,7 +1670,11 @@ class Model(Protocol):
 
 
 class Answers:
-    """All answers: who may start one, who writes it, when it is forgotten."""
+    """All answers: who may start one, who writes it, when it is forgotten.
+
+    `held` is the size of all of them, kept up by each that grows or is forgotten: to
+    add them up for each token would cost more than the token.
+    """
 
     def __init__(
         self, settings: Settings, model: Model, on_news: Callable[[EventLog], None]
@@ -1686,7 +1713,10 @@ class Answers:
             self.held -= answer.size
 
     async def run(self, answer: Answer, body: Message, authorization: str) -> None:
-        """The writer of one answer, from its first word to its being forgotten."""
+        """The writer of one answer, from its first word to its being forgotten.
+
+        The task of an ended answer is its own timer: it sleeps, then it forgets it.
+        """
         problem: Problem | None = STOPPING  # if the server ends while we write
         try:
             with answer.scope:

@@ -1769,6 +1769,9 @@ class Upstream:
         """One for all answers. No pool limit that makes one wait; no cookie is kept.
 
         A cookie jar would send what one client's answer set along with the next one's.
+        The pool is set from outside, because httpx2's transport takes no network
+        backend. It is mounted, because a client that is given a `transport` no longer
+        looks for HTTP_PROXY and HTTPS_PROXY. (It replaces ALL_PROXY, though.)
         """
         import httpcore2  # loaded with the first question to an upstream, not at start
         import httpx2
@@ -1785,14 +1788,17 @@ class Upstream:
         return httpx2.AsyncClient(
             timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT),
             cookies=http.cookiejar.CookieJar(no_cookie),
-            mounts={"all://": transport},  # a proxy from the environment goes before
+            mounts={"all://": transport},
         )
 
     async def run(self) -> None:
         await self.intake.run()
 
     async def write(self, answer: Answer, body: Message, authorization: str) -> None:
-        """Ask, and pass on what comes. Raises Problem, also when it comes too late."""
+        """Ask, and pass on what comes. Raises Problem, also when it comes too late.
+
+        `limit` is one deadline for all of it, which pass_on() moves with each token.
+        """
         try:
             with trio.fail_after(FIRST_TOKEN_TIMEOUT) as limit:
                 if not body.get("model"):
@@ -1854,6 +1860,7 @@ class Upstream:
         body: Message | None,
         then: Callable[[httpx2.Response], Awaitable[None]],
     ) -> None:
+        """The same, with httpx2's exceptions as Problems."""
         import httpx2
 
         try:
@@ -1863,6 +1870,8 @@ class Upstream:
                     raise await self.refusal(response)
                 await then(response)
             finally:
+                # Also when we are cancelled, and then above all: that this connection
+                # is closed is what tells the model to stop.
                 with trio.move_on_after(1, shield=True):
                     await response.aclose()
         except httpx2.TimeoutException:
@@ -1924,6 +1933,7 @@ class Upstream:
         kind = (
             response.headers.get("content-type", "").partition(";")[0].strip().lower()
         )
+        # What was not asked for as a stream need not come as one.
         if kind == "application/json" and answer.short:
             whole = await read_at_most(response, ANSWER_BYTES)
             return answer.write(whole.decode(errors="replace"))
@@ -1938,7 +1948,9 @@ class Upstream:
                 if abs(late - limit.deadline) > 1:  # to move it costs a little
                     limit.deadline = late
                 if event.data == "[DONE]":
-                    answer.finish()  # then read to the end, to keep the connection
+                    # Then read to the end, to keep the connection for the next one;
+                    # should that come too late, the answer is none the worse for it.
+                    answer.finish()
                     limit.deadline = trio.current_time() + 1
                 elif event.data.strip() and not answer.closed:
                     answer.write(event.data)
@@ -1969,6 +1981,10 @@ class HeadStream:
 
     httpx2 and its layers cost 100 µs a token. So they connect, ask and read the head,
     and the body of a stream is read by UpstreamBody, without them.
+
+    What came with the head waits in `rest`. `ours` says that httpcore has not seen any
+    of the body: only then may it be read behind its back. Any other body it reads
+    itself, through read(), and knows no difference.
     """
 
     def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
@@ -2008,7 +2024,11 @@ class Intake:
     """The pump's counterpart: one task reads from all upstreams that have news.
 
     To wake a task a token costs more than the token. After a pass it rests for a
-    moment, so that the next one finds several of them.
+    moment, so that the next one finds several of them: a delay of INTAKE_REST at most,
+    which nobody sees in a text that is being written.
+
+    Linux's selector (epoll) is itself a file that can be waited for: so Trio waits for
+    this one only, and not for each upstream's.
     """
 
     def __init__(self) -> None:
@@ -2032,7 +2052,12 @@ class Intake:
 
 
 class UpstreamBody:
-    """The body of an upstream's response, read with as little as possible between."""
+    """The body of an upstream's response, read with as little as possible between.
+
+    Three ways, one meaning. A chunked body on plain TCP: the intake calls read_now().
+    The same in TLS: receive(), because bytes that TLS has already taken from the socket
+    wake no selector. Any other body: httpcore reads it, slower.
+    """
 
     def __init__(
         self, response: httpx2.Response, take: Callable[[bytes], None]
@@ -2055,7 +2080,7 @@ class UpstreamBody:
                 self.take(data)
             return
         early, stream.rest = stream.rest, b""
-        self.feed(early or None)
+        self.feed(early or None)  # None: nothing came with the head
         if stream.get_extra_info("ssl_object"):
             while not self.ended.is_set():
                 await self.receive(stream.stream)
@@ -2065,20 +2090,22 @@ class UpstreamBody:
                 await self.ended.wait()
         if self.failed:
             raise self.failed
-        if (
-            self.chunks.rest == b"\r\n"
-        ):  # now httpcore may know, and keep the connection
+        # h11 has seen no body, and a connection whose response has not ended is not
+        # used again. So it is given an empty one; after trailers or more, rather not.
+        if self.chunks.rest == b"\r\n":
             stream.rest = b"0\r\n\r\n"
             async for _ in self.response.aiter_raw():
                 pass
 
     async def receive(self, stream: httpcore2.AsyncNetworkStream) -> None:
+        """Some more, of TLS."""
         try:
             self.feed(await stream.read(64 * KiB))
         except self.broken as error:
             self.fail(cut_short(str(error)))
 
     def read_now(self) -> None:
+        """Some more. Raises nothing: the intake that calls it reads for everyone."""
         try:
             self.feed(os.read(self.fd, 64 * KiB))
         except BlockingIOError:
@@ -2113,7 +2140,11 @@ def cut_short(how: str) -> Problem:
 
 
 class ChunkDecoder:
-    """The chunked transfer coding, the other way round (RFC 9112, section 7.1)."""
+    """The chunked transfer coding, the other way round (RFC 9112, section 7.1).
+
+    A place in a buffer that moves on: to cut off what is read, chunk by chunk, would
+    copy the rest as often. Trailers are left unread.
+    """
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -2129,7 +2160,8 @@ class ChunkDecoder:
     def feed(self, data: bytes) -> bytes:
         """What the next chunk, or part of one, carries; feed(b"") until that is b"".
 
-        Raises ValueError if these are no chunks, after all that came before.
+        Raises ValueError if these are no chunks, after all that came before: one piece
+        at a time, so that the good tokens before a bad chunk still reach the reader.
         """
         if data:
             self._buffer, self._at = self.rest + data, 0
@@ -2197,6 +2229,7 @@ class Demo:
         return f"{first}\n\n{lesson}\n\n{last}"
 
     async def write(self, answer: Answer, body: Message, authorization: str) -> None:
+        """Chunks like those of OpenAI's streams, because clients are tried on them."""
         answer.head.set()
         base = {
             "id": f"chatcmpl-{secrets.token_hex(8)}",
@@ -2216,6 +2249,7 @@ class Demo:
             await trio.sleep(self.PACE)
             say({"content": word})
         say({}, "stop")
+        # In one body always: clients crash where that has no usage.
         if answer.short or (body.get("stream_options") or {}).get("include_usage"):
             asked = len(to_json(body["messages"])) // 4
             usage = {"prompt_tokens": asked, "completion_tokens": len(words)}

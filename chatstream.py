@@ -2316,6 +2316,8 @@ SSE 是单向的，走普通的 HTTP，断线会自己续上。WebSocket 是双�
 # One check of Host and Origin, one shape of error. What a handler needs of its request
 # stands in Request; what it cannot accept it raises as a Problem.
 
+# The pages load nothing from elsewhere, but may talk to any server on loopback, because
+# `?server=` in their address names another one than theirs.
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; "
     "style-src 'self'; img-src 'self'; "
@@ -2330,7 +2332,7 @@ PAGE_HEADERS = {
 SSE_HEADERS = {
     "content-type": "text/event-stream",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",
+    "x-accel-buffering": "no",  # nginx, asked by whom it serves
 }
 MAY_SEND = "Authorization, Cache-Control, Content-Type, Last-Event-ID"
 MAY_READ = "X-Answer-Id, Retry-After"
@@ -2381,6 +2383,7 @@ class Request:
     async def read_body(self) -> None:
         """Read the whole body, if any, so that what follows is the client leaving.
 
+        Every handler relies on that: disconnected() would take a body for patience.
         Raises Problem 413, 408.
         """
         length = self.headers.get("content-length", "")
@@ -2402,7 +2405,7 @@ class Request:
             raise Problem(408, "the request's body did not arrive in time")
 
     async def disconnected(self) -> None:
-        """Wait until the client has left."""
+        """Wait until the client has left. No server tells an app by cancelling it."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
@@ -2459,7 +2462,11 @@ def parse_query(query: bytes) -> dict[str, str]:
 async def race_disconnect(
     request: Request, wait: Callable[[], Awaitable[object]]
 ) -> bool:
-    """Wait for something (True), but no longer than the client stays (False)."""
+    """Wait for something (True), but no longer than the client stays (False).
+
+    Two tasks in a nursery, and who is first cancels the other: the one pattern for
+    "whichever comes first", and no task is left over.
+    """
     stayed = False
 
     async def watch() -> None:
@@ -2524,7 +2531,10 @@ class Access:
         raise Problem(403, f"{foreign} the server with --allow-origin {origin}")
 
     def _own(self, netloc: str, host_header: str) -> bool:
-        """Is this origin the server itself, on either of its ports?"""
+        """Is this origin the server itself, on either of its ports?
+
+        The scheme is not compared: behind a proxy we do not know our own.
+        """
         if netloc and netloc == host_header:
             return True
         (name, port), (host, _) = split_host(netloc), split_host(host_header)
@@ -2540,7 +2550,10 @@ def urlsplit_netloc(origin: str) -> str:
 
 
 def check_messages(body: Any) -> Message:
-    """The part of a chat request that we rely on. Raises Problem 400."""
+    """The part of a chat request that we rely on. Raises Problem 400.
+
+    All else is the upstream's to judge, and passed on: it may be newer than we are.
+    """
     if not isinstance(body, dict):
         raise Problem(400, 'send a JSON object: {"messages": [{"role", "content"}]}')
     messages = body.get("messages")

@@ -2853,6 +2853,7 @@ class Service:
             task_status.started()
 
     async def keep_alive(self) -> None:
+        """One task for the silence of all: a timer for each reader would cost more."""
         while True:
             await trio.sleep(1)
             now = trio.current_time()
@@ -2886,6 +2887,10 @@ class Service:
                 pass
 
     async def handle(self, request: Request) -> None:
+        """Who asks, may they, and what for: in this order, after the whole body.
+
+        A refusal in the middle of a body would cost the connection, and mostly be lost.
+        """
         await request.read_body()
         self.access.check_host(request.headers)
         routes = self.routes(request.path)
@@ -3005,11 +3010,13 @@ class Service:
         await request.start(200, {**SSE_HEADERS, **(headers or {})})
         if request.method == "HEAD":
             return await request.write(b"")
+        # At once, also with no event to send: else neither client nor proxies see that
+        # it is open. No blank line yet, on which some clients make an empty event.
         await request.write(b"retry: %d\n" % (SSE_RETRY * 1000), more=True)
         reader = Reader(log, *request.outlet(), start)
         try:
             if not await reader.run(request.disconnected):
-                return
+                return  # the client has left: there is nobody to end it for
         finally:
             self.metrics.count_reader(reader)
         again = random.randint(1000, 5000)  # so that they do not all return at once
@@ -3024,7 +3031,11 @@ class Service:
         await self.post_answer(request, seed=False)
 
     async def post_answer(self, request: Request, seed: bool) -> None:
-        """A new answer; or, repeated with a Last-Event-ID, the one that was cut."""
+        """A new answer; or, repeated with a Last-Event-ID, the one that was cut.
+
+        Two lifetimes part here: the writer is started in the server's nursery, and this
+        request only attends. It waits for the upstream no longer than its client does.
+        """
         if last := request.last_event_id:
             return await self.follow_answer(request, last.rpartition("-")[0], last)
         try:
@@ -3044,6 +3055,7 @@ class Service:
                 await self.first_reader(request, answer)
 
     async def first_reader(self, request: Request, answer: Answer) -> None:
+        """A stream that has begun is 200, whatever comes: problems are events then."""
         if answer.problem and (answer.refused or answer.short):
             raise answer.problem.with_traceback(None)
         if answer.short:
@@ -3071,6 +3083,7 @@ class Service:
                 )
                 raise Problem(400, wrong, param="Last-Event-ID")
             if answer.closed and start == answer.end:
+                # What an EventSource takes as: do not come back (HTML standard 9.2).
                 return await request.respond(204)
             await self.stream(request, answer, start, {"x-answer-id": answer.name})
 
@@ -3185,7 +3198,10 @@ class Service:
                 logger.info(visit.line(wire.sent))
 
     async def converse(self, wire: Wire, visit: Visit) -> None:
-        """TLS if we have a certificate, then whatever protocol the client speaks."""
+        """TLS if we have a certificate, then whatever protocol the client speaks.
+
+        A WebSocket begins as HTTP/1, so h11 reads its head, too: one place for limits.
+        """
         scheme, protocol = "http", None
         if self.tls:
             tls = trio.SSLStream(
@@ -3224,7 +3240,11 @@ class Service:
         stop: trio.Event,
         ready: Callable[[], object],
     ) -> None:
-        """Accept until `stop`, then end gracefully: every reader is told."""
+        """Accept until `stop`, then end gracefully: every reader is told.
+
+        Who owns whom, in one line: a nursery ends after what is inside of it, and the
+        connections' is inside of the writers'. So no reader outlives what it reads.
+        """
         async with trio.open_nursery() as writers, trio.open_nursery() as connections:
             await writers.start(self.run_writers)
             if self.shared:
@@ -3242,7 +3262,11 @@ class Service:
             writers.cancel_scope.cancel()
 
     async def end(self) -> None:
-        """Answers may finish; then all logs end, and with them their readers."""
+        """Answers may finish; then all logs end, and with them their readers.
+
+        Our answers end before the replicas: other processes are told how ours ended
+        while there still is a Redis connection to tell them by.
+        """
         self.stopping = True
         with trio.move_on_after(self.settings.grace):
             for answer in list(self.answers.by_id.values()):

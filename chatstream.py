@@ -3307,16 +3307,27 @@ def why(group: BaseExceptionGroup[BaseException]) -> str:
 # that is asked for somebody else's answer follows that, as a Replica. Event n of a log
 # is the same everywhere.
 #
+# Redis, and any of the others, may be gone at any moment, or stand still and wake up
+# later. So nothing waits for Redis longer than REDIS_TIMEOUT; a message that its sender
+# was told is not stored will not turn up later (but for a reply that is lost on its
+# way); and what must not get lost, who attends which answer, is told twice: at once,
+# and again with each lease.
+#
 #   room        stream of messages; event n is entry 0-(n - base + 1)
 #   room:origin the room's name, and its base: written with the first message
 #   answer:ID   stream of batches of events; entry 0-1 says who writes, and how
 #   control     stream: stop, attend, leave, for whoever writes that answer
 #   alive, counts, presence   a lease of LEASE seconds for each process, and its numbers
 
+# FOLLOW_BLOCK is short: an XREAD under way knows nothing of a stream that is added.
 LEASE, BEAT, MIRROR_EVERY, FOLLOW_BLOCK = 4, 1, 0.05, 0.1
 REDIS_TIMEOUT = 2
 ANSWER_EXPIRES = 300  # after the last event; ANSWER_KEPT once it has ended
 
+# One message: stored, numbered, and with the number of members at that moment, all in
+# one step. LATE: a command is not taken back when we give up waiting for its reply. A
+# Redis that was frozen would carry it out on waking up, after its sender has been told
+# to say it again. So each comes with a time, on Redis's clock, after which it is void.
 SAY = """
 local t = redis.call('TIME')
 if t[1] + t[2] / 1000000 > tonumber(ARGV[9]) then
@@ -3355,7 +3366,11 @@ return {lost, tostring(now), since, sure and 1 or 0, redis.call('HGETALL', KEYS[
 
 
 class Replica(Answer):
-    """Somebody else's answer, followed here."""
+    """Somebody else's answer, followed here.
+
+    It has no writer in this process, so its scope stops nothing: what one does to it is
+    told to the process that has the writer, and what becomes of it is read from Redis.
+    """
 
     def __init__(self, shared: Shared, name: str, seed: bool, writer: str) -> None:
         super().__init__(shared.service.answers, seed, False)
@@ -3377,7 +3392,11 @@ class Replica(Answer):
                 self.shared.tell("leave", self)
 
     async def reach(self, last_event_id: str) -> None:
-        """What its reader has seen elsewhere may still be on its way to us."""
+        """What its reader has seen elsewhere may still be on its way to us.
+
+        Without this, its id would be refused as one of the future. A second is many
+        times what the way takes (MIRROR_EVERY and a round trip).
+        """
         name, _, n = last_event_id.rpartition("-")
         if name == self.name and re.fullmatch("[0-9]{1,15}", n):
             with trio.move_on_after(1):
@@ -3405,15 +3424,16 @@ class Shared:
         self.trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError)
         self.say_script = self.redis.register_script(SAY)
         self.renew_script = self.redis.register_script(RENEW)
-        self.base = 0
+        self.base = 0  # the room's place in its stream: event n is entry n - base + 1
         self.offset = 0.0  # Redis's time less ours
         self.since = ""  # when Redis began to see all of us
         self.said = 0  # by `tell`; and by the others, as far as we have heard it
         self.heard: dict[str, int] = {}
-        self.read = {"chatstream:control": "", "chatstream:room": "0-0"}
+        self.read = {"chatstream:control": "", "chatstream:room": "0-0"}  # up to here
         self.others: Counter[str] = Counter()
-        self.unsent: dict[str, str] | None = None
+        self.unsent: dict[str, str] | None = None  # taken from the channel, not stored
         self.told, self.to_tell = trio.open_memory_channel[dict[str, str]](inf)
+        # The one place where the room learns of Redis: members do not see a difference.
         service.room.publish = self.publish  # type: ignore[method-assign]
 
     async def run(
@@ -3478,7 +3498,12 @@ class Shared:
             raise Problem(503, away, "server_error", code="not_stored") from None
 
     async def find_origin(self) -> None:
-        """Take over the room's name and base, as whoever spoke first has set them."""
+        """Take over the room's name and base, as whoever spoke first has set them.
+
+        A Redis that comes back empty counts from 1 again. The base makes up for it: it
+        is beyond all that whoever spoke first has seen, and by ROOM_EVENTS beyond what
+        others may have seen. So a number means one event, were they no further apart.
+        """
         room = self.service.room
         mine = f"{room.name} {room.end + (ROOM_EVENTS if room.end else 0)}"
         await self.redis.eval(
@@ -3491,7 +3516,7 @@ class Shared:
             if self.base < room.end:  # who knew less than we was first
                 room.skip_to(self.base)
                 for reader in room.readers:
-                    reader.position = self.base - 1
+                    reader.position = self.base - 1  # so that each is told of a gap
         if not self.read["chatstream:control"]:  # what is told from now on
             last: Any = await self.redis.xrevrange("chatstream:control", count=1)
             self.read["chatstream:control"] = last[0].identifier if last else "0-0"
@@ -3537,7 +3562,13 @@ class Shared:
         return [answer for answer in answers if not isinstance(answer, Replica)]
 
     async def store(self, answers: list[Answer]) -> None:
-        """A stream that is not there (any more) is written again from the start."""
+        """A stream that is not there (any more) is written again from the start.
+
+        An entry's id is the place after its last event, plus one for the entry 0-1.
+        Redis takes only ids that grow: what is sent twice, because its first reply was
+        lost, is stored once.
+        """
+        # Before any waiting: the answers grow meanwhile, and this much is sent.
         ends = [answer.end for answer in answers]
         pipe = self.redis.pipeline(transaction=False, raise_on_error=False)
         async with pipe:  # an error of one stream: it was buried while we were away
@@ -3580,6 +3611,7 @@ class Shared:
         return replica
 
     def hear_answer(self, replica: Answer, entry: Mapping[str, str]) -> None:
+        """A batch of its events, of which we may have some already."""
         if "events" not in entry or replica.closed:
             return
         events, n = from_json(entry["events"]), int(entry["n"])
@@ -3604,6 +3636,10 @@ class Shared:
     # ── what the processes tell each other ──
 
     def tell(self, what: str, answer: Answer) -> None:
+        """Never waits, for it is called where a reader comes or goes: send_told() does.
+
+        Each has a number, by which hear_counts() tells old news from new.
+        """
         self.said += 1
         message = {"do": what, "answer": answer.name}
         self.told.send_nowait({**message, "from": self.me, "nth": str(self.said)})
@@ -3674,7 +3710,10 @@ class Shared:
             await trio.sleep(BEAT)
 
     async def renew_once(self) -> None:
-        """Our lease, our numbers; and what became of the others."""
+        """Our lease, our numbers; and what became of the others.
+
+        `told` is taken in the same step as `attends`: all up to there is in it.
+        """
         attends = [replica.name for replica in self.replicas() if replica.attending]
         mine = {**self.service.counts(), "attends": attends, "told": self.said}
         args: list[str | int] = [self.me, to_json(mine), self.service.room.here, LEASE]
@@ -3706,7 +3745,8 @@ class Shared:
     def hear_counts(self, counts: Mapping[str, Any]) -> None:
         """What the others count, and whose answers they read.
 
-        What they told us since they counted is newer, and may be on its way.
+        Counts that are older than what we have heard from their process since then say
+        nothing: an `attend` would be undone by the count of the moment before it.
         """
         self.others = Counter()
         for process, theirs in counts.items():

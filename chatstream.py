@@ -3775,6 +3775,9 @@ def keys(*names: str) -> list[str]:
 # ─── main ────────────────────────────────────────────────────────────────────────────
 # All that can be wrong with flags, ports, certificate and Redis is found before the
 # first client is served, and told in one line.
+#
+# A signal may come at any time, also before there is a loop to take it and after there
+# was one. So each stretch of the program says what a signal does there.
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -3937,7 +3940,7 @@ async def run(
     `parent` is a pipe that ends with the process that started us, and us with it.
     """
     stop = trio.Event()
-    gc.freeze()
+    gc.freeze()  # what is imported stays: no collection needs to look at it again
     gc.set_threshold(GC_THRESHOLD)
     ports = [listening.getsockname()[1] for listening in sockets]
     service = Service(settings, set(ports), tls)
@@ -3996,7 +3999,13 @@ async def check_redis(url: str) -> None:
 
 
 class Supervisor:
-    """N processes on the same sockets: who dies is replaced, a stop goes to all."""
+    """N processes on the same sockets: who dies is replaced, a stop goes to all.
+
+    It has no event loop, only os.wait(): to fork a loop would share its epoll between
+    two processes. What the workers do share is the listening sockets, opened once by
+    main(): the kernel gives each new connection to one of them, so no port is ever
+    closed while a worker is replaced.
+    """
 
     def __init__(self, settings: Settings, *args: Any) -> None:
         self.settings = settings
@@ -4025,14 +4034,15 @@ class Supervisor:
         if pid == 0:
             self.work(ready)
         self.workers[pid] = time.monotonic()
-        if self.stopped:
+        if self.stopped:  # while we forked: stop() did not know of this one yet
             os.kill(pid, signal.SIGTERM)
 
     def work(self, ready: Callable[[], object]) -> NoReturn:
+        """The worker's whole life: it must never return into the parent's code."""
         code = 1
         try:
             os.setpgid(0, 0)  # Ctrl-C is for the parent, which passes it on
-            os.close(self.held_open)
+            os.close(self.held_open)  # else it is held open by the workers themselves
             code = run_until_stopped(self.settings, *self.args, ready, self.pipe)
         except Exception:
             logger.exception("a worker failed")
@@ -4040,7 +4050,10 @@ class Supervisor:
             os._exit(code)
 
     def stop(self, number: int, frame: object) -> None:
-        """Passed on to all; and once more, for good, to one that is frozen, say."""
+        """Passed on to all; and once more, for good, to one that is frozen, say.
+
+        The alarm comes after `grace`, in time for the promise of `grace` plus 3 s.
+        """
         self.stopped = True
         too_late = number == signal.SIGALRM
         for pid in list(self.workers):

@@ -1982,23 +1982,25 @@ class HeadStream:
     httpx2 and its layers cost 100 µs a token. So they connect, ask and read the head,
     and the body of a stream is read by UpstreamBody, without them.
 
-    What came with the head waits in `rest`. `ours` says that httpcore has not seen any
-    of the body: only then may it be read behind its back. Any other body it reads
-    itself, through read(), and knows no difference.
+    What came with the head waits in `rest`. `ours` says that httpcore has not asked for
+    what follows: only then may it be read behind its back. Once it reads on by itself,
+    a body of another kind or what follows a 1xx, all goes through as it comes.
     """
 
     def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
         self.stream = stream
-        self.head = b""
+        self.head: bytes | None = b""  # as far as it has come; None: leave it alone
         self.rest = b""
-        self.ours = False  # the whole body is still to be read
+        self.ours = False
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self.ours:
+            self.ours, self.head = False, None
         if self.rest:
-            data, self.rest, self.ours = self.rest, b"", False
+            data, self.rest = self.rest, b""
             return data
         data = await self.stream.read(max_bytes, timeout)
-        if self.ours:
+        if self.head is None:
             return data
         self.head += data
         if (end := self.head.find(b"\r\n\r\n") + 4) >= 4:

@@ -112,7 +112,7 @@ WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
 PUMP_REST = 0.0005  # after a short pass
 INTAKE_REST = 0.002  # the most, or so, that a token waits for others
 TURN = 0.005  # after so long, a busy loop lets the other tasks run
-GC_THRESHOLD = 20_000  # new objects; the default of 700 costs a twentieth of all time
+GC_THRESHOLD = 20_000  # new objects; the default of 700 looks for cycles all the time
 
 SSE_KEEP_ALIVE, SSE_RETRY = 15, 2
 PING_EVERY, HEARTBEAT_EVERY = 20, 25
@@ -189,7 +189,11 @@ def to_json(value: object) -> str:
 
 
 def from_json(text: str | bytes | bytearray) -> Any:
-    """Parse JSON as RFC 8259 has it. Raises ValueError."""
+    """Parse JSON as RFC 8259 has it. Raises ValueError.
+
+    Python also takes NaN, and reads 1e999 as infinity: passed on, either would be JSON
+    that no browser can parse.
+    """
     try:
         return DECODER.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
@@ -211,13 +215,20 @@ DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 # ─── The log ─────────────────────────────────────────────────────────────────────────
 # append() and close() are plain functions: nothing else runs in between, so nobody
 # ever sees half a change. Whoever wants news is told by one call, and not waited for.
+#
+# A reader costs the log nothing but a number, and that is the reader's own. So the log
+# never asks how far they are: it forgets by its bounds alone, and who has stood still
+# for too long finds on its return that `start` has moved past its place.
 
 
 NOTHING: Mapping[str, Any] = {}  # one for all events that have nothing to add
 
 
 class Event(NamedTuple):
-    """One thing that happened. `n` is its place in its log."""
+    """One thing that happened. `n` is its place in its log.
+
+    `about` is what only some framings show: who said it, and when.
+    """
 
     n: int
     data: str
@@ -244,10 +255,10 @@ class EventLog:
         self.max_bytes = max_bytes
         self.on_news = on_news
         self.start = self.end = 0
-        self.size = 0
+        self.size = 0  # in characters: nobody encodes a text only to count its bytes
         self.closed = False
-        self.readers: dict[Reader, None] = {}
-        self._events: list[Event] = []
+        self.readers: dict[Reader, None] = {}  # as a set that keeps its order
+        self._events: list[Event] = []  # no deque: readers take slices
         self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}
 
     def append(self, data: str, type: str = "message", **about: Any) -> Event:
@@ -268,7 +279,10 @@ class EventLog:
         self._changed()
 
     def skip_to(self, n: int) -> None:
-        """Start again at place n, with nothing kept: what was before it is missed."""
+        """Start again at place n, with nothing kept: what was before it is missed.
+
+        Readers learn of it by the next append, and who was further back by a gap.
+        """
         self._events.clear()
         self.start = self.end = n
         self.size = 0
@@ -290,7 +304,10 @@ class EventLog:
         return self._events[start - self.start : end - self.start]
 
     def place_after(self, last_event_id: str | None) -> int | None:
-        """The place after the event with this id; None if it is no id of this log."""
+        """The place after the event with this id; None if it is no id of this log.
+
+        That event may be forgotten: the reader then starts before `start`, with a gap.
+        """
         name, _, n = (last_event_id or "").rpartition("-")
         if name != self.name or not re.fullmatch("[0-9]{1,15}", n):
             return None
@@ -300,7 +317,8 @@ class EventLog:
         """The bytes of the events from `place` on, WRITE_BYTES or so; the place after.
 
         Most readers stand at the same place: what one of them needs is made once and
-        kept until the log changes.
+        kept until the log changes. No more than WRITE_BYTES, because a slow reader
+        holds what its socket did not take: its memory is one write, however far back.
         """
         key = framing, place
         if key not in self._joined:
@@ -315,6 +333,7 @@ class EventLog:
             frames.append(framing.frame(self.name, self[place]))
             size += len(frames[-1])
             place += 1
+        # A framing may show nothing of an event; a chunk of nothing would end the body.
         return framing.wrap(b"".join(frames)) if size else b"", place
 
 
@@ -331,13 +350,14 @@ def frame_sse(name: str, event: Event) -> bytes:
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
-    if "\n" in data or "\r" in data:
+    if "\n" in data or "\r" in data:  # not splitlines(): U+2028 ends no line here
         data = "\ndata: ".join(re.split("\r\n|\r|\n", data))
     block = f"{type_line}data: {data}\nid: {name}-{event.n}\n\n"
     return block.encode(errors="replace")
 
 
 def sse_gap(missed: int) -> bytes:
+    """No event of the log, so it has no id: the client's last one stays as it was."""
     return b'event: gap\ndata: {"missed": %d}\n\n' % missed
 
 
@@ -391,11 +411,14 @@ def frame_ws_plain(suffix: str, name: str, event: Event) -> bytes:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: a fast dict key
 class Framing:
-    """How the events of a log look on one kind of wire."""
+    """How the events of a log look on one kind of wire.
+
+    All that SSE and WebSocket do not share stands in these six fields.
+    """
 
     frame: Callable[[str, Event], bytes]
     gap: Callable[[int], bytes] = lambda missed: b""
-    wrap: Callable[[bytes], bytes] = bytes
+    wrap: Callable[[bytes], bytes] = bytes  # around all that goes out in one write
     keep_alive: bytes = b""
     every: float = inf
     steady: bool = False  # keep-alives at fixed times, not after silence
@@ -405,7 +428,7 @@ SSE = Framing(frame_sse, sse_gap, bytes, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
 WS_JSON = Framing(frame_ws_json, ws_gap, bytes, HEARTBEAT, HEARTBEAT_EVERY, True)
-WS_CLOCK = Framing(frame_ws_json, ws_gap)
+WS_CLOCK = Framing(frame_ws_json, ws_gap)  # a tick a second is sign of life enough
 
 
 class ServerSentEvent(NamedTuple):
@@ -419,6 +442,9 @@ class SSEParser:
 
     Lines are cut as bytes and decoded one by one, so that a character that arrives in
     two pieces is whole again. An event larger than `max_bytes` raises ValueError.
+
+    An unfinished line is a list of its pieces, joined when its end is there: adding
+    each piece to one growing string would take time that grows with its square.
     """
 
     _LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -429,10 +455,10 @@ class SSEParser:
         self.retry: int | None = None  # milliseconds
         self._type = ""
         self._data: list[str] = []
-        self._size = 0
+        self._size = 0  # of the event that is not complete yet
         self._tail: list[bytes] = []
-        self._after_cr = False
-        self._first_line = True
+        self._after_cr = False  # a line end already; should a LF come, it is part of it
+        self._first_line = True  # which may have a byte order mark
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         """Take the next bytes; return the events that they complete.
@@ -460,7 +486,11 @@ class SSEParser:
         return events
 
     def _is_one_block(self, data: bytes) -> bool:
-        """One `data:` line and its blank line, as nearly all that upstreams send."""
+        """One `data:` line and its blank line, as nearly all that upstreams send.
+
+        A short cut, and it must change nothing: it is taken only where nothing is
+        pending, and where the long way would give the same event.
+        """
         return (
             data[:6] == b"data: "
             and data.find(b"\n") == len(data) - 2 <= self.max_bytes
@@ -490,6 +520,7 @@ class SSEParser:
             self.retry = int(value)
 
     def _dispatch(self) -> ServerSentEvent | None:
+        """At a blank line. Without data it is no event, and its type is forgotten."""
         event = None
         if self._data:
             data = "\n".join(self._data)
@@ -636,6 +667,10 @@ class Wire(trio.abc.HalfCloseableStream):
     On TCP `write_now` goes straight to the socket, and every write has a deadline: no
     progress for STUCK_TIMEOUT seconds breaks the connection. TLS goes between two
     wires: the lower one keeps the deadline, the upper one the order of the writes.
+
+    `rest` is what the socket did not take. Nobody writes while there is some, or while
+    somebody else holds the lock, because half a frame inside of another is the end of
+    any protocol. The pump looks whether the wire is busy; all others wait for the lock.
     """
 
     def __init__(self, stream: trio.SocketStream | trio.SSLStream[Wire]) -> None:
@@ -647,11 +682,11 @@ class Wire(trio.abc.HalfCloseableStream):
         )  # fmt: skip
         self.fd = self.socket.fileno() if self.tcp else -1
         self.rest: memoryview | bytes = b""
-        self.unread = b""
+        self.unread = b""  # put back, to be read before what the peer sends
         self.sent = 0
         self.stuck = False
         self.ended = False  # the peer has said all that it will
-        self.listening_since = inf
+        self.listening_since = inf  # when we began to wait for bytes; inf: we do not
         self._lock = trio.Lock()
 
     @property
@@ -659,7 +694,12 @@ class Wire(trio.abc.HalfCloseableStream):
         return bool(self.rest) or self._lock.locked()
 
     def write_now(self, data: bytes) -> None:
-        """Write without waiting, if not busy; what is not taken waits for flush()."""
+        """Write without waiting, if not busy; what is not taken waits for flush().
+
+        With TLS nothing is taken at once: its records are flush()'s to make. `os.write`
+        does what `socket.send` does, cheaper: Trio's sockets never block, and Python
+        ignores SIGPIPE.
+        """
         taken = 0
         if self.tcp:
             try:
@@ -675,6 +715,11 @@ class Wire(trio.abc.HalfCloseableStream):
             await self._drain()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Write all; against Trio's custom no checkpoint if it is taken at once.
+
+        That saves a turn of the loop for each response. The price: who sends without
+        end must wait for something else now and then, as all here do for input.
+        """
         if self.tcp and not self.busy:
             self.write_now(bytes(data))
             if not self.rest:
@@ -702,7 +747,11 @@ class Wire(trio.abc.HalfCloseableStream):
                 raise trio.BrokenResourceError(str(error)) from error
 
     async def _room(self) -> None:
-        """Wait for room in the socket's buffer, as long as the peer takes anything."""
+        """Wait for room in the socket's buffer, as long as the peer takes anything.
+
+        Linux calls a socket writable when a third of its buffer is free. A slow peer
+        may take longer than our limit for that: so what counts is what it acknowledges.
+        """
         queued = self._queued()
         while True:
             with trio.move_on_after(STUCK_TIMEOUT):
@@ -783,7 +832,11 @@ class Wire(trio.abc.HalfCloseableStream):
 
 
 class AsgiOutlet:
-    """HTTP/2 has frames, windows and streams of its own: here Hypercorn writes."""
+    """HTTP/2 has frames, windows and streams of its own: here Hypercorn writes.
+
+    Nothing goes out by itself: each write calls the reader's own task to flush(). So
+    here each event wakes a task for each reader, as in the usual design.
+    """
 
     def __init__(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         self.send = send
@@ -804,7 +857,12 @@ class AsgiOutlet:
 
 
 class Reader:
-    """A position in a log, on a wire."""
+    """A position in a log, on a wire.
+
+    Two drive it. The pump calls catch_up() when there is news; that is a plain
+    function. The task of the connection sits in run(), and is needed only for what
+    has to wait: a full wire, the end of the log, the client's leaving.
+    """
 
     __slots__ = (
         "_listening",
@@ -848,6 +906,7 @@ class Reader:
             self._listening.cancel()
 
     def _tell_gap(self) -> None:
+        """What it missed is gone for good: say how much, go on where the log begins."""
         gap = self.framing.gap(self.log.start - self.position)
         self.position = self.log.start
         self.gaps += 1
@@ -876,7 +935,8 @@ class Reader:
 
         One task does it all. It listens to the client, and `listen` returns when that
         has left; catch_up() calls it away, by cancelling, when there is something that
-        must be waited for: room on a full wire, or the log's last bytes.
+        must be waited for: room on a full wire, or the log's last bytes. So `listen`
+        must be something that can be cancelled and called again, with nothing lost.
         Raises BrokenResourceError when the client takes nothing any more.
         """
         self.log.readers[self] = None
@@ -886,6 +946,8 @@ class Reader:
                 with self._listening:
                     await listen()
                     return False
+                # Made anew before anything is waited for: who cancels it from now on
+                # ends the next listen(), so that no call is lost.
                 self._listening = trio.CancelScope()
                 if self.problem:
                     raise trio.BrokenResourceError(self.problem)
@@ -915,16 +977,19 @@ class Pump:
         After one that was over in no time, rest for PUMP_REST: with many small logs, to
         wake up is what costs. After a long pass with single events only yield a few
         times: in a full room a lone message must not wait for a rest.
+
+        So when events pile up, the passes take half of the time: the rest is for input.
         """
         while True:
             await self._news.wait()
+            # Taken before the pass: what is appended from now on is for the next one.
             self._news = trio.Event()
             logs, self._news_in = self._news_in, {}
             took = await self._pass(logs)
             if max(logs.values()) > 1 or took < PUMP_REST:
                 await trio.sleep(max(took, PUMP_REST))
             else:
-                for _ in range(3):
+                for _ in range(3):  # turns that a message takes from socket to append()
                     await trio.lowlevel.checkpoint()
 
     async def _pass(self, logs: Iterable[EventLog]) -> float:
@@ -944,7 +1009,8 @@ class Pump:
 # ─── Connections ─────────────────────────────────────────────────────────────────────
 # One client is one nursery, with one `except*`: whatever goes wrong inside ends that
 # connection and no other. Libraries that keep all connections in one nursery can be
-# ended by one bad handshake (trio-websocket issue 184), so we accept by ourselves.
+# ended by one client (a ping at the wrong moment: trio-websocket issue 184; a header
+# that is not ASCII), so we accept by ourselves.
 #
 # The first head decides who goes on: h11 for HTTP/1, trio-websocket for a WebSocket,
 # Hypercorn for HTTP/2. The application above sees ASGI in each HTTP case.
@@ -956,7 +1022,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n"
-QUIET_ENDS = (
+QUIET_ENDS = (  # of a connection: no fault of ours, and no news
     trio.BrokenResourceError,
     trio.ClosedResourceError,
     trio.TooSlowError,
@@ -998,7 +1064,12 @@ class Upgrade(NamedTuple):
 
 
 class Http1:
-    """HTTP/1.x on one stream: h11 knows the rules, the application sees ASGI."""
+    """HTTP/1.x on one stream: h11 knows the rules, the application sees ASGI.
+
+    One task reads and writes. While an app streams, it sits in receive(): that is how
+    it learns at once that its client has left, which a server that only writes learns
+    when its buffers are full.
+    """
 
     def __init__(self, stream: Wire, scheme: str, visit: Visit) -> None:
         self.stream = stream
@@ -1019,6 +1090,8 @@ class Http1:
                 if isinstance(request, Upgrade):
                     return request
                 await app(self.scope(request), self.receive, self.send)
+                # Something of this exchange is left over: what came next on this
+                # connection could be taken for it.
                 if self.conn.our_state is not h11.DONE:
                     break
                 if self.conn.their_state is not h11.DONE:
@@ -1058,14 +1131,18 @@ class Http1:
         return None
 
     def accept(self, request: h11.Request) -> h11.Request | Upgrade:
+        """What h11 lets through, and we do not. Raises Problem."""
         self.raw = b""
         self.visit.requests += 1
+        # h11 only limits a head that is incomplete; one packet may bring a whole one.
         size = sum(len(name) + len(value) + 4 for name, value in request.headers)
         if size + len(request.target) > HEAD_BYTES:
             raise Problem(431, f"the request's head is larger than {HEAD_BYTES} bytes")
         target = request.target.decode("latin-1").partition("?")[0]
         self.visit.asked = f"{request.method.decode()} {target}"
         headers = [name for name, _ in request.headers]
+        # A proxy before us may go by the other one of the two: then the rest of what
+        # it took for one request would be a second one to us (RFC 9112, section 11.2).
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise Problem(400, "send Content-Length or Transfer-Encoding, not both")
         if request.http_version not in (b"1.0", b"1.1"):
@@ -1167,13 +1244,20 @@ def problem_response(problem: Problem) -> tuple[list[tuple[bytes, bytes]], bytes
 
 
 class Http2(H2Protocol):
-    """Hypercorn's HTTP/2, without what lets one stream end all the others."""
+    """Hypercorn's HTTP/2, without what lets one stream end all the others.
+
+    An exception in here ends the connection, and with it every stream. Hypercorn 0.18
+    raises KeyError for a body whose stream has ended, UnicodeDecodeError for a head
+    that is not ASCII, and what its priority tree raises for a stream that depends on
+    itself. And where an app leaves off in mid-response, it tells the client nothing.
+    """
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
             if isinstance(event, h2.events.DataReceived | h2.events.RequestReceived):
                 await self._handle_stream(event)
-            elif not isinstance(event, h2.events.PriorityUpdated):  # RFC 9113, 5.3.2
+            # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
+            elif not isinstance(event, h2.events.PriorityUpdated):
                 await super()._handle_events([event])
         await self._flush()
 
@@ -1217,7 +1301,8 @@ def in_time(app: App) -> App:
 
     async def run(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            with trio.fail_after(STUCK_TIMEOUT):  # a window that is never opened
+            # A window that is never opened: TCP goes on, so the wire sees nothing.
+            with trio.fail_after(STUCK_TIMEOUT):
                 await send(message)
 
         try:
@@ -1249,7 +1334,7 @@ async def serve_http2(stream: Wire, scheme: str, app: App, ended: trio.Event) ->
         )  # fmt: skip
         offered = protocol.connection.local_settings
         offered[h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL] = 0
-        offered.acknowledge()
+        offered.acknowledge()  # else h2 sends the old value, until that is confirmed
         await protocol.initiate()
         while not (ended.is_set() and protocol.idle):
             data = None
@@ -1259,7 +1344,7 @@ async def serve_http2(stream: Wire, scheme: str, app: App, ended: trio.Event) ->
                 data = await stream.receive_some(64 * KiB)
             if data:
                 await protocol.handle(RawData(data))
-            elif data == b"" or protocol.idle:
+            elif data == b"" or protocol.idle:  # None: silence, which a stream may keep
                 break
         await protocol.handle(Closed())
 
@@ -1287,7 +1372,8 @@ async def tick(clock: EventLog) -> None:
 
     Seconds that were missed (a busy or suspended machine) are made up for, as far back
     as the log reaches; that also fills it at the start, so that a reader loses nothing
-    when the server is started again.
+    when the server is started again. A clock that is set back has said those seconds:
+    it is silent until it has caught up.
     """
     while True:
         second = int(time.time())
@@ -1299,7 +1385,10 @@ async def tick(clock: EventLog) -> None:
 
 
 class Room(EventLog):
-    """What is said in the room. Its ids carry a token of this start of the server."""
+    """What is said in the room. Its ids carry a token of this start of the server.
+
+    Without it, event 7 of yesterday's room would pass for event 7 of today's.
+    """
 
     def __init__(self, on_news: Callable[[EventLog], None]) -> None:
         name = f"room-{secrets.token_hex(4)}"
@@ -1322,7 +1411,10 @@ class Room(EventLog):
             self.append(data, type, name=name, at=now_ms(), **about)
 
     async def enter(self, name: str, change: int) -> None:
-        """A member more, or less. The room works without, should that not be told."""
+        """A member more, or less. The room works without, should that not be told.
+
+        Shielded, for who leaves because all is being cancelled is to be told of, too.
+        """
         self.here += change
         with contextlib.suppress(Problem), trio.move_on_after(1, shield=True):
             await self.publish("joined" if change > 0 else "left", name)
@@ -1355,6 +1447,9 @@ class Answer(EventLog):
     """An answer under way, or ended less than ANSWER_KEPT seconds ago.
 
     Its name is unguessable (128 bits): who knows it may read it and stop it.
+
+    `scope` is around its writer, and all that can stop it is done with that: Stop
+    cancels it, and the linger time is its deadline, so there is no timer to be kept.
     """
 
     def __init__(self, table: Answers, seed: bool, short: bool) -> None:
@@ -1363,7 +1458,7 @@ class Answer(EventLog):
         self.seed = seed  # in the format of the chat page, else in OpenAI's
         self.short = short  # asked for as one body, not as a stream
         self.scope = trio.CancelScope()
-        self.verdict = ABANDONED  # why, should the scope be cancelled
+        self.verdict = ABANDONED  # why, should the scope be cancelled: by its deadline
         self.attending = 0  # requests here,
         self.remote: set[str] = set()  # and processes where there are some
         self.mirrored = 0  # events that Redis has
@@ -1406,6 +1501,7 @@ class Answer(EventLog):
             await (self.ended if self.short else self.head).wait()
 
     def skip_to(self, n: int) -> None:
+        """Only a Replica ever does; append() keeps the same account."""
         self.table.held -= self.size
         super().skip_to(n)
 
@@ -1424,6 +1520,7 @@ class Answer(EventLog):
         self.write_chunk(raw, chunk)
 
     def write_chunk(self, raw: str, chunk: Message) -> None:
+        """Its text for the chat page, else as it came: with fields nobody knows yet."""
         if self.size + len(raw) > ANSWER_BYTES or not self.table.has_room(len(raw)):
             raise upstream_problem("the answer is too large to keep", code="too_large")
         if not len(self):
@@ -1444,7 +1541,10 @@ class Answer(EventLog):
         self.scope.cancel()
 
     def finish(self, problem: Problem | None = None) -> None:
-        """The end, in exactly one of three ways; whatever is said later is ignored."""
+        """The end, in exactly one of three ways; whatever is said later is ignored.
+
+        So it may be called by whoever sees an end first, and by run() in any case.
+        """
         if self.closed:
             return
         if problem is None:
@@ -1490,7 +1590,10 @@ def content_of(chunk: Mapping[str, Any]) -> str:
 
 
 def join_chunks(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One chat.completion out of its chunks; fields that we do not know are kept."""
+    """One chat.completion out of its chunks; fields that we do not know are kept.
+
+    A null says "nothing new here": it never replaces what an earlier chunk said.
+    """
     whole: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
@@ -1511,6 +1614,7 @@ def join_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
     for key, value in delta.items():
         old = message.get(key)
         if isinstance(old, str) and isinstance(value, str):
+            # These are repeated, or come whole: put together they would be nonsense.
             once = key in ("role", "id", "type", "name", "object")
             message[key] = value if once else old + value
         elif isinstance(old, dict) and isinstance(value, dict):
@@ -1525,7 +1629,11 @@ def join_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
 
 
 class Metrics:
-    """Counters, as text for Prometheus (its exposition format, version 0.0.4)."""
+    """Counters, as text for Prometheus (its exposition format, version 0.0.4).
+
+    A reader counts for itself, on the fast path without a lookup, and is added when it
+    ends; text() is given those that are still here as `live`.
+    """
 
     FIRST_TOKEN = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
 
@@ -1575,7 +1683,11 @@ class Model(Protocol):
 
 
 class Answers:
-    """All answers: who may start one, who writes it, when it is forgotten."""
+    """All answers: who may start one, who writes it, when it is forgotten.
+
+    `held` is the size of all of them, kept up by each that grows or is forgotten: to
+    add them up for each token would cost more than the token.
+    """
 
     def __init__(
         self, settings: Settings, model: Model, on_news: Callable[[EventLog], None]
@@ -1614,7 +1726,10 @@ class Answers:
             self.held -= answer.size
 
     async def run(self, answer: Answer, body: Message, authorization: str) -> None:
-        """The writer of one answer, from its first word to its being forgotten."""
+        """The writer of one answer, from its first word to its being forgotten.
+
+        The task of an ended answer is its own timer: it sleeps, then it forgets it.
+        """
         problem: Problem | None = STOPPING  # if the server ends while we write
         try:
             with answer.scope:
@@ -1667,6 +1782,9 @@ class Upstream:
         """One for all answers. No pool limit that makes one wait; no cookie is kept.
 
         A cookie jar would send what one client's answer set along with the next one's.
+        The pool is set from outside, because httpx2's transport takes no network
+        backend. It is mounted, because a client that is given a `transport` no longer
+        looks for HTTP_PROXY and HTTPS_PROXY. (It replaces ALL_PROXY, though.)
         """
         import httpcore2  # loaded with the first question to an upstream, not at start
         import httpx2
@@ -1683,14 +1801,17 @@ class Upstream:
         return httpx2.AsyncClient(
             timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT),
             cookies=http.cookiejar.CookieJar(no_cookie),
-            mounts={"all://": transport},  # a proxy from the environment goes before
+            mounts={"all://": transport},
         )
 
     async def run(self) -> None:
         await self.intake.run()
 
     async def write(self, answer: Answer, body: Message, authorization: str) -> None:
-        """Ask, and pass on what comes. Raises Problem, also when it comes too late."""
+        """Ask, and pass on what comes. Raises Problem, also when it comes too late.
+
+        `limit` is one deadline for all of it, which pass_on() moves with each token.
+        """
         try:
             with trio.fail_after(FIRST_TOKEN_TIMEOUT) as limit:
                 if not body.get("model"):
@@ -1752,6 +1873,7 @@ class Upstream:
         body: Message | None,
         then: Callable[[httpx2.Response], Awaitable[None]],
     ) -> None:
+        """The same, with httpx2's exceptions as Problems."""
         import httpx2
 
         try:
@@ -1761,6 +1883,8 @@ class Upstream:
                     raise await self.refusal(response)
                 await then(response)
             finally:
+                # Also when we are cancelled, and then above all: that this connection
+                # is closed is what tells the model to stop.
                 with trio.move_on_after(1, shield=True):
                     await response.aclose()
         except httpx2.TimeoutException:
@@ -1822,6 +1946,7 @@ class Upstream:
         kind = (
             response.headers.get("content-type", "").partition(";")[0].strip().lower()
         )
+        # What was not asked for as a stream need not come as one.
         if kind == "application/json" and answer.short:
             whole = await read_at_most(response, ANSWER_BYTES)
             return answer.write(whole.decode(errors="replace"))
@@ -1836,7 +1961,9 @@ class Upstream:
                 if abs(late - limit.deadline) > 1:  # to move it costs a little
                     limit.deadline = late
                 if event.data == "[DONE]":
-                    answer.finish()  # then read to the end, to keep the connection
+                    # Then read to the end, to keep the connection for the next one;
+                    # should that come too late, the answer is none the worse for it.
+                    answer.finish()
                     limit.deadline = trio.current_time() + 1
                 elif event.data.strip() and not answer.closed:
                     answer.write(event.data)
@@ -1867,20 +1994,26 @@ class HeadStream:
 
     httpx2 and its layers cost 100 µs a token. So they connect, ask and read the head,
     and the body of a stream is read by UpstreamBody, without them.
+
+    What came with the head waits in `rest`. `ours` says that httpcore has not asked for
+    what follows: only then may it be read behind its back. Once it reads on by itself,
+    a body of another kind or what follows a 1xx, all goes through as it comes.
     """
 
     def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
         self.stream = stream
-        self.head = b""
+        self.head: bytes | None = b""  # as far as it has come; None: leave it alone
         self.rest = b""
-        self.ours = False  # the whole body is still to be read
+        self.ours = False
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self.ours:
+            self.ours, self.head = False, None
         if self.rest:
-            data, self.rest, self.ours = self.rest, b"", False
+            data, self.rest = self.rest, b""
             return data
         data = await self.stream.read(max_bytes, timeout)
-        if self.ours:
+        if self.head is None:
             return data
         self.head += data
         if (end := self.head.find(b"\r\n\r\n") + 4) >= 4:
@@ -1906,7 +2039,11 @@ class Intake:
     """The pump's counterpart: one task reads from all upstreams that have news.
 
     To wake a task a token costs more than the token. After a pass it rests for a
-    moment, so that the next one finds several of them.
+    moment, so that the next one finds several of them: a delay of INTAKE_REST at most,
+    which nobody sees in a text that is being written.
+
+    Linux's selector (epoll) is itself a file that can be waited for: so Trio waits for
+    this one only, and not for each upstream's.
     """
 
     def __init__(self) -> None:
@@ -1935,7 +2072,12 @@ class Intake:
 
 
 class UpstreamBody:
-    """The body of an upstream's response, read with as little as possible between."""
+    """The body of an upstream's response, read with as little as possible between.
+
+    Three ways, one meaning. A chunked body on plain TCP: the intake calls read_now().
+    The same in TLS: receive(), because bytes that TLS has already taken from the socket
+    wake no selector. Any other body: httpcore reads it, slower.
+    """
 
     def __init__(
         self, response: httpx2.Response, take: Callable[[bytes], None]
@@ -1958,7 +2100,7 @@ class UpstreamBody:
                 self.take(data)
             return
         early, stream.rest = stream.rest, b""
-        self.feed(early or None)
+        self.feed(early or None)  # None: nothing came with the head
         if stream.get_extra_info("ssl_object"):
             while not self.ended.is_set():
                 await self.receive(stream.stream)
@@ -1968,20 +2110,22 @@ class UpstreamBody:
                 await self.ended.wait()
         if self.failed:
             raise self.failed
-        if (
-            self.chunks.rest == b"\r\n"
-        ):  # now httpcore may know, and keep the connection
+        # h11 has seen no body, and a connection whose response has not ended is not
+        # used again. So it is given an empty one; after trailers or more, rather not.
+        if self.chunks.rest == b"\r\n":
             stream.rest = b"0\r\n\r\n"
             async for _ in self.response.aiter_raw():
                 pass
 
     async def receive(self, stream: httpcore2.AsyncNetworkStream) -> None:
+        """Some more, of TLS."""
         try:
             self.feed(await stream.read(64 * KiB))
         except self.broken as error:
             self.fail(cut_short(str(error)))
 
     def read_now(self) -> None:
+        """Some more. Raises nothing: the intake that calls it reads for everyone."""
         try:
             self.feed(os.read(self.fd, 64 * KiB))
         except BlockingIOError:
@@ -2016,7 +2160,11 @@ def cut_short(how: str) -> Problem:
 
 
 class ChunkDecoder:
-    """The chunked transfer coding, the other way round (RFC 9112, section 7.1)."""
+    """The chunked transfer coding, the other way round (RFC 9112, section 7.1).
+
+    A place in a buffer that moves on: to cut off what is read, chunk by chunk, would
+    copy the rest as often. Trailers are left unread.
+    """
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -2032,7 +2180,8 @@ class ChunkDecoder:
     def feed(self, data: bytes) -> bytes:
         """What the next chunk, or part of one, carries; feed(b"") until that is b"".
 
-        Raises ValueError if these are no chunks, after all that came before.
+        Raises ValueError if these are no chunks, after all that came before: one piece
+        at a time, so that the good tokens before a bad chunk still reach the reader.
         """
         if data:
             self._buffer, self._at = self.rest + data, 0
@@ -2100,6 +2249,7 @@ class Demo:
         return f"{first}\n\n{lesson}\n\n{last}"
 
     async def write(self, answer: Answer, body: Message, authorization: str) -> None:
+        """Chunks like those of OpenAI's streams, because clients are tried on them."""
         answer.head.set()
         base = {
             "id": f"chatcmpl-{secrets.token_hex(8)}",
@@ -2119,6 +2269,7 @@ class Demo:
             await trio.sleep(self.PACE)
             say({"content": word})
         say({}, "stop")
+        # In one body always: clients crash where that has no usage.
         if answer.short or (body.get("stream_options") or {}).get("include_usage"):
             asked = len(to_json(body["messages"])) // 4
             usage = {"prompt_tokens": asked, "completion_tokens": len(words)}
@@ -2185,6 +2336,8 @@ SSE 是单向的，走普通的 HTTP，断线会自己续上。WebSocket 是双�
 # One check of Host and Origin, one shape of error. What a handler needs of its request
 # stands in Request; what it cannot accept it raises as a Problem.
 
+# The pages load nothing from elsewhere, but may talk to any server on loopback, because
+# `?server=` in their address names another one than theirs.
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; "
     "style-src 'self'; img-src 'self'; "
@@ -2199,7 +2352,7 @@ PAGE_HEADERS = {
 SSE_HEADERS = {
     "content-type": "text/event-stream",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",
+    "x-accel-buffering": "no",  # nginx, asked by whom it serves
 }
 MAY_SEND = "Authorization, Cache-Control, Content-Type, Last-Event-ID"
 MAY_READ = "X-Answer-Id, Retry-After"
@@ -2250,6 +2403,7 @@ class Request:
     async def read_body(self) -> None:
         """Read the whole body, if any, so that what follows is the client leaving.
 
+        Every handler relies on that: disconnected() would take a body for patience.
         Raises Problem 413, 408.
         """
         length = self.headers.get("content-length", "")
@@ -2271,7 +2425,7 @@ class Request:
             raise Problem(408, "the request's body did not arrive in time")
 
     async def disconnected(self) -> None:
-        """Wait until the client has left."""
+        """Wait until the client has left. No server tells an app by cancelling it."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
@@ -2328,7 +2482,11 @@ def parse_query(query: bytes) -> dict[str, str]:
 async def race_disconnect(
     request: Request, wait: Callable[[], Awaitable[object]]
 ) -> bool:
-    """Wait for something (True), but no longer than the client stays (False)."""
+    """Wait for something (True), but no longer than the client stays (False).
+
+    Two tasks in a nursery, and who is first cancels the other: the one pattern for
+    "whichever comes first", and no task is left over.
+    """
     stayed = False
 
     async def watch() -> None:
@@ -2393,7 +2551,10 @@ class Access:
         raise Problem(403, f"{foreign} the server with --allow-origin {origin}")
 
     def _own(self, netloc: str, host_header: str) -> bool:
-        """Is this origin the server itself, on either of its ports?"""
+        """Is this origin the server itself, on either of its ports?
+
+        The scheme is not compared: behind a proxy we do not know our own.
+        """
         if netloc and netloc == host_header:
             return True
         (name, port), (host, _) = split_host(netloc), split_host(host_header)
@@ -2409,7 +2570,10 @@ def urlsplit_netloc(origin: str) -> str:
 
 
 def check_messages(body: Any) -> Message:
-    """The part of a chat request that we rely on. Raises Problem 400."""
+    """The part of a chat request that we rely on. Raises Problem 400.
+
+    All else is the upstream's to judge, and passed on: it may be newer than we are.
+    """
     if not isinstance(body, dict):
         raise Problem(400, 'send a JSON object: {"messages": [{"role", "content"}]}')
     messages = body.get("messages")
@@ -2709,6 +2873,7 @@ class Service:
             task_status.started()
 
     async def keep_alive(self) -> None:
+        """One task for the silence of all: a timer for each reader would cost more."""
         while True:
             await trio.sleep(1)
             now = trio.current_time()
@@ -2742,6 +2907,10 @@ class Service:
                 pass
 
     async def handle(self, request: Request) -> None:
+        """Who asks, may they, and what for: in this order, after the whole body.
+
+        A refusal in the middle of a body would cost the connection, and mostly be lost.
+        """
         await request.read_body()
         self.access.check_host(request.headers)
         routes = self.routes(request.path)
@@ -2861,11 +3030,13 @@ class Service:
         await request.start(200, {**SSE_HEADERS, **(headers or {})})
         if request.method == "HEAD":
             return await request.write(b"")
+        # At once, also with no event to send: else neither client nor proxies see that
+        # it is open. No blank line yet, on which some clients make an empty event.
         await request.write(b"retry: %d\n" % (SSE_RETRY * 1000), more=True)
         reader = Reader(log, *request.outlet(), start)
         try:
             if not await reader.run(request.disconnected):
-                return
+                return  # the client has left: there is nobody to end it for
         finally:
             self.metrics.count_reader(reader)
         again = random.randint(1000, 5000)  # so that they do not all return at once
@@ -2880,7 +3051,11 @@ class Service:
         await self.post_answer(request, seed=False)
 
     async def post_answer(self, request: Request, seed: bool) -> None:
-        """A new answer; or, repeated with a Last-Event-ID, the one that was cut."""
+        """A new answer; or, repeated with a Last-Event-ID, the one that was cut.
+
+        Two lifetimes part here: the writer is started in the server's nursery, and this
+        request only attends. It waits for the upstream no longer than its client does.
+        """
         if last := request.last_event_id:
             return await self.follow_answer(request, last.rpartition("-")[0], last)
         try:
@@ -2900,6 +3075,7 @@ class Service:
                 await self.first_reader(request, answer)
 
     async def first_reader(self, request: Request, answer: Answer) -> None:
+        """A stream that has begun is 200, whatever comes: problems are events then."""
         if answer.problem and (answer.refused or answer.short):
             raise answer.problem.with_traceback(None)
         if answer.short:
@@ -2927,6 +3103,7 @@ class Service:
                 )
                 raise Problem(400, wrong, param="Last-Event-ID")
             if answer.closed and start == answer.end:
+                # What an EventSource takes as: do not come back (HTML standard 9.2).
                 return await request.respond(204)
             await self.stream(request, answer, start, {"x-answer-id": answer.name})
 
@@ -3041,7 +3218,10 @@ class Service:
                 logger.info(visit.line(wire.sent))
 
     async def converse(self, wire: Wire, visit: Visit) -> None:
-        """TLS if we have a certificate, then whatever protocol the client speaks."""
+        """TLS if we have a certificate, then whatever protocol the client speaks.
+
+        A WebSocket begins as HTTP/1, so h11 reads its head, too: one place for limits.
+        """
         scheme, protocol = "http", None
         if self.tls:
             tls = trio.SSLStream(
@@ -3080,7 +3260,11 @@ class Service:
         stop: trio.Event,
         ready: Callable[[], object],
     ) -> None:
-        """Accept until `stop`, then end gracefully: every reader is told."""
+        """Accept until `stop`, then end gracefully: every reader is told.
+
+        Who owns whom, in one line: a nursery ends after what is inside of it, and the
+        connections' is inside of the writers'. So no reader outlives what it reads.
+        """
         async with trio.open_nursery() as writers, trio.open_nursery() as connections:
             await writers.start(self.run_writers)
             if self.shared:
@@ -3098,7 +3282,11 @@ class Service:
             writers.cancel_scope.cancel()
 
     async def end(self) -> None:
-        """Answers may finish; then all logs end, and with them their readers."""
+        """Answers may finish; then all logs end, and with them their readers.
+
+        Our answers end before the replicas: other processes are told how ours ended
+        while there still is a Redis connection to tell them by.
+        """
         self.stopping = True
         with trio.move_on_after(self.settings.grace):
             for answer in list(self.answers.by_id.values()):
@@ -3139,17 +3327,28 @@ def why(group: BaseExceptionGroup[BaseException]) -> str:
 # that is asked for somebody else's answer follows that, as a Replica. Event n of a log
 # is the same everywhere.
 #
+# Redis, and any of the others, may be gone at any moment, or stand still and wake up
+# later. So nothing waits for Redis longer than REDIS_TIMEOUT; a message that its sender
+# was told is not stored will not turn up later (but for a reply that is lost on its
+# way); and what must not get lost, who attends which answer, is told twice: at once,
+# and again with each lease.
+#
 #   room        stream of messages; event n is entry 0-(n - base + 1)
 #   room:origin the room's name, and its base: written with the first message
 #   answer:ID   stream of batches of events; entry 0-1 says who writes, and how
 #   control     stream: stop, attend, leave, for whoever writes that answer
 #   alive, counts, presence   a lease of LEASE seconds for each process, and its numbers
 
+# FOLLOW_BLOCK is short: an XREAD under way knows nothing of a stream that is added.
 LEASE, BEAT, MIRROR_EVERY, FOLLOW_BLOCK = 4, 1, 0.05, 0.1
 MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # at a time: a batch takes 20 ms, not seconds
 REDIS_TIMEOUT = 2
 ANSWER_EXPIRES = 300  # after the last event; ANSWER_KEPT once it has ended
 
+# One message: stored, numbered, and with the number of members at that moment, all in
+# one step. LATE: a command is not taken back when we give up waiting for its reply. A
+# Redis that was frozen would carry it out on waking up, after its sender has been told
+# to say it again. So each comes with a time, on Redis's clock, after which it is void.
 SAY = """
 local t = redis.call('TIME')
 if t[1] + t[2] / 1000000 > tonumber(ARGV[9]) then
@@ -3188,7 +3387,11 @@ return {lost, tostring(now), since, sure and 1 or 0, redis.call('HGETALL', KEYS[
 
 
 class Replica(Answer):
-    """Somebody else's answer, followed here."""
+    """Somebody else's answer, followed here.
+
+    It has no writer in this process, so its scope stops nothing: what one does to it is
+    told to the process that has the writer, and what becomes of it is read from Redis.
+    """
 
     def __init__(self, shared: Shared, name: str, seed: bool, writer: str) -> None:
         super().__init__(shared.service.answers, seed, False)
@@ -3210,7 +3413,11 @@ class Replica(Answer):
                 self.shared.tell("leave", self)
 
     async def reach(self, last_event_id: str) -> None:
-        """What its reader has seen elsewhere may still be on its way to us."""
+        """What its reader has seen elsewhere may still be on its way to us.
+
+        Without this, its id would be refused as one of the future. A second is many
+        times what the way takes (MIRROR_EVERY and a round trip).
+        """
         name, _, n = last_event_id.rpartition("-")
         if name == self.name and re.fullmatch("[0-9]{1,15}", n):
             with trio.move_on_after(1):
@@ -3238,15 +3445,16 @@ class Shared:
         self.trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError)
         self.say_script = self.redis.register_script(SAY)
         self.renew_script = self.redis.register_script(RENEW)
-        self.base = 0
+        self.base = 0  # the room's place in its stream: event n is entry n - base + 1
         self.offset = 0.0  # Redis's time less ours
         self.since = ""  # when Redis began to see all of us
         self.said = 0  # by `tell`; and by the others, as far as we have heard it
         self.heard: dict[str, int] = {}
-        self.read = {"chatstream:control": "", "chatstream:room": "0-0"}
+        self.read = {"chatstream:control": "", "chatstream:room": "0-0"}  # up to here
         self.others: Counter[str] = Counter()
-        self.unsent: dict[str, str] | None = None
+        self.unsent: dict[str, str] | None = None  # taken from the channel, not stored
         self.told, self.to_tell = trio.open_memory_channel[dict[str, str]](inf)
+        # The one place where the room learns of Redis: members do not see a difference.
         service.room.publish = self.publish  # type: ignore[method-assign]
 
     async def run(
@@ -3311,7 +3519,12 @@ class Shared:
             raise Problem(503, away, "server_error", code="not_stored") from None
 
     async def find_origin(self) -> None:
-        """Take over the room's name and base, as whoever spoke first has set them."""
+        """Take over the room's name and base, as whoever spoke first has set them.
+
+        A Redis that comes back empty counts from 1 again. The base makes up for it: it
+        is beyond all that whoever spoke first has seen, and by ROOM_EVENTS beyond what
+        others may have seen. So a number means one event, were they no further apart.
+        """
         room = self.service.room
         mine = f"{room.name} {room.end + (ROOM_EVENTS if room.end else 0)}"
         await self.redis.eval(
@@ -3324,7 +3537,7 @@ class Shared:
             if self.base < room.end:  # who knew less than we was first
                 room.skip_to(self.base)
                 for reader in room.readers:
-                    reader.position = self.base - 1
+                    reader.position = self.base - 1  # so that each is told of a gap
         if not self.read["chatstream:control"]:  # what is told from now on
             last: Any = await self.redis.xrevrange("chatstream:control", count=1)
             self.read["chatstream:control"] = last[0].identifier if last else "0-0"
@@ -3370,7 +3583,13 @@ class Shared:
         return [answer for answer in answers if not isinstance(answer, Replica)]
 
     async def store(self, answers: list[Answer]) -> None:
-        """A stream that is not there (any more) is written again from the start."""
+        """A stream that is not there (any more) is written again from the start.
+
+        An entry's id is the place after its last event, plus one for the entry 0-1.
+        Redis takes only ids that grow: what is sent twice, because its first reply was
+        lost, is stored once.
+        """
+        # Before any waiting: the answers grow meanwhile, and this much is sent.
         ends = [min(a.end, a.mirrored + MIRROR_EVENTS) for a in answers]
         pipe = self.redis.pipeline(transaction=False, raise_on_error=False)
         async with pipe:  # an error of one stream: it was buried while we were away
@@ -3413,6 +3632,7 @@ class Shared:
         return replica
 
     def hear_answer(self, replica: Answer, entry: Mapping[str, str]) -> None:
+        """A batch of its events, of which we may have some already."""
         if "events" not in entry or replica.closed:
             return
         events, n = from_json(entry["events"]), int(entry["n"])
@@ -3437,6 +3657,10 @@ class Shared:
     # ── what the processes tell each other ──
 
     def tell(self, what: str, answer: Answer) -> None:
+        """Never waits, for it is called where a reader comes or goes: send_told() does.
+
+        Each has a number, by which hear_counts() tells old news from new.
+        """
         self.said += 1
         message = {"do": what, "answer": answer.name}
         self.told.send_nowait({**message, "from": self.me, "nth": str(self.said)})
@@ -3507,7 +3731,10 @@ class Shared:
             await trio.sleep(BEAT)
 
     async def renew_once(self) -> None:
-        """Our lease, our numbers; and what became of the others."""
+        """Our lease, our numbers; and what became of the others.
+
+        `told` is taken in the same step as `attends`: all up to there is in it.
+        """
         attends = [replica.name for replica in self.replicas() if replica.attending]
         mine = {**self.service.counts(), "attends": attends, "told": self.said}
         args: list[str | int] = [self.me, to_json(mine), self.service.room.here, LEASE]
@@ -3539,7 +3766,8 @@ class Shared:
     def hear_counts(self, counts: Mapping[str, Any]) -> None:
         """What the others count, and whose answers they read.
 
-        What they told us since they counted is newer, and may be on its way.
+        Counts that are older than what we have heard from their process since then say
+        nothing: an `attend` would be undone by the count of the moment before it.
         """
         self.others = Counter()
         for process, theirs in counts.items():
@@ -3568,6 +3796,9 @@ def keys(*names: str) -> list[str]:
 # ─── main ────────────────────────────────────────────────────────────────────────────
 # All that can be wrong with flags, ports, certificate and Redis is found before the
 # first client is served, and told in one line.
+#
+# A signal may come at any time, also before there is a loop to take it and after there
+# was one. So each stretch of the program says what a signal does there.
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -3730,7 +3961,7 @@ async def run(
     `parent` is a pipe that ends with the process that started us, and us with it.
     """
     stop = trio.Event()
-    gc.freeze()
+    gc.freeze()  # what is imported stays: no collection needs to look at it again
     gc.set_threshold(GC_THRESHOLD)
     ports = [listening.getsockname()[1] for listening in sockets]
     service = Service(settings, set(ports), tls)
@@ -3789,7 +4020,13 @@ async def check_redis(url: str) -> None:
 
 
 class Supervisor:
-    """N processes on the same sockets: who dies is replaced, a stop goes to all."""
+    """N processes on the same sockets: who dies is replaced, a stop goes to all.
+
+    It has no event loop, only os.wait(): to fork a loop would share its epoll between
+    two processes. What the workers do share is the listening sockets, opened once by
+    main(): the kernel gives each new connection to one of them, so no port is ever
+    closed while a worker is replaced.
+    """
 
     def __init__(self, settings: Settings, *args: Any) -> None:
         self.settings = settings
@@ -3818,14 +4055,15 @@ class Supervisor:
         if pid == 0:
             self.work(ready)
         self.workers[pid] = time.monotonic()
-        if self.stopped:
+        if self.stopped:  # while we forked: stop() did not know of this one yet
             os.kill(pid, signal.SIGTERM)
 
     def work(self, ready: Callable[[], object]) -> NoReturn:
+        """The worker's whole life: it must never return into the parent's code."""
         code = 1
         try:
             os.setpgid(0, 0)  # Ctrl-C is for the parent, which passes it on
-            os.close(self.held_open)
+            os.close(self.held_open)  # else it is held open by the workers themselves
             code = run_until_stopped(self.settings, *self.args, ready, self.pipe)
         except Exception:
             logger.exception("a worker failed")
@@ -3833,7 +4071,10 @@ class Supervisor:
             os._exit(code)
 
     def stop(self, number: int, frame: object) -> None:
-        """Passed on to all; and once more, for good, to one that is frozen, say."""
+        """Passed on to all; and once more, for good, to one that is frozen, say.
+
+        The alarm comes after `grace`, in time for the promise of `grace` plus 3 s.
+        """
         self.stopped = True
         too_late = number == signal.SIGALRM
         for pid in list(self.workers):

@@ -175,6 +175,27 @@ async def test_chunked_framing_however_it_is_cut(relay, upstream, name, size):
         assert events[-1].data == "[DONE]"
 
 
+@pytest.mark.parametrize("size", [40, 150])
+async def test_a_body_that_is_no_stream_may_come_in_pieces(relay, upstream, size):
+    """The first of them with some of the body behind the head, as large ones do."""
+    message = {"role": "assistant", "content": "word " * 100}
+    whole = {"object": "chat.completion", "choices": [{"index": 0, "message": message}]}
+    head, _, body = plain(200, whole).partition(b"\r\n\r\n")
+    first, *others = split(body, size)
+    steps = [step for piece in others for step in (0.01, piece)]
+    prompt = upstream.script(head + b"\r\n\r\n" + first, *steps)
+    response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
+    assert response.json == whole
+
+
+async def test_what_comes_before_the_head_is_no_head(relay, upstream):
+    said = b"".join(answer("a ", "b"))
+    prompt = upstream.script(b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.05, said, FIN)
+    events = await fetch_events("POST", relay.http + OPENAI, None, ask(prompt))
+    assert text_of(events) == "a b"
+    assert events[-1].data == "[DONE]"
+
+
 HALF = b"%x\r\n%b\r\n" % (len(data(HELLO)), data(HELLO))
 BROKEN_FRAMINGS = {
     "no number": HALF + b"zz\r\n",

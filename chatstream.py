@@ -8,7 +8,7 @@ One idea carries the whole program:
     writers               logs                       readers
     tick() ──────────▶  clock   ●●●●●●●●──▶   SSE over HTTP   (h11, Hypercorn)
     Answers.run() ───▶  answer  ●●●●──▶       WebSocket       (trio-websocket)
-    Member.hear() ───▶  room    ●●●●●●──▶     one JSON body   (a short connection)
+    Member.tell() ───▶  room    ●●●●●●──▶     one JSON body   (a short connection)
 
 Late join, resume after a cut, several readers of one answer, fan-out, slow readers:
 one mechanism, not five. SSE and WebSocket differ only in how an event is framed.

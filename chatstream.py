@@ -666,7 +666,7 @@ class Wire(trio.abc.HalfCloseableStream):
 
     `rest` is what the socket did not take. Nobody writes while there is some, or while
     somebody else holds the lock, because half a frame inside of another is the end of
-    any protocol. The pump looks whether the wire is busy; all others wait for the lock.
+    any protocol. Who cannot wait looks whether it is busy; all others take the lock.
     """
 
     def __init__(self, stream: trio.SocketStream | trio.SSLStream[Wire]) -> None:
@@ -989,7 +989,7 @@ class Pump:
             if max(logs.values()) > 1 or took < PUMP_REST:
                 await trio.sleep(max(took, PUMP_REST))
             else:
-                for _ in range(3):  # turns that a message takes from socket to append()
+                for _ in range(3):  # turns, in which what has arrived is heard
                     await trio.lowlevel.checkpoint()
 
 

@@ -2623,7 +2623,11 @@ def clean_name(name: str) -> str:
 
 
 class Lent(trio.abc.Stream):
-    """A wire as trio-websocket gets it: to shake hands, not to read on or hang up."""
+    """A wire as trio-websocket gets it: to shake hands, not to read on or hang up.
+
+    Its own task wants to read at once what follows the handshake, which is ours to
+    read, and closes the stream when it is cancelled, which is ours to go on with.
+    """
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
@@ -2654,7 +2658,11 @@ async def shake_hands(wire: Wire, may_v1: bool) -> bool:
 
 
 class Member(Reader):
-    """A reader on a WebSocket; in the room it also speaks."""
+    """A reader on a WebSocket; in the room it also speaks.
+
+    One task, as for any reader: while it waits to be allowed to say more, or for room
+    on its wire, it does not read, and TCP lets the client feel that.
+    """
 
     __slots__ = (
         "chatter",

@@ -8,7 +8,7 @@ One idea carries the whole program:
     writers               logs                       readers
     tick() ──────────▶  clock   ●●●●●●●●──▶   SSE over HTTP   (h11, Hypercorn)
     Answers.run() ───▶  answer  ●●●●──▶       WebSocket       (trio-websocket)
-    Member.hear() ───▶  room    ●●●●●●──▶     one JSON body   (a short connection)
+    Member.tell() ───▶  room    ●●●●●●──▶     one JSON body   (a short connection)
 
 Late join, resume after a cut, several readers of one answer, fan-out, slow readers:
 one mechanism, not five. SSE and WebSocket differ only in how an event is framed.
@@ -670,7 +670,7 @@ class Wire(trio.abc.HalfCloseableStream):
 
     `rest` is what the socket did not take. Nobody writes while there is some, or while
     somebody else holds the lock, because half a frame inside of another is the end of
-    any protocol. The pump looks whether the wire is busy; all others wait for the lock.
+    any protocol. Who cannot wait looks whether it is busy; all others take the lock.
     """
 
     def __init__(self, stream: trio.SocketStream | trio.SSLStream[Wire]) -> None:
@@ -989,7 +989,7 @@ class Pump:
             if max(logs.values()) > 1 or took < PUMP_REST:
                 await trio.sleep(max(took, PUMP_REST))
             else:
-                for _ in range(3):  # turns that a message takes from socket to append()
+                for _ in range(3):  # turns, in which what has arrived is heard
                     await trio.lowlevel.checkpoint()
 
     async def _pass(self, logs: Iterable[EventLog]) -> float:
@@ -2643,7 +2643,11 @@ def clean_name(name: str) -> str:
 
 
 class Lent(trio.abc.Stream):
-    """A wire as trio-websocket gets it: to shake hands, not to read on or hang up."""
+    """A wire as trio-websocket gets it: to shake hands, not to read on or hang up.
+
+    Its own task wants to read at once what follows the handshake, which is ours to
+    read, and closes the stream when it is cancelled, which is ours to go on with.
+    """
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
@@ -2674,7 +2678,11 @@ async def shake_hands(wire: Wire, may_v1: bool) -> bool:
 
 
 class Member(Reader):
-    """A reader on a WebSocket; in the room it also speaks."""
+    """A reader on a WebSocket; in the room it also speaks.
+
+    One task, as for any reader: while it waits to be allowed to say more, or for room
+    on its wire, it does not read, and TCP lets the client feel that.
+    """
 
     __slots__ = (
         "chatter",

@@ -25,13 +25,17 @@ import h2.settings
 import trio
 from kit import (
     PATIENCE,
+    PING,
+    PONG,
     ROOT,
-    Connection,
     Headers,
     connect,
     fetch,
+    frame,
     insecure,
     need,
+    over,
+    read_frame,
     stream,
     until,
 )
@@ -136,14 +140,16 @@ async def narrow(url, source=None):
     if source:
         await plain.bind((source, 0))
     await plain.connect((parts.hostname, parts.port))
-    transport = trio.SocketStream(plain)
-    if parts.scheme in ("https", "wss"):
-        transport = trio.SSLStream(transport, insecure(), https_compatible=True)
-    try:
-        yield Connection(transport)
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.aclose_forcefully(transport)
+    async with over(trio.SocketStream(plain), parts.scheme) as connection:
+        yield connection
+
+
+async def answer_pings(member, count):
+    member.patience = 60
+    for _ in range(count):
+        opcode, payload = await read_frame(member)
+        assert opcode == PING
+        await member.send(frame(PONG, payload))
 
 
 async def drain(connection, seconds=PATIENCE):

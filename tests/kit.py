@@ -401,7 +401,13 @@ async def connect(url):
     """A connection to the server of this URL, dropped without a word at the end."""
     parts = urlsplit(url)
     transport = await trio.open_tcp_stream(parts.hostname, parts.port)
-    if parts.scheme in ("https", "wss"):
+    async with over(transport, parts.scheme) as connection:
+        yield connection
+
+
+@asynccontextmanager
+async def over(transport, scheme):
+    if scheme in ("https", "wss"):
         transport = trio.SSLStream(transport, insecure(), https_compatible=True)
     try:
         yield Connection(transport)

@@ -16,6 +16,7 @@ import pytest
 import trio
 from hostile import (
     FULL,
+    answer_pings,
     assert_no_fault,
     descriptors,
     drain,
@@ -470,11 +471,7 @@ async def test_half_a_frame_and_then_nothing(serve):
 async def test_a_member_that_answers_pings_stays(serve):
     server = serve(program=program(PING_EVERY=1, HEARTBEAT_EVERY=1))
     async with raw_member(server.ws) as member:
-        member.patience = 60
-        for _ in range(3):
-            opcode, payload = await read_frame(member)
-            assert opcode == PING
-            await member.send(frame(PONG, payload))
+        await answer_pings(member, 3)
         assert (await health(server))["members"] == 1
 
 

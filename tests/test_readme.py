@@ -1,13 +1,20 @@
 """README.md: each session is run, each figure counted, each name looked up."""
 
 import ast
+import bisect
 import contextlib
+import functools
 import io
+import operator
 import re
 import shlex
 import subprocess
+import symtable
+import textwrap
 
 import pytest
+import trio
+import trio.testing
 from kit import ROOT, clean_environment, need, need_module
 
 import chatstream
@@ -139,10 +146,10 @@ def row(title):
     return [cell.strip() for cell in found.split("|")]
 
 
-async def test_a_tick_costs_the_bytes_that_the_table_says(demo):
-    import trio
+TICK = chatstream.Event(1795512601, "The server time is: 2026-11-24 09:30:01 +0000")
 
-    tick = chatstream.Event(1795512601, "The server time is: 2026-11-24 09:30:01 +0000")
+
+async def test_a_tick_costs_the_bytes_that_the_table_says(demo):
     asked = b"GET /time HTTP/1.1\r\nHost: localhost:4001\r\n\r\n"
     stream = await trio.open_tcp_stream("127.0.0.1", demo.port)
     async with stream:
@@ -150,8 +157,8 @@ async def test_a_tick_costs_the_bytes_that_the_table_says(demo):
         answered = b""
         while not answered.endswith(b"}\n"):
             answered += await stream.receive_some()
-    sse = chatstream.chunk(chatstream.frame_sse("clock", tick))
-    frame = chatstream.frame_ws_json("clock", tick)
+    sse = chatstream.chunk(chatstream.frame_sse("clock", TICK))
+    frame = chatstream.frame_ws_json("clock", TICK)
     assert row("one tick of our clock, bytes on the wire") == [
         str(len(asked + answered)),
         str(len(sse)),
@@ -216,3 +223,148 @@ def test_the_shell_knows_each_command():
         subprocess.run(
             ["bash", "-n"], input=lines, text=True, check=True, env=clean_environment()
         )
+
+
+# ------------------------------------------------------------------ the naive ways
+
+
+def naive(mark):
+    """The listing of README.md that this line is in, as a function."""
+    (listing,) = re.findall(rf"^    {mark}.*(?:\n    .*)+", README, re.M)
+    names = {"trio": trio, "suppress": contextlib.suppress}
+    exec(textwrap.dedent(listing), names)
+    return names["broadcast"]
+
+
+async def test_naive_a_loop_waits_for_the_slowest(autojump_clock):
+    broadcast = naive("async def broadcast")
+    (slow, _), (quick, reads) = (
+        trio.testing.lockstep_stream_pair(),
+        trio.testing.memory_stream_pair(),
+    )
+    with trio.move_on_after(60) as minute:
+        await broadcast([slow, quick], b"hello")
+    assert minute.cancelled_caught
+    with trio.move_on_after(60) as minute:
+        await reads.receive_some()
+    assert minute.cancelled_caught, "who comes after the slow one heard nothing"
+
+
+async def test_naive_a_queue_loses_and_tells_nobody():
+    broadcast = naive(r"def broadcast\(queues")
+    (slow, unread), (quick, reads) = (trio.open_memory_channel(3) for _ in range(2))
+    heard = []
+    for n in range(10):
+        broadcast([slow, quick], n)
+        heard.append(reads.receive_nowait())
+    assert heard == list(range(10))
+    slow.close()
+    assert [n async for n in unread] == [0, 1, 2], "and of the others no trace"
+
+
+# ---------------------------------------------------------------- figures, counted
+
+
+def test_a_million_readers_add_up():
+    _, _, text = README.partition("**A million readers**")
+    text, _, _ = text.partition("\n## ")
+    text = " ".join(text.split())
+    cpu = float(re.match(r"([\d.]+) µs", row(BUSY)[0])[1])
+    assert f"costs {cpu} µs of one core" in text
+    assert f"{round(cpu)} cores" in text
+    processes, readers = re.search(
+        r"(\d+) processes of ([\d,]+) readers", text
+    ).groups()
+    assert int(processes) * int(readers.replace(",", "")) == 1_000_000
+    assert 0.4 < cpu * 1e-6 * int(readers.replace(",", "")) < 0.6, "half busy"
+    idle = float(re.match(r"([\d.]+) KB", row("idle SSE reader")[0])[1])
+    assert f"takes {idle} KB here: {idle} GB" in text
+    tick = len(chatstream.chunk(chatstream.frame_sse("clock", TICK)))
+    assert f"A tick is {tick} bytes" in text
+    word = chatstream.Event(42, chatstream.to_json({"content": " long"}))
+    token = len(chatstream.chunk(chatstream.frame_sse("a" * 32, word)))
+    for size, rate in ((tick, 1e6), (token, 20e6)):
+        gbit = (size + PACKET) * 8 * rate / 1e9
+        assert f"{gbit:.2g} Gbit/s" in text
+
+
+BUSY = "2,000 readers, 2 events/s: CPU a delivery, median delay"
+PACKET = 20 + 20 + 12  # the heads of IP and of TCP, with its timestamps
+OPEN = """async ([sockets, streams]) => {
+    const opened = { sockets: 0, streams: 0 }
+    for (let n = 0; n < streams; n++) {
+        fetch(`/clock?${n}`).then(() => opened.streams++, () => {})
+    }
+    const url = location.origin.replace("http", "ws") + "/clock"
+    for (let n = 0; n < sockets; n++) {
+        new WebSocket(url).onopen = () => opened.sockets++
+    }
+    for (let last = -1; last !== opened.sockets || !opened.streams;) {
+        last = opened.sockets
+        await new Promise((done) => setTimeout(done, 1000))
+    }
+    return opened
+}"""
+
+
+def test_a_browser_opens_as_many_connections_as_the_table_says(page, demo):
+    _, streams, sockets = row("limit in a browser")
+    page.goto(demo.http + "/icon.svg")
+    opened = page.evaluate(OPEN, [260, 10])
+    assert streams.startswith(f"{opened['streams']} a host")
+    assert sockets.startswith(f"{opened['sockets']} a host in Chromium")
+    most = chatstream.http2_config().h2_max_concurrent_streams
+    assert f"what the server allows, here {most}" in streams
+
+
+# ------------------------------------------------------------------------- the source
+
+
+def picture(text):
+    """Who writes which log, of the picture in this text."""
+    return re.findall(r"^    ([\w.]+)\(\) ─+▶ +(\w+)", text, re.M)
+
+
+def test_the_pictures_are_the_same_and_of_what_is_there():
+    assert len(picture(chatstream.__doc__)) == 3
+    assert picture(README) == 2 * picture(chatstream.__doc__), "in two languages"
+    for writer, _ in picture(README):
+        operator.attrgetter(writer)(chatstream)
+
+
+def test_the_tree_of_tasks_names_functions_that_exist():
+    _, _, tree = README.partition("    Service.serve\n")
+    tree, _, _ = tree.partition("\n\n")
+    names = re.findall(r"── ([A-Z]\w+\.\w+)", tree)
+    assert len(names) == 6
+    for name in names:
+        operator.attrgetter(name)(chatstream)
+
+
+def test_each_part_uses_those_above_it():
+    """But for the names that README.md admits to."""
+    starts = [SOURCE[: found.start()].count("\n") for found in SECTION.finditer(SOURCE)]
+    part = functools.partial(bisect.bisect, starts)
+    tree = symtable.symtable(SOURCE, "chatstream.py", "exec")
+    defined = {
+        table.get_name(): part(table.get_lineno()) for table in tree.get_children()
+    }
+    early = {
+        name
+        for table in functions(tree)
+        for name in table.get_globals()
+        if defined.get(name, 0) > part(table.get_lineno())
+    }
+    _, _, text = README.partition("each part uses those above it, and only ")
+    text, _, _ = text.partition(" are met")
+    assert early == set(re.findall(r"`(\w+)`", text))
+
+
+SECTION = re.compile("^# ─── ", re.M)
+
+
+def functions(table):
+    if table.get_type() == "function":
+        yield table
+    for inside in table.get_children():
+        yield from functions(inside)

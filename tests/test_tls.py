@@ -13,6 +13,7 @@ import pytest
 import trio
 from hostile import (
     FULL,
+    answer_pings,
     assert_no_fault,
     descriptors,
     health,
@@ -30,8 +31,6 @@ from kit import (
     HOLD,
     OPENAI,
     PATIENCE,
-    PING,
-    PONG,
     TEXT,
     Cut,
     asking,
@@ -116,11 +115,7 @@ async def test_a_quiet_room_over_wss_is_kept_alive(serve, certificate):
     limits = {"PING_EVERY": 1, "HEARTBEAT_EVERY": 1}
     server = serve(*certificate, program=program(**limits))
     async with raw_member(server.ws.replace("wss", "https")) as member:
-        member.patience = 60
-        for _ in range(3):
-            opcode, payload = await read_frame(member)
-            assert opcode == PING
-            await member.send(frame(PONG, payload))
+        await answer_pings(member, 3)
         assert (await health(server))["members"] == 1
 
 

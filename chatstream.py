@@ -320,12 +320,12 @@ class EventLog:
         kept until the log changes. No more than WRITE_BYTES, because a slow reader
         holds what its socket did not take: its memory is one write, however far back.
         """
-        key = framing, place
-        if key not in self._joined:
+        joined = self._joined.get((framing, place))
+        if joined is None:
             if len(self._joined) > 8:  # stragglers, each at a place of its own
                 self._joined.clear()
-            self._joined[key] = self._join(framing, place)
-        return self._joined[key]
+            joined = self._joined[framing, place] = self._join(framing, place)
+        return joined
 
     def _join(self, framing: Framing, place: int) -> tuple[bytes, int]:
         frames, size = [], 0
@@ -657,6 +657,7 @@ class Outlet(Protocol):
 
     @property
     def busy(self) -> bool: ...
+
     def write_now(self, data: bytes) -> None: ...
     async def flush(self) -> None: ...
 
@@ -682,16 +683,13 @@ class Wire(trio.abc.HalfCloseableStream):
         )  # fmt: skip
         self.fd = self.socket.fileno() if self.tcp else -1
         self.rest: memoryview | bytes = b""
+        self.busy = False  # there is some, or somebody holds the lock
         self.unread = b""  # put back, to be read before what the peer sends
         self.sent = 0
         self.stuck = False
         self.ended = False  # the peer has said all that it will
         self.listening_since = inf  # when we began to wait for bytes; inf: we do not
         self._lock = trio.Lock()
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.rest) or self._lock.locked()
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting, if not busy; what is not taken waits for flush().
@@ -707,12 +705,13 @@ class Wire(trio.abc.HalfCloseableStream):
             except OSError:  # no room, or broken: flush() will see which
                 taken = 0
         self.sent += taken
-        self.rest = memoryview(data)[taken:] if taken < len(data) else b""
+        if taken < len(data):
+            self.rest, self.busy = memoryview(data)[taken:], True
 
     async def flush(self) -> None:
         """Wait until all is written. Raises BrokenResourceError, also if stuck."""
-        async with self._lock:
-            await self._drain()
+        if self.busy:
+            await self._send(b"")
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Write all; against Trio's custom no checkpoint if it is taken at once.
@@ -722,13 +721,19 @@ class Wire(trio.abc.HalfCloseableStream):
         """
         if self.tcp and not self.busy:
             self.write_now(bytes(data))
-            if not self.rest:
-                return
-            data = b""
-        async with self._lock:
-            await self._drain()
-            self.rest = memoryview(data)
-            await self._drain()
+            await self.flush()
+        else:
+            await self._send(data)
+
+    async def _send(self, data: bytes | bytearray | memoryview) -> None:
+        self.busy = True
+        try:
+            async with self._lock:
+                await self._drain()
+                self.rest = memoryview(data)
+                await self._drain()
+        finally:
+            self.busy = bool(self.rest) or self._lock.locked()
 
     async def _drain(self) -> None:
         while self.rest:

@@ -2650,8 +2650,8 @@ def clean_name(name: str) -> str:
 class Lent(trio.abc.Stream):
     """A wire as trio-websocket gets it: to shake hands, not to read on or hang up.
 
-    Its own task wants to read at once what follows the handshake, which is ours to
-    read, and closes the stream when it is cancelled, which is ours to go on with.
+    Its own task goes on reading behind the handshake, and closes the stream when it
+    does not like what it reads. From there on both are ours.
     """
 
     def __init__(self, wire: Wire) -> None:

@@ -267,7 +267,7 @@ class EventLog:
         self._events.append(event)
         self.end += 1
         self.size += len(data)
-        while len(self) > self.max_events or self.size > self.max_bytes < inf:
+        while len(self) > self.max_events or self.size > self.max_bytes:
             self.size -= len(self._events.pop(0).data)
             self.start += 1
         self._changed()
@@ -1750,9 +1750,8 @@ class Answers:
         finally:
             answer.finish(problem)
             self.running -= 1
-        if answer.refused:
-            self.forget(answer)
-        await trio.sleep(ANSWER_KEPT)
+        if not answer.refused:
+            await trio.sleep(ANSWER_KEPT)
         self.forget(answer)
 
 
@@ -1800,11 +1799,14 @@ class Upstream:
             ssl_context=httpx2.create_ssl_context(),
             max_connections=None,
             max_keepalive_connections=100,
-            keepalive_expiry=5,
+            # Before the upstream's own limit, often 5 s: a question that meets its
+            # goodbye cannot be asked again, for it may have been heard.
+            keepalive_expiry=3,
             network_backend=cast(Any, HeadBackend(httpcore2.TrioBackend())),
         )
         return httpx2.AsyncClient(
             timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT),
+            limits=httpx2.Limits(max_connections=None),  # also by way of a proxy
             cookies=http.cookiejar.CookieJar(no_cookie),
             mounts={"all://": transport},
         )
@@ -2149,7 +2151,7 @@ class UpstreamBody:
             while payload:
                 self.take(payload)
                 payload = self.chunks.feed(b"")
-        except (Problem, ValueError) as error:
+        except Exception as error:  # whatever it is, it is this answer's alone
             return self.fail(error)
         if self.chunks.done:
             self.ended.set()
@@ -2697,9 +2699,7 @@ class Member(Reader):
         "owed",
         "pinged_at",
         "pings",
-        "rate",
         "reason",
-        "room",
         "said",
         "turn",
         "wire",
@@ -4064,12 +4064,15 @@ class Supervisor:
         return 0
 
     def begin(self, ready: Callable[[], object] = bool) -> None:
+        # Blocked, so that a stop finds no worker with this process's own handlers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         pid = os.fork()
         if pid == 0:
             self.work(ready)
         self.workers[pid] = time.monotonic()
-        if self.stopped:  # while we forked: stop() did not know of this one yet
+        if self.stopped:  # before there was this one to be told
             os.kill(pid, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def work(self, ready: Callable[[], object]) -> NoReturn:
         """The worker's whole life: it must never return into the parent's code."""

@@ -190,7 +190,7 @@ async def test_a_body_that_is_no_stream_may_come_in_pieces(relay, upstream, size
 
 async def test_what_comes_before_the_head_is_no_head(relay, upstream):
     said = b"".join(answer("a ", "b"))
-    prompt = upstream.script(b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.05, said, FIN)
+    prompt = upstream.script(b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.05, said)
     events = await fetch_events("POST", relay.http + OPENAI, None, ask(prompt))
     assert text_of(events) == "a b"
     assert events[-1].data == "[DONE]"
@@ -308,13 +308,14 @@ async def test_the_upstreams_refusal_is_the_clients(
     relay, upstream, name, path, streamed
 ):
     step, status = REFUSALS[name]
-    prompt = upstream.script(step, FIN)
+    whole = step.startswith(b"HTTP")  # one that then hangs up could break the next test
+    prompt = upstream.script(step, *([] if whole else [FIN]))
     body = asking(prompt, stream=streamed)
     async with stream("POST", relay.http + path, None, body) as response:
         if status is None and response.status == 200:
             error = error_of(await response.events())
         else:
-            assert response.status == (status or 502)
+            assert response.status == (status or 502), (await response.read()).error
             error = (await response.read()).error
     assert len(upstream.asked(prompt)) == 1
     assert "<" not in error["message"]

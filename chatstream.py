@@ -3159,9 +3159,10 @@ class Service:
         self, wire: Wire, early: bytes, is_clock: bool, query: Mapping[str, str]
     ) -> str:
         """From the handshake to the close frame; returns how it ended."""
-        with trio.fail_after(HEAD_TIMEOUT):
+        now = self.clock.end if is_clock else self.room.end
+        with trio.fail_after(HEAD_TIMEOUT):  # in which it learns that it is a member:
             v1 = await shake_hands(wire, not is_clock)
-        member = self.member(wire, is_clock, v1, query)
+        member = self.member(wire, is_clock, v1, now, query)  # it misses nothing since
         member.frames.feed(early)
         if is_clock:
             ended = await member.stay(None, self.settings.room_rate)
@@ -3175,20 +3176,20 @@ class Service:
         return ended
 
     def member(
-        self, wire: Wire, is_clock: bool, v1: bool, query: Mapping[str, str]
+        self, wire: Wire, is_clock: bool, v1: bool, now: int, query: Mapping[str, str]
     ) -> Member:
         """Where this one starts to read, and how the events look to it."""
         name = clean_name(query.get("name", ""))
         after = query.get("after")
         if is_clock:
             place = self.clock.place_after(after)
-            start = self.clock.end if place is None else place
+            start = now if place is None else place
             return Member(wire, self.clock, WS_CLOCK, start, name)
         if v1:
             place = self.room.place_after(after)
             start = self.room.history() if place is None else place
             return Member(wire, self.room, WS_JSON, start, name)
-        return Member(wire, self.room, self.plain, self.room.end, name)
+        return Member(wire, self.room, self.plain, now, name)
 
     # ── connections ──
 

@@ -455,9 +455,10 @@ def test_a_server_killed_in_mid_answer_and_started_again(
 
 
 @pytest.fixture
-def line(model):
+def line(model, profile):
     with Line(model.port) as line:
         yield line
+        profile.network_fails = True  # that it ends now is no problem of the page's
 
 
 def over(line):

@@ -106,6 +106,7 @@ HEAD_BYTES, HEAD_TIMEOUT = 16 * KiB, 10
 BODY_BYTES, BODY_TIMEOUT = MiB, 30
 IDLE_TIMEOUT = 60  # an HTTP connection between two requests
 STUCK_TIMEOUT = 10  # a client that takes nothing of what we send
+STUCK = "it read nothing any more"
 VANISHED_TIMEOUT = 20  # a peer that acknowledges nothing: its network is gone
 LINGER_CLOSE = 2  # for the last bytes to arrive before the socket is closed
 WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
@@ -766,7 +767,7 @@ class Wire(trio.abc.HalfCloseableStream):
             if queued >= before:
                 self.stuck = True
                 self.abort()
-                raise trio.BrokenResourceError("it reads nothing any more")
+                raise trio.BrokenResourceError(STUCK)
 
     def _queued(self) -> int:
         """Bytes that the peer has not acknowledged yet."""
@@ -2740,11 +2741,16 @@ class Member(Reader):
 
         What was said before it, by anyone, must not be lost. Returns how it ended.
         """
+        if room is not None:
+            await room.enter(self.name, 1)
         try:
             if await self.run(functools.partial(self.listen, room, rate)):
                 self.code, self.reason = 1001, "the server is stopping"
         except Closing as closing:
             self.code, self.reason = closing.code, closing.reason
+        finally:
+            if room is not None:
+                await room.enter(self.name, -1)
         return f"closed {self.code} {self.reason}".rstrip()
 
     async def listen(self, room: Room | None, rate: float) -> None:
@@ -3050,6 +3056,9 @@ class Service:
         try:
             if not await reader.run(request.disconnected):
                 return  # the client has left: there is nobody to end it for
+        except trio.TooSlowError:  # a stream of HTTP/2; a wire knows by itself
+            reader.problem = STUCK
+            raise
         finally:
             self.metrics.count_reader(reader)
         again = random.randint(1000, 5000)  # so that they do not all return at once
@@ -3164,15 +3173,12 @@ class Service:
             v1 = await shake_hands(wire, not is_clock)
         member = self.member(wire, is_clock, v1, now, query)  # it misses nothing since
         member.frames.feed(early)
-        if is_clock:
-            ended = await member.stay(None, self.settings.room_rate)
-        else:
-            await self.room.enter(member.name, 1)
-            try:
-                ended = await member.stay(self.room, self.settings.room_rate)
-            finally:
-                await self.room.enter(member.name, -1)
-        await member.goodbye()
+        try:
+            room = None if is_clock else self.room
+            ended = await member.stay(room, self.settings.room_rate)
+            await member.goodbye()
+        finally:
+            self.metrics.count_reader(member)
         return ended
 
     def member(
@@ -3217,9 +3223,10 @@ class Service:
         try:
             await self.converse(wire, visit)
         except* QUIET_ENDS as group:
-            visit.ended = (
-                "stuck: it read nothing any more" if wire.stuck else why(group)
-            )
+            visit.ended = why(group)
+            if wire.stuck:
+                visit.ended = f"stuck: {STUCK}"
+                self.metrics.count("readers_dropped_total", cause=STUCK)
         except* Exception:
             visit.ended = "a fault of ours"
             logger.exception("a connection failed in a way that nobody thought of")

@@ -365,7 +365,7 @@ def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.sched_setaffinity(0, {LOAD_CORE})
     peers.prepare()
-    report = {"machine": machine(), "works": {}}
+    report = {"machine": {**machine(), "rounds": options.rounds}, "works": {}}
     print("  ".join(f"{name} {value}" for name, value in report["machine"].items()))
     print_skipped()
     wanted = [w for w in options.only.split(",") if w] or [*WORKS, "growth"]

@@ -2831,9 +2831,11 @@ class Member(Reader):
         """What was said last, then the close frame."""
         if self.code == 1006:
             return  # there is nobody to tell
+        end = self.log.end
         with trio.move_on_after(LINGER_CLOSE):
-            await self.wire.flush()
-            self.catch_up(trio.current_time())
+            while self.position < end:
+                await self.wire.flush()
+                self.catch_up(trio.current_time())
             await self.wire.send_all(frame_close(self.code, self.reason))
 
 

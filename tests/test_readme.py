@@ -341,6 +341,25 @@ def test_the_tree_of_tasks_names_functions_that_exist():
         operator.attrgetter(name)(chatstream)
 
 
+def test_the_starred_parts_are_as_long_as_it_says():
+    starred = re.findall(r"^\d+\. \*\*(.+?)\*\* ★", README, re.M)
+    parts = chatstream_parts()
+    to_learn = sum(parts[name] for name in starred)
+    said = re.search(r"([\d,]+) lines of ([\d,]+),", README)
+    assert [int(n.replace(",", "")) for n in said.groups()] == [
+        round(lines, -2) for lines in (to_learn, sum(parts.values()))
+    ]
+
+
+def chatstream_parts():
+    """How many lines each part of the module has."""
+    _, *parts = re.split(r"^# ─── (.+?) ─+$", SOURCE, flags=re.M)
+    return {
+        name: text.count("\n")
+        for name, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
 def test_each_part_uses_those_above_it():
     """But for the names that README.md admits to."""
     starts = [SOURCE[: found.start()].count("\n") for found in SECTION.finditer(SOURCE)]

@@ -5,6 +5,7 @@ import bisect
 import contextlib
 import functools
 import io
+import json
 import operator
 import re
 import shlex
@@ -15,6 +16,7 @@ import textwrap
 import pytest
 import trio
 import trio.testing
+from bench.table import MEASURED, lines, where
 from kit import ROOT, clean_environment, need, need_module
 
 import chatstream
@@ -263,6 +265,12 @@ async def test_naive_a_queue_loses_and_tells_nobody():
 
 
 # ---------------------------------------------------------------- figures, counted
+
+
+def test_the_table_is_what_the_benchmark_wrote():
+    report = json.loads(MEASURED.read_text())
+    assert "\n".join(lines(report)) in README
+    assert where(report) in " ".join(README.split())
 
 
 def test_a_million_readers_add_up():

@@ -663,7 +663,7 @@ class Outlet(Protocol):
     async def flush(self) -> None: ...
 
 
-class Wire(trio.abc.HalfCloseableStream):
+class Wire(trio.abc.Stream):
     """The stream of one connection, for whoever writes to it: the pump, h11, a library.
 
     On TCP `write_now` goes straight to the socket, and every write has a deadline: no
@@ -811,10 +811,6 @@ class Wire(trio.abc.HalfCloseableStream):
             except OSError as error:
                 raise trio.BrokenResourceError(str(error)) from error
         return bytes(await self.stream.receive_some(max_bytes))
-
-    async def send_eof(self) -> None:
-        if isinstance(self.stream, trio.SocketStream):
-            await self.stream.send_eof()
 
     async def aclose(self) -> None:
         self.fd = -1
@@ -1575,8 +1571,6 @@ class Answer(EventLog):
         chunks = [
             from_json(event.data) for event in self.events(self.start, self.end - 1)
         ]
-        if self.seed:
-            return to_json({"content": "".join(chunk["content"] for chunk in chunks)})
         if len(chunks) == 1 and chunks[0].get("object") != "chat.completion.chunk":
             return self[self.start].data
         try:

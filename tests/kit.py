@@ -542,6 +542,7 @@ class Background:
 
 def reset(transport):
     """End a connection by RST: linger on, for no time at all."""
+    transport = getattr(transport, "transport_stream", transport)  # under TLS
     transport.socket.setsockopt(
         socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
     )
@@ -667,6 +668,26 @@ class Upstream(Background):
         return True
 
 
+class SecureUpstream(Upstream):
+    """The same over TLS, as the models on the internet are reached."""
+
+    def __init__(self, cert, key):
+        super().__init__()
+        self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self._context.load_cert_chain(cert, key)
+
+    @property
+    def url(self):
+        return f"https://localhost:{self.port}/v1"
+
+    async def handle(self, transport):
+        await super().handle(
+            trio.SSLStream(
+                transport, self._context, server_side=True, https_compatible=True
+            )
+        )
+
+
 SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -744,6 +765,18 @@ class Redis:
             s.sendall(b"PING\r\n")
             return s.recv(100).startswith(b"+PONG")
         return False
+
+    def do(self, line):
+        """A command as one would type it; returns what Redis says."""
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(f"{line}\r\n".encode())
+            return connection.recv(65536)
+
+    def forget(self):
+        """All that it has written to its disk."""
+        for path in sorted(self.folder.rglob("*.aof*")):
+            if path.is_file():
+                path.unlink()
 
     def stop(self):
         """At once, as if its machine had gone."""

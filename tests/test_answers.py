@@ -12,6 +12,7 @@ from kit import (
     FIN,
     HOLD,
     OPENAI,
+    PATIENCE,
     Gate,
     answer,
     asking,
@@ -509,6 +510,9 @@ async def test_the_thousand_and_first_answer_gets_503(many, second_upstream):
     assert response.error["message"]
     assert (await fetch("GET", many.http + "/healthz")).json["answers"] == 1000
     assert (await fetch("DELETE", f"{many.http}/answers/{names[0]}")).status == 204
+    with trio.fail_after(PATIENCE):  # its upstream is let go of first
+        while (await fetch("GET", many.http + "/healthz")).json["answers"] == 1000:
+            pass
     async with stream("POST", many.http + CHAT, None, body) as response:
         assert response.status == 200
 

@@ -290,6 +290,16 @@ async def test_who_says_no_more_is_told_and_closed(impatient):
     assert told == dict.fromkeys(SILENT, True)
 
 
+async def test_who_asks_no_more_is_closed_without_a_word(serve):
+    """Between two requests: a 408 could be taken for the next one's answer."""
+    server = serve(program=program(IDLE_TIMEOUT=1))
+    async with connect(server.http) as connection:
+        for _ in range(2):
+            await (await connection.request("GET", "/time")).read()
+            await trio.sleep(0.5)  # each one begins a new wait
+        assert await drain(connection, 70) == b""
+
+
 # --------------------------------------------------------------------- stuck readers
 
 STUCK = 50
@@ -730,6 +740,13 @@ async def test_nobody_can_forge_a_line_of_the_log(serve):
     )
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", log)
     assert not re.search("^2026-01-01|^stolen", log, re.MULTILINE)
+
+
+async def test_a_quiet_log_has_no_line_for_a_connection(serve):
+    server = serve("--log-level", "warning")
+    for _ in range(3):
+        await fetch("GET", server.http + "/time")
+    assert server.stderr_text() == ""
 
 
 async def test_one_line_for_each_connection_tells_what_became_of_it(serve):

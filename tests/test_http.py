@@ -196,6 +196,13 @@ async def read_live_ticks(server, last):
     assert abs(first.n - time.time()) < 3
 
 
+async def test_a_query_of_too_many_fields_is_none(demo):
+    query = "&".join(f"field{n}=x" for n in range(100))
+    async with stream("GET", f"{demo.http}/clock?{query}&after=clock-1") as response:
+        assert response.status == 200
+        assert (await response.event()).type == "message"  # and no gap
+
+
 async def test_the_clock_over_a_websocket_is_the_same_log(demo):
     async with (
         stream("GET", demo.http + "/clock") as clock,

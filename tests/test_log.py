@@ -5,6 +5,7 @@ silence take no time, and nothing depends on how busy the machine is.
 """
 
 import json
+from functools import partial
 from math import inf
 
 import pytest
@@ -14,7 +15,18 @@ from hypothesis import strategies as st
 from trio import sleep_forever
 from trio.testing import MockClock
 
-from chatstream import SSE, WRITE_BYTES, WS_JSON, EventLog, Pump, Reader, SSEParser
+from chatstream import (
+    SSE,
+    WRITE_BYTES,
+    WS_JSON,
+    EventLog,
+    Framing,
+    Pump,
+    Reader,
+    SSEParser,
+    frame_ws,
+    frame_ws_plain,
+)
 
 # Nothing here is judged by the clock, so that a busy machine breaks no test.
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -226,6 +238,24 @@ async def test_who_falls_behind_is_told_how_much_is_missing(
     assert numbers(outlet) == [0, -14, *range(15, 25)]
     missed = next(event for event in outlet.events if event.type == "gap")
     assert missed.last_event_id == "log-0", "a gap has no id of its own"
+
+
+async def test_who_could_not_tell_a_gap_from_a_message_is_told_of_none(
+    pumped, nursery, autojump_clock
+):
+    """A plain member: what reaches it is what was said, and nothing else."""
+    plain = Framing(partial(frame_ws_plain, "!"))
+    outlet = Outlet(room=0)
+    reader = Reader(pumped, outlet, plain, 0)
+    nursery.start_soon(reader.run, sleep_forever)
+    for n in range(25):
+        pumped.append(str(n))
+        await settle()
+    outlet.make_room(inf)
+    await settle()
+    heard = [b"0!", *(b"%d!" % n for n in range(15, 25))]
+    assert outlet.taken == b"".join(frame_ws(text) for text in heard)
+    assert reader.gaps == 1
 
 
 async def test_a_client_that_leaves_takes_its_reader_along(

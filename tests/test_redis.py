@@ -194,11 +194,58 @@ async def test_the_last_reader_is_the_last_one_anywhere(both, upstream, attempt)
     await until(lambda: closed(upstream, prompt), 0.4 + SOON)
 
 
+@pytest.mark.parametrize("last", ["{}-99", "{}-x", "other-1"])
+async def test_an_answers_id_must_be_right_at_the_other_process_too(
+    both, upstream, last
+):
+    a, b = both
+    prompt = upstream.script(*answer("a"))
+    async with asked(a, prompt) as response:
+        await response.events()
+        url = at(b, response)
+    last = last.format(url.rpartition("/")[2])
+    assert (await fetch("GET", url, {"Last-Event-ID": last})).status == 400
+
+
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_what_neither_knows_is_404(both, method):
     for server in both:
         url = f"{server.http}/answers/{'0' * 32}"
         assert (await fetch(method, url)).status == 404
+
+
+async def test_a_process_that_comes_later_knows_what_was_said(serve, redis):
+    flags = ("--redis", redis.url, *TOGETHER)
+    a = serve(*flags)
+    async with person(a) as ann:
+        for word in ("one", "two"):
+            await say(ann, word)
+        said = await hear_of(ann, "message", text="two")
+    async with person(serve(*flags)) as bob:
+        assert await hear_texts(bob, 2) == ["one", "two"]
+        assert (await say_and_hear(bob))["id"] > said["id"]
+
+
+# -------------------------------------------------------------------- one of them stops
+
+
+async def test_who_followed_at_a_process_that_stops_can_go_on(pair, upstream):
+    """Its stream is ended properly, and tells of no failure: the answer goes on."""
+    a, b = pair
+    gate = Gate()
+    prompt = upstream.script(*answer("a ", gate, "b"))
+    async with asked(a, prompt) as here:
+        first = await here.events(1)
+        async with stream("GET", at(b, here)) as there:
+            assert await there.events(1) == first
+            b.signal()
+            assert await there.events() == []
+            assert 1000 <= there.retry[-1] <= 5000
+        assert await b.exit_code(1 + 3) == 0
+        gate.open()
+        rest = await here.events()
+        head = {"Last-Event-ID": first[0].id}
+        assert await fetch_events("GET", at(a, here), head) == rest
 
 
 # ------------------------------------------------------------------- when things break
@@ -217,6 +264,68 @@ async def test_a_killed_process_leaves_an_error_and_no_ghosts(pair, upstream):
         with trio.fail_after(10):
             while (await event(bob)).get("members") != 1:
                 pass
+
+
+async def test_nobody_pays_for_what_a_killed_process_was_reading(pair, upstream):
+    """Its readers cannot say that they have left: so its lease says it."""
+    a, b = pair
+    prompt = upstream.script(*sse(delta("a"), Gate()))
+    async with asked(a, prompt) as here, stream("GET", at(b, here)) as there:
+        await there.events(1)
+        await here.connection.transport.aclose()
+        await trio.sleep(3)
+        assert not closed(upstream, prompt)
+        os.kill(b.process.pid, signal.SIGKILL)
+        await until(lambda: closed(upstream, prompt), 10)
+
+
+async def test_while_redis_is_away_an_answer_elsewhere_cannot_be_found(
+    pair, redis, upstream
+):
+    """Which is not the same as: there is none."""
+    a, b = pair
+    async with asked(a, upstream.script(*answer("a"))) as here:
+        events = await here.events()
+        redis.stop()
+        response = await fetch("GET", at(b, here))
+        assert response.status == 503
+        assert int(response.headers["retry-after"]) >= 1
+        assert await fetch_events("GET", at(a, here)) == events
+
+
+async def test_what_redis_has_lost_of_an_answer_is_a_gap(pair, redis, upstream):
+    a, b = pair
+    gate = Gate()
+    prompt = upstream.script(*answer("a ", gate, "b"))
+    async with asked(a, prompt) as here:
+        await here.events(1)
+        key = f"chatstream:answer:{here.headers['x-answer-id']}"
+        await until(lambda: redis.do(f"XLEN {key}") == b":2\r\n")
+        assert redis.do(f"XDEL {key} 0-2") == b":1\r\n"
+        async with stream("GET", at(b, here)) as there:
+            gate.open()
+            rest = await here.events()
+            gap, *kept = await there.events()
+    assert (gap.type, gap.json, gap.id) == ("gap", {"missed": 1}, None)
+    assert kept == rest
+
+
+async def test_a_room_that_was_set_back_goes_on_after_a_gap(pair, redis):
+    """Redis comes back with what somebody said first who had heard less than we."""
+    a, b = pair
+    async with person(a, "Ann") as ann, person(b, "Bob") as bob:
+        for n in range(5):
+            await say(ann, str(n))
+            await hear_of(bob, "message", text=str(n))
+        with frozen(a.process), frozen(b.process):
+            redis.stop()
+            redis.forget()
+            redis.start()
+            redis.do("SET chatstream:room:origin 'newroom 2'")
+        with trio.fail_after(10):
+            await insist(ann, "well again")
+            assert (await hear_of(bob, "gap"))["missed"] >= 1
+            await hear_of(bob, "message", text="well again")
 
 
 async def insist(member, text):
@@ -286,9 +395,7 @@ async def test_redis_comes_back_empty(pair, redis, upstream):
     def away():
         redis.stop()
         yield
-        for path in sorted(redis.folder.rglob("*.aof*")):
-            if path.is_file():
-                path.unlink()
+        redis.forget()
         redis.start()
 
     await while_away(*pair, upstream, away, kept=False)

@@ -1,10 +1,12 @@
 """The relay: what the upstream says is what the reader gets, and how it fails."""
 
 import json
+import socket
 
 import pytest
 import trio
 from conftest import SECRET
+from hostile import make_certificate, program
 from kit import (
     CHAT,
     DONE,
@@ -13,6 +15,8 @@ from kit import (
     OPENAI,
     RST,
     SSE_HEAD,
+    Gate,
+    SecureUpstream,
     Upstream,
     answer,
     asking,
@@ -426,6 +430,78 @@ async def test_a_chunk_of_an_odd_shape_harms_nobody(relay, upstream, path, shape
         assert events[1].json == shape
 
 
+# -------------------------------------------------------------------------- over TLS
+
+
+@pytest.fixture(scope="module")
+def secure_upstream(tmp_path_factory):
+    """An upstream with a certificate, and the environment that trusts it."""
+    cert, key = make_certificate(tmp_path_factory.mktemp("tls"))[1::2]
+    with SecureUpstream(cert, key) as upstream:
+        yield upstream, {"OPENAI_BASE_URL": upstream.url, "SSL_CERT_FILE": cert}
+
+
+@pytest.fixture(scope="module")
+def secure_relay(shared, secure_upstream):
+    return shared("--linger", "0.4", "--model", "scripted", env=secure_upstream[1])
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+async def test_each_chunk_is_passed_on_over_tls_too(
+    secure_relay, secure_upstream, size
+):
+    whole = b"".join(sse(HELLO, NOT_ASCII, USAGE, DONE))
+    pieces = [whole[n : n + size] for n in range(0, len(whole), size)]
+    prompt = secure_upstream[0].script(*pieces)
+    events = await fetch_events("POST", secure_relay.http + OPENAI, None, ask(prompt))
+    assert [json.loads(event.data) for event in events[:-1]] == [
+        HELLO,
+        NOT_ASCII,
+        USAGE,
+    ]
+    assert events[-1].data == "[DONE]"
+
+
+async def test_a_token_over_tls_is_passed_on_at_once(secure_relay, secure_upstream):
+    """Several tokens may come in one record, and the last of them must not wait."""
+    gate = Gate()
+    prompt = secure_upstream[0].script(*answer("Hel", "lo ", gate, "you"))
+    body = ask(prompt)
+    async with stream("POST", secure_relay.http + CHAT, None, body) as response:
+        assert text_of(await response.events(2)) == "Hello "
+        gate.open()
+        assert text_of(await response.events()) == "you"
+
+
+@pytest.mark.parametrize("end", [FIN, RST], ids=["FIN", "RST"])
+async def test_an_answer_cut_over_tls_never_looks_like_a_success(
+    secure_relay, secure_upstream, end
+):
+    prompt = secure_upstream[0].script(*sse(HELLO, 0.1, end))
+    events = await fetch_events("POST", secure_relay.http + CHAT, None, ask(prompt))
+    assert text_of(events[:-1]) == "Hello"
+    assert error_of(events)["type"] == "upstream_error"
+
+
+async def test_leaving_stops_an_upstream_over_tls(secure_relay, secure_upstream):
+    upstream, _ = secure_upstream
+    prompt = upstream.script(*sse(HELLO, HOLD))
+    body = ask(prompt)
+    async with stream("POST", secure_relay.http + CHAT, None, body) as response:
+        await response.event()
+    await until(lambda: upstream.asked(prompt)[0].closed_at)
+
+
+async def test_an_upstream_that_nobody_vouches_for_is_not_asked(serve, secure_upstream):
+    upstream, env = secure_upstream
+    server = serve(env={"OPENAI_BASE_URL": env["OPENAI_BASE_URL"]})
+    prompt = upstream.script(*answer("Hello"))
+    response = await fetch("POST", server.http + OPENAI, None, asking(prompt))
+    assert response.status == 502
+    assert "certificate" in response.error["message"].lower()
+    assert not upstream.asked(prompt)
+
+
 # --------------------------------------------------------------------- not streamed
 
 
@@ -443,6 +519,16 @@ async def test_an_answer_read_to_its_end_has_all_its_parts(relay, upstream):
     assert (first["id"], first["type"]) == ("call_1", "function")
     assert second["function"] == {"name": "time", "arguments": "{}"}
     assert whole["usage"]["total_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    "odd", [{"choices": 5}, {"choices": [None]}, {"choices": ["a"]}]
+)
+async def test_chunks_that_do_not_fit_together_are_a_clear_error(relay, upstream, odd):
+    prompt = upstream.script(*sse(HELLO, odd, DONE))
+    response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
+    assert response.status == 502
+    assert "fit together" in response.error["message"]
 
 
 def in_parts():
@@ -497,6 +583,32 @@ async def test_a_request_that_names_no_model_gets_the_servers(relay, upstream):
     prompt = upstream.script(*answer("Hello"))
     await fetch_events("POST", relay.http + OPENAI, None, ask(prompt))
     assert upstream.asked(prompt)[0].json["model"] == "scripted"
+
+
+@pytest.mark.parametrize("models", [{"data": []}, {}, ["m"], "none"])
+async def test_an_upstream_that_lists_no_model_is_a_clear_error(
+    serve, second_upstream, models
+):
+    """The page names no model; so the first of the list would be asked."""
+    second_upstream.other = lambda heard: [plain(200, models)]
+    server = serve(env={"OPENAI_BASE_URL": second_upstream.url})
+    response = await fetch("POST", server.http + CHAT, None, asking("Hello"))
+    assert response.status == 502
+    assert "--model" in response.error["message"]
+
+
+async def test_an_upstream_that_takes_no_connection_is_504(serve):
+    """Its queue is full, so that nothing answers: no refusal either."""
+    with socket.socket() as full, socket.socket() as waiting:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting.connect(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+        limits = program(CONNECT_TIMEOUT=0.5)
+        server = serve("--upstream", url, "--model", "m", program=limits)
+        response = await fetch("POST", server.http + OPENAI, None, asking("Hello"))
+    assert response.status == 504
+    assert response.error["code"] == "timeout"
 
 
 async def test_a_base_url_may_end_with_a_slash(serve, upstream):

@@ -102,6 +102,7 @@ async def test_a_flag_wins_over_the_environment(serve, flags, env, model):
         (["--keyfile", "key.pem"], "--certfile"),
         (["--certfile", "no.pem", "--keyfile", "no.key"], "no.pem"),
         (["--workers", "2"], "--redis"),
+        (["--workers", "none"], "none"),
         (["--host", "256.1.1.1"], "256.1.1.1"),
         (["extra"], "extra"),
     ],
@@ -325,6 +326,16 @@ async def test_http_1_0_gets_the_clock_too(demo):
         assert second.n == first.n + 1
 
 
+async def test_http_1_0_gets_an_answer_to_its_end(quick_demo):
+    """Which is the end of the connection: there are no chunks that could tell it."""
+    body = json.dumps(asking("Hello")).encode()
+    head = f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
+    async with connect(quick_demo.http) as connection:
+        await connection.send(head.encode() + body)
+        response = await connection.response()
+        assert (await response.events())[-1].data == "[DONE]"
+
+
 async def test_a_reader_that_leaves_is_gone_at_once(serve):
     server = serve()
 
@@ -509,6 +520,9 @@ async def test_while_it_stops_it_says_so_and_takes_nobody_new(stopping, upstream
         await until(lambda: refused(stopping.port) and refused(stopping.room_port), 1)
         health = await (await kept.request("GET", "/healthz")).read()
         assert (health.status, health.json["status"]) == (503, "stopping")
+        joined = await kept.request("GET", "/room", HANDSHAKE)
+        assert joined.status == 503
+        assert (await joined.read()).error["type"] == "server_stopping"
 
 
 async def test_a_stopped_curl_does_not_hold_up_a_stop(stopping, upstream):

@@ -225,6 +225,18 @@ async def upload(client, number, size):
         await client.flush()
 
 
+async def test_a_body_that_breaks_off_ends_its_stream_only(secure):
+    async with unharmed(secure), http2(secure.http) as client:
+        clock = await client.ask("/clock")
+        for _ in range(3):
+            number = await client.ask(OPENAI, "POST", end=False)
+            client.conn.send_data(number, b'{"messages": [')
+            client.conn.reset_stream(number)
+            await client.flush()
+        await lives(client, clock)
+        assert (await client.whole(await client.ask("/time")))[0] == 200
+
+
 @pytest.mark.parametrize("path", ["/nothing", "/time", CHAT, "/clock"])
 async def test_a_body_in_many_pieces_blocks_no_other_stream(secure, path):
     async with http2(secure.http) as client:
@@ -366,6 +378,25 @@ async def test_answers_that_are_reset_are_stopped(serve, certificate, upstream):
         await until(lambda: all(heard.closed_at for heard in asked))
         with trio.fail_after(5):
             while (await health(server))["answers"]:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+
+
+# ------------------------------------------------------------------------- silence
+
+
+async def test_a_client_that_only_listens_is_no_idle_one(serve, certificate):
+    """A stream may go on for hours without a word from its reader."""
+    server = serve(*certificate, program=program(IDLE_TIMEOUT=1))
+    async with http2(server.http) as client:
+        client.acknowledge = False  # not even that: the window is wide enough
+        clock = await client.ask("/clock")
+        await trio.sleep(3)
+        await client.body_has(clock, b"data:")
+        await lives(client, clock)
+        client.conn.reset_stream(clock)
+        await client.flush()
+        with trio.fail_after(70 if FULL else PATIENCE):  # but now it is one
+            while not client.closed:  # noqa: ASYNC110
                 await trio.sleep(0.1)
 
 

@@ -311,7 +311,7 @@ def machine():
     return {
         "date": date.today().isoformat(),
         "cpu": f"{os.cpu_count()} x {model[1] if model else platform.machine()}",
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         **{name: value for name, value in versions.items() if value},
     }

@@ -6,10 +6,10 @@ from pathlib import Path
 
 MEASURED = Path(__file__).parent / "measured" / "results.json"
 FIGURES = {
-    "per_s": lambda value: f"{float(f'{value:.3g}'):,.0f}",
-    "cpu_us": lambda value: f"{value:.3g} µs",
-    "p50_ms": lambda value: f"{value:.2g} ms",
-    "p99_ms": lambda value: f"p99 {value:.2g} ms",
+    "per_s": lambda value: digits(value, 3),
+    "cpu_us": lambda value: f"{digits(value, 3)} µs",
+    "p50_ms": lambda value: f"{digits(value, 2)} ms",
+    "p99_ms": lambda value: f"{digits(value, 2)} ms",
     "kb": lambda value: f"{value:.1f} KB",
     "start_s": lambda value: f"{value:.2f} s",
 }
@@ -74,6 +74,12 @@ def lines(report):
     for key, title, figures, others in ROWS:
         beside = "; ".join(f"{o} {cell(works[key][o], figures)}" for o in others)
         yield f"| {title} | {cell(works[key]['chatstream'], figures)} | {beside} |"
+
+
+def digits(value, count):
+    """So many digits that count, and no more than are known."""
+    rounded = float(f"{value:.{count}g}")
+    return f"{rounded:,.0f}" if rounded >= 10 ** (count - 1) else f"{rounded:g}"
 
 
 def cell(row, figures):

@@ -4117,8 +4117,8 @@ def run_until_stopped(*args: Any) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 when it could not start."""
-    for number in STOP_SIGNALS:  # until the server takes over
-        signal.signal(number, lambda *_: sys.exit(0))
+    for number in STOP_SIGNALS:  # until the server takes over; an exception may get lost
+        signal.signal(number, lambda *_: os._exit(0))
     try:
         settings = parse_flags(argv, os.environ)
         logging.basicConfig(

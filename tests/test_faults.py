@@ -572,7 +572,7 @@ async def start_and_signal(number, delay, limit):
         try:
             await trio.sleep(delay)
             process.send_signal(number)
-            with trio.fail_after(5):
+            with trio.fail_after(30):
                 await process.wait()
                 said = await process.stderr.receive_some()
         finally:

@@ -4117,7 +4117,7 @@ def run_until_stopped(*args: Any) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 when it could not start."""
-    for number in STOP_SIGNALS:  # until the server takes over; an exception may get lost
+    for number in STOP_SIGNALS:  # until we serve; an exception could get lost
         signal.signal(number, lambda *_: os._exit(0))
     try:
         settings = parse_flags(argv, os.environ)

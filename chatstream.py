@@ -1893,9 +1893,10 @@ class Upstream:
             late = "the upstream could not be reached in time"
             raise upstream_problem(late, 504, code="timeout") from None
         except httpx2.ConnectError as error:
-            raise upstream_problem(f"the upstream cannot be reached: {error}") from None
+            unreached = f"the upstream cannot be reached: {in_words(error)}"
+            raise upstream_problem(unreached) from None
         except httpx2.HTTPError as error:
-            broke = f"the connection to the upstream broke: {error}"
+            broke = f"the connection to the upstream broke: {in_words(error)}"
             raise upstream_problem(broke, code="connection_cut") from None
 
     async def connect(
@@ -1979,6 +1980,14 @@ class Upstream:
 
 
 PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-request-id")
+
+
+def in_words(error: BaseException) -> str:
+    """What an exception says, or else what it came from: those of TLS are mute."""
+    inner = error
+    while not str(inner) and (came_from := inner.__cause__ or inner.__context__):
+        inner = came_from
+    return str(inner) or type(error).__name__
 
 
 class HeadBackend:

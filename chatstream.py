@@ -1660,8 +1660,11 @@ class Metrics:
     def text(self, now: Mapping[str, float], live: Metrics) -> str:
         lines = [f"# TYPE {name} gauge\n{name} {value}" for name, value in now.items()]
         typed = set()
-        for sample, value in sorted((self.counts + live.counts).items()):
-            name = sample.partition("{")[0]
+        counts = Counter(self.counts)
+        counts.update(live.counts)  # `+` would leave out what is 0
+        # By name only: the format wants a histogram's buckets as they were counted.
+        for sample in sorted(counts, key=lambda sample: sample.partition("{")[0]):
+            name, value = sample.partition("{")[0], counts[sample]
             family = re.sub("_(bucket|sum|count)$", "", name)
             if family not in typed:
                 kind = "counter" if name == family else "histogram"

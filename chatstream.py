@@ -4025,18 +4025,19 @@ async def check_redis(url: str) -> None:
         import coredis
     except ImportError:
         raise Usage("--redis needs coredis: pip install 'chatstream[redis]'") from None
+    if not re.match("(rediss?|unix)://", url):
+        raise Usage("--redis needs a URL, such as redis://host:6379")
+    reason = ""
+    trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError, ValueError)
     try:
         with trio.fail_after(5):
             async with coredis.Redis.from_url(url, connect_timeout=3) as redis:
                 await redis.ping()
-    except (
-        coredis.exceptions.RedisError,
-        trio.TooSlowError,
-        OSError,
-        ValueError,
-    ) as error:
+    except* trouble as group:  # coredis has a nursery of its own
+        reason = why(group)
+    if reason:
         where = url.rpartition("@")[2].removeprefix("redis://")
-        raise Usage(f"cannot reach Redis at {where}: {error or 'no answer'}") from None
+        raise Usage(f"cannot reach Redis at {where}: {reason}")
 
 
 class Supervisor:

@@ -1896,9 +1896,10 @@ class Upstream:
             late = "the upstream could not be reached in time"
             raise upstream_problem(late, 504, code="timeout") from None
         except httpx2.ConnectError as error:
-            raise upstream_problem(f"the upstream cannot be reached: {error}") from None
+            how = said_behind(error)
+            raise upstream_problem(f"the upstream cannot be reached: {how}") from None
         except httpx2.HTTPError as error:
-            broke = f"the connection to the upstream broke: {error}"
+            broke = f"the connection to the upstream broke: {said_behind(error)}"
             raise upstream_problem(broke, code="connection_cut") from None
 
     async def connect(
@@ -2157,6 +2158,12 @@ class UpstreamBody:
     def fail(self, error: Exception) -> None:
         self.failed = error
         self.ended.set()
+
+
+def said_behind(error: BaseException) -> str:
+    """Its words, or those of its cause: a bad certificate is wrapped without any."""
+    cause = error.__cause__ or error.__context__
+    return str(error) or (said_behind(cause) if cause else type(error).__name__)
 
 
 def cut_short(how: str) -> Problem:

@@ -498,6 +498,7 @@ async def test_an_upstream_that_nobody_vouches_for_is_not_asked(serve, secure_up
     prompt = upstream.script(*answer("Hello"))
     response = await fetch("POST", server.http + OPENAI, None, asking(prompt))
     assert response.status == 502
+    assert "certificate" in response.error["message"].lower()
     assert not upstream.asked(prompt)
 
 

@@ -1660,8 +1660,11 @@ class Metrics:
     def text(self, now: Mapping[str, float], live: Metrics) -> str:
         lines = [f"# TYPE {name} gauge\n{name} {value}" for name, value in now.items()]
         typed = set()
-        for sample, value in sorted((self.counts + live.counts).items()):
-            name = sample.partition("{")[0]
+        counts = Counter(self.counts)
+        counts.update(live.counts)  # `+` would leave out what is 0
+        # By name only: the format wants a histogram's buckets as they were counted.
+        for sample in sorted(counts, key=lambda sample: sample.partition("{")[0]):
+            name, value = sample.partition("{")[0], counts[sample]
             family = re.sub("_(bucket|sum|count)$", "", name)
             if family not in typed:
                 kind = "counter" if name == family else "histogram"
@@ -4031,18 +4034,19 @@ async def check_redis(url: str) -> None:
         import coredis
     except ImportError:
         raise Usage("--redis needs coredis: pip install 'chatstream[redis]'") from None
+    if not re.match("(rediss?|unix)://", url):
+        raise Usage("--redis needs a URL, such as redis://host:6379")
+    reason = ""
+    trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError, ValueError)
     try:
         with trio.fail_after(5):
             async with coredis.Redis.from_url(url, connect_timeout=3) as redis:
                 await redis.ping()
-    except (
-        coredis.exceptions.RedisError,
-        trio.TooSlowError,
-        OSError,
-        ValueError,
-    ) as error:
+    except* trouble as group:  # coredis has a nursery of its own
+        reason = why(group)
+    if reason:
         where = url.rpartition("@")[2].removeprefix("redis://")
-        raise Usage(f"cannot reach Redis at {where}: {error or 'no answer'}") from None
+        raise Usage(f"cannot reach Redis at {where}: {reason}")
 
 
 class Supervisor:

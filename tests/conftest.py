@@ -36,6 +36,9 @@ def pytest_sessionstart(session):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    # A shell starts what it runs in the background with SIGINT ignored, and that would
+    # be passed on to each server: a signal with a handler is not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

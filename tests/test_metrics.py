@@ -188,6 +188,10 @@ async def test_the_first_token_is_counted_by_how_long_it_took(counted, upstream)
         await fetch("POST", counted.http + CHAT, None, asking(prompt))
     found = await scrape(counted)
     name = "first_token_seconds"
+    # All of them, also those with nothing in them, in the order of their bounds.
+    assert [key for key in found if "bucket" in key] == [
+        f"{name}_bucket{{{bound}}}" for bound in BOUNDS
+    ]
     buckets = [found[f"{name}_bucket{{{bound}}}"] for bound in BOUNDS]
     assert buckets == sorted(buckets)
     assert buckets[1] <= 1

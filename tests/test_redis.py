@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -415,3 +416,15 @@ sys.exit(chatstream.main())
 async def test_without_the_flag_coredis_is_not_wanted(serve):
     server = serve(program=[sys.executable, "-c", WITHOUT.format(root=str(ROOT))])
     assert (await fetch("GET", server.http + "/time")).status == 200
+
+
+def test_with_the_flag_it_is_asked_for_in_one_line():
+    program = [sys.executable, "-c", WITHOUT.format(root=str(ROOT))]
+    flags = ["--port", "0", "--room-port", "0", "--redis", "redis://localhost"]
+    done = subprocess.run(
+        program + flags, check=False, capture_output=True, text=True, timeout=15
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "chatstream: --redis needs coredis: pip install 'chatstream[redis]'"
+    ]

@@ -103,6 +103,8 @@ async def test_a_flag_wins_over_the_environment(serve, flags, env, model):
         (["--certfile", "no.pem", "--keyfile", "no.key"], "no.pem"),
         (["--workers", "2"], "--redis"),
         (["--workers", "none"], "none"),
+        (["--redis", "redis://me:pa55word@127.0.0.1:1"], "127.0.0.1:1"),
+        (["--redis", "me:pa55word@127.0.0.1:1"], "redis://"),
         (["--host", "256.1.1.1"], "256.1.1.1"),
         (["extra"], "extra"),
     ],
@@ -113,6 +115,7 @@ def test_a_wrong_flag_is_one_line_and_exit_2(flags, says):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert says in done.stderr
+    assert "pa55word" not in done.stderr
     assert "chatstream: http" not in done.stdout + done.stderr
 
 

@@ -228,6 +228,7 @@ async def upload(client, number, size):
 async def test_a_body_that_breaks_off_ends_its_stream_only(secure):
     async with unharmed(secure), http2(secure.http) as client:
         clock = await client.ask("/clock")
+        await client.body_has(clock, b"data:")
         for _ in range(3):
             number = await client.ask(OPENAI, "POST", end=False)
             client.conn.send_data(number, b'{"messages": [')

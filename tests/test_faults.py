@@ -563,19 +563,11 @@ async def test_a_signal_during_start_ends_it_quietly(number):
             nursery.start_soon(start_and_signal, number, 0.02 + n % 16 * 0.045, limit)
 
 
-def heed_signals():
-    """What a shell starts in the background ignores SIGINT, and so do its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 async def start_and_signal(number, delay, limit):
     ports = ["--port", "0", "--room-port", "0"]
     async with limit:
         process = await trio.lowlevel.open_process(
-            command(*ports),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=heed_signals,
+            command(*ports), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         try:
             await trio.sleep(delay)

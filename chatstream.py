@@ -80,7 +80,7 @@ import trio_websocket
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData
-from hypercorn.protocol.events import StreamClosed
+from hypercorn.protocol.events import Body, Data, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
@@ -1283,15 +1283,20 @@ class Http2(H2Protocol):
             self._reset(number, h2.errors.ErrorCodes.PROTOCOL_ERROR)
 
     async def stream_send(self, event: Any) -> None:
-        """Also tell the client when an app has ended without ending its response."""
+        """Wait for a full window; tell the client when an app ends in mid-response.
+
+        Hypercorn 0.18 takes an attempt to send nothing for progress: with a window that
+        stays shut, all of a log would go into its buffer, once for each reader.
+        """
         await super().stream_send(event)
-        if isinstance(event, StreamClosed):
-            buffer = self.stream_buffers.get(event.stream_id)
-            if buffer and not buffer.complete:
-                del self.stream_buffers[event.stream_id]
-                self.priority.remove_stream(event.stream_id)
-                self._reset(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
-                await self._flush()
+        buffer = self.stream_buffers.get(event.stream_id)
+        if buffer and isinstance(event, Body | Data):
+            await buffer.drain()
+        if isinstance(event, StreamClosed) and buffer and not buffer.complete:
+            del self.stream_buffers[event.stream_id]
+            self.priority.remove_stream(event.stream_id)
+            self._reset(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
+            await self._flush()
 
     def _reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already

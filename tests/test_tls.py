@@ -37,6 +37,7 @@ from kit import (
     close_code,
     connect,
     delta,
+    fetch,
     frame,
     raw_member,
     read_frame,
@@ -415,6 +416,24 @@ async def test_streams_whose_window_stays_shut_are_dropped(impatient):
                 while not gone():  # noqa: ASYNC110
                     await trio.sleep(0.1)
         await lives(other, clock)
+
+
+async def test_a_reader_whose_window_fills_up_is_dropped_and_counted(
+    serve, certificate, upstream
+):
+    """There is room for the first line, and then for nothing of a long answer."""
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve(*certificate, program=program(**LIMITS), env=env)
+    body = asking(upstream.script(*sse(*[delta("x" * 500_000)] * 20, HOLD)))
+    dropped = b'chatstream_readers_dropped_total{cause="it read nothing any more"} 1'
+    async with http2(server.http, INITIAL_WINDOW_SIZE=50) as client:
+        client.acknowledge = False
+        asked = await client.ask(CHAT, "POST", json.dumps(body).encode())
+        await client.body_has(asked, b"retry:")
+        with trio.fail_after(30 if FULL else PATIENCE):
+            while asked not in client.resets:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+        assert dropped in (await fetch("GET", server.http + "/metrics")).body
 
 
 @pytest.mark.parametrize("scheme", ["https", "wss"])

@@ -2,6 +2,7 @@
 
     common      waiting, and what is installed
     server      chatstream.py as a process of its own
+    clock       its time, which a test turns
     vitals      what that process holds; that an attack harmed nobody else
     client      HTTP/1.1, byte for byte
     websocket   frames, which may break the protocol
@@ -24,6 +25,7 @@ from .attacks import *
 from .background import *
 from .browser import *
 from .client import *
+from .clock import *
 from .common import *
 from .http2 import *
 from .npm import *

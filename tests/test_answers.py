@@ -10,53 +10,29 @@ from kit import (
     CHAT,
     DONE,
     FIN,
+    FORMATS,
     HOLD,
     OPENAI,
     PATIENCE,
     Gate,
     answer,
+    ask,
     asking,
     connect,
     delta,
+    error_of,
     fetch,
     fetch_events,
+    program,
     sse,
     stream,
+    text_of,
     until,
 )
 
-FORMATS = pytest.mark.parametrize("path", [CHAT, OPENAI])
 WORDS = ["Long ", "connections ", "are ", "\u4f60\u597d ", "fun."]
 SOON = 1.0  # seconds: "at once", and the 0.5 s after the linger, on a busy machine
 LINGER = 0.4  # the relay's
-
-
-def ask(prompt, **fields):
-    """A body that both paths take; the first ignores that it shall stream."""
-    return asking(prompt, stream=True, **fields)
-
-
-def text_of(events):
-    """What an answer says, in either wire format."""
-    return "".join(content_of(event.json) for event in events if event.data != "[DONE]")
-
-
-def content_of(payload):
-    choices = payload.get("choices") or []
-    said = [payload, *(choice["delta"] for choice in choices)]
-    return "".join(part.get("content") or "" for part in said)
-
-
-def error_of(events):
-    """The error that the last event tells, after making sure that it is the last word:
-    no [DONE], and no finish_reason that nobody gave."""
-    *others, last = events
-    assert all(event.data != "[DONE]" for event in events)
-    for event in others:
-        for choice in event.json.get("choices", []):
-            assert choice["finish_reason"] is None
-    assert last.type == "error"
-    return last.json["error"]
 
 
 # -------------------------------------------------------------------------- the demo
@@ -575,3 +551,20 @@ async def test_a_failed_answer_is_kept_for_late_readers_too(relay, upstream):
     assert await fetch_events("GET", url) == events
     head = {"Last-Event-ID": events[0].id}
     assert await fetch_events("GET", url, head) == events[1:]
+
+
+async def test_ended_answers_are_forgotten_the_oldest_first(serve, upstream):
+    limits = {"ANSWERS_BYTES": 4_000_000}
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve("--model", "scripted", program=program(**limits), env=env)
+    long = [delta("x" * 300_000)] * 3  # with its overhead, a million bytes or less
+    prompt = upstream.script(*sse(*long, delta(finish="stop"), DONE))
+    names = []
+    for _ in range(7):
+        async with stream("POST", server.http + OPENAI, None, ask(prompt)) as response:
+            names.append(response.headers["x-answer-id"])
+            assert (await response.events())[-1].data == "[DONE]"
+    known = [(await fetch("GET", f"{server.http}/answers/{n}")).status for n in names]
+    assert known == sorted(known, reverse=True)
+    assert known[0] == 404
+    assert known[-3:] == [200, 200, 200]

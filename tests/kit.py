@@ -592,8 +592,10 @@ def prompt_of(body):
     """The last thing said in a question, in whichever protocol it is asked."""
     said = next((body[k] for k in ("messages", "input", "prompt") if body.get(k)), None)
     while isinstance(said, list | dict):
-        last = said[-1] if isinstance(said, list) else said
-        said = last.get("content") or last.get("text") if isinstance(last, dict) else last
+        if isinstance(said, list):
+            said = said[-1]
+        else:
+            said = said.get("content") or said.get("text")
     return said
 
 

@@ -1,9 +1,9 @@
 """What four protocols say on the wire, each in several manners, and the SDKs for Node.
 
 PROTOCOLS    chat, completions, responses, messages: path, stream, whole answer
-MANNERS      how upstreams differ in telling the same: names, numbers, [DONE], comments
+MANNERS      how upstreams differ: names, numbers, [DONE], comments
 told()       the script of a stream in one of these manners
-CALLS        every way in which an SDK asks; PythonSdks and NodeSdks make these calls
+CALLS        every way in which an SDK asks, which PythonSdks and NodeSdks do
 EventProxy   a connection that breaks after the event that the test says
 """
 
@@ -196,7 +196,7 @@ BOOK = MANNERS["by the book"]
 
 
 def framed(manner, payload, n):
-    """The bytes of one event. (Only responses are numbered, and chat knows no names.)"""
+    """The bytes of one event. Only responses are numbered; chat knows no names."""
     kind = payload.get("type")
     if manner.numbered and str(kind).startswith("response."):
         payload = payload | {"sequence_number": n}
@@ -208,7 +208,7 @@ def framed(manner, payload, n):
 
 
 def told(manner, steps):
-    """The script of a stream: payloads become events, other steps stay what they are."""
+    """The script of a stream: payloads become events, other steps stay as they are."""
     script, n = [], 0
     for step in steps:
         script.append(framed(manner, step, n) if isinstance(step, dict) else step)
@@ -395,7 +395,8 @@ const calls = {
     const got = await openai(ask).chat.completions.create(body);
     if (!stream) said.text = got.choices[0].message.content;
     else
-      for await (const chunk of got) said.text += chunk.choices[0]?.delta?.content ?? '';
+      for await (const { choices } of got)
+        said.text += choices[0]?.delta?.content ?? '';
   },
   async 'openai responses'(ask, said) {
     const { prompt, stream } = ask;
@@ -412,7 +413,8 @@ const calls = {
   'ai chat': (ask, said) => ai(ask, said, provider(createOpenAI, ask).chat('scripted')),
   'ai responses': (ask, said) =>
     ai(ask, said, provider(createOpenAI, ask).responses('scripted')),
-  'ai messages': (ask, said) => ai(ask, said, provider(createAnthropic, ask)('scripted')),
+  'ai messages': (ask, said) =>
+    ai(ask, said, provider(createAnthropic, ask)('scripted')),
 };
 
 function provider(create, ask) {

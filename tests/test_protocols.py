@@ -412,19 +412,17 @@ IN_BAND = {
 
 
 @pytest.mark.parametrize("end", ["an error", "no end", FIN, RST])
-@MANNER
+@pytest.mark.parametrize("manner", ["by the book", "data alone"])
 @CALL
 def test_no_sdk_takes_half_an_answer_for_whole(
     sdks, relay, upstream, call, manner, end
 ):
     protocol = protocol_of(call)
-    begun = protocol.stream()[: -2 if protocol.path == RESPONSES else -1]
-    if "path" not in call and protocol.path.endswith("completions"):
-        begun = protocol.stream()[:3]
     name = next(name for name, known in PROTOCOLS.items() if known is protocol)
     last = {"an error": [IN_BAND[name]], "no end": []}.get(end, [end])
-    steps = list(told(MANNERS[manner]._replace(done=False), [*begun, *last]))
-    said = sdks(call, relay, upstream.script(*steps))
+    steps = [*protocol.stream()[:-1], *last]
+    prompt = upstream.script(*told(MANNERS[manner]._replace(done=False), steps))
+    said = sdks(call, relay, prompt)
     error = said["error"]["message"]
     assert error
     assert "Overloaded." in error or end != "an error"

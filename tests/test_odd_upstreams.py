@@ -18,20 +18,23 @@ from kit import (
     SSE_HEAD,
     Gate,
     answer,
+    ask,
     asking,
+    chat_whole,
     data,
     delta,
+    error_of,
     fetch,
     fetch_events,
     free_port,
     need_module,
+    openai_client,
     plain,
     run_to_exit,
     sse,
     stream,
+    text_of,
 )
-from sdk_kit import chat_whole, openai_client
-from test_answers import ask, error_of, text_of
 
 HELLO, STOP = delta("Hello"), delta(finish="stop")
 USAGE = delta() | {"choices": [], "usage": {"prompt_tokens": 3, "total_tokens": 9}}

@@ -6,35 +6,33 @@ Each of them streams, resumes, polls and cancels, whatever the manner of the ups
 import re
 
 import pytest
-from conftest import SECRET
 from kit import (
-    FIN,
-    HOLD,
-    RST,
-    Gate,
-    fetch,
-    fetch_events,
-    need_module,
-    plain,
-    stream,
-    wait_until,
-)
-from sdk_kit import (
     BOOK,
     CALLS,
+    FIN,
+    HOLD,
     MANNERS,
     PROTOCOLS,
     RESPONSES,
-    TEXT,
+    RST,
+    SECRET,
+    SENTENCE,
     WORDS,
     EventProxy,
+    Gate,
     NodeSdks,
     PythonSdks,
+    fetch,
+    fetch_events,
+    need_module,
     openai_client,
+    plain,
     protocol_of,
     response_stream,
     response_whole,
+    stream,
     told,
+    wait_until,
 )
 
 MANNER = pytest.mark.parametrize("manner", MANNERS)
@@ -80,7 +78,7 @@ def read(events):
     return events[0].response.id, events
 
 
-def text_of(events):
+def spoken(events):
     kind = "response.output_text.delta"
     return "".join(event.delta for event in events if event.type == kind)
 
@@ -94,7 +92,7 @@ def test_each_sdk_streams_a_whole_answer(sdks, relay, upstream, call, manner):
     steps = told(MANNERS[manner], protocol_of(call).stream())
     said = sdks(call, relay, upstream.script(*steps))
     assert "error" not in said
-    assert said["text"] == TEXT
+    assert said["text"] == SENTENCE
 
 
 @pytest.mark.parametrize("call", [call for call in CALLS if "helper" not in call])
@@ -102,7 +100,7 @@ def test_each_sdk_gets_a_whole_answer_at_once(sdks, relay, upstream, call):
     prompt = upstream.script(plain(200, protocol_of(call).whole()))
     said = sdks(call, relay, prompt, stream=False)
     assert "error" not in said
-    assert said["text"] == TEXT
+    assert said["text"] == SENTENCE
 
 
 @MANNER
@@ -178,7 +176,7 @@ def test_cut_after_any_event_the_rest_is_exactly_the_rest(
             rest = client.responses.retrieve(name, stream=True, starting_after=last)
             whole = list(client.responses.retrieve(name, stream=True))
             assert seen + list(rest) == whole
-            assert text_of(whole) == TEXT
+            assert spoken(whole) == SENTENCE
             assert len(upstream.asked(prompt)) == 1
         assert proxy.cuts == count - 1
 
@@ -202,7 +200,7 @@ def test_node_resumes_after_any_event(sdks, relay, upstream):
             where = {"id": seen["ids"][0], "after": seen["numbers"][-1]}
             rest = sdks("node: openai retrieve", relay, **where)
             assert "error" not in rest
-            assert seen["text"] + rest["text"] == TEXT
+            assert seen["text"] + rest["text"] == SENTENCE
             numbers = seen["numbers"] + rest["numbers"]
             assert numbers == list(range(len(response_stream())))
 
@@ -217,7 +215,7 @@ def test_the_rest_of_an_answer_that_is_not_there_yet(openai, relay, upstream):
         rest = client.responses.retrieve(name, stream=True, starting_after=last)
         assert next(rest).sequence_number == last + 1
         gate.open()
-        assert text_of([*seen, *rest]) == "".join([WORDS[0], *WORDS[2:]])
+        assert spoken([*seen, *rest]) == "".join([WORDS[0], *WORDS[2:]])
 
 
 def test_numbers_are_looked_for_where_the_upstream_counts_oddly(responses, upstream):
@@ -243,7 +241,7 @@ def test_the_helper_of_the_sdk_resumes(relay, responses, upstream):
         assert [event.sequence_number for event in rest] == [
             event.sequence_number for event in events[7:]
         ]
-        assert rest.get_final_response().output_text == TEXT
+        assert rest.get_final_response().output_text == SENTENCE
 
 
 def test_two_readers_of_one_response(responses, upstream):
@@ -268,7 +266,7 @@ def test_the_demo_resumes_without_any_key(openai, quick_demo):
         rest = client.responses.retrieve(name, stream=True, starting_after=last)
         whole = [*seen, *rest]
         assert [event.sequence_number for event in whole] == list(range(len(whole)))
-        assert whole[-1].response.output_text == text_of(whole)
+        assert whole[-1].response.output_text == spoken(whole)
         assert len(whole) > 50
 
 
@@ -322,7 +320,7 @@ def test_retrieve_polls_from_in_progress_to_the_end(responses, upstream):
     assert responses.retrieve(name).status == "in_progress"
     gate.open()
     done = poll(responses, name, "completed")
-    assert (done.id, done.output_text) == (name, TEXT)
+    assert (done.id, done.output_text) == (name, SENTENCE)
     assert done.usage.total_tokens == 8
     running.close()
 
@@ -361,7 +359,7 @@ def test_cancel_after_the_end_changes_nothing(responses, upstream):
     prompt = upstream.script(*told(BOOK, response_stream()))
     name, _ = read(create(responses, prompt, stream=True))
     assert responses.cancel(name).status == "completed"
-    assert responses.retrieve(name).output_text == TEXT
+    assert responses.retrieve(name).output_text == SENTENCE
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -377,7 +375,7 @@ def test_in_the_background_nobody_has_to_attend(responses, upstream, streamed):
         assert begun.status == "in_progress"
         name = begun.id
     done = poll(responses, name, "completed")
-    assert done.output_text == TEXT
+    assert done.output_text == SENTENCE
     (heard,) = upstream.asked(prompt)
     assert "background" not in heard.json
     assert heard.json["stream"] is True
@@ -564,7 +562,7 @@ def test_the_token_is_the_sdks_key(sdks, guarded, upstream, call):
     steps = list(told(BOOK, protocol_of(call).stream()))
     prompt = upstream.script(*steps)
     said = sdks(call, guarded, prompt, key=TOKEN)
-    assert said["text"] == TEXT
+    assert said["text"] == SENTENCE
     (heard,) = upstream.asked(prompt)
     assert TOKEN not in str(heard.headers)
     prompt = upstream.script(*steps)

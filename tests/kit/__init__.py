@@ -11,6 +11,8 @@
     answers     questions, and what their answers say
     attacks     all that clients do wrong
     upstream    a model's server that follows a script
+    protocols   what four protocols say, in several manners
+    sdks        the SDKs for Python and Node
     proxy       connections that break or stall
     site        pages of another origin
     browser     Chromium
@@ -29,9 +31,11 @@ from .clock import *
 from .common import *
 from .http2 import *
 from .npm import *
+from .protocols import *
 from .proxy import *
 from .redis import *
 from .room import *
+from .sdks import *
 from .server import *
 from .site import *
 from .upstream import *

@@ -5,7 +5,6 @@ of its response. All are checked at once, and each test looks at one report."""
 
 import json
 import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -15,28 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count, islice
 
 import pytest
-from kit import CHAT, ROOT, asking, free_port
+from kit import CHAT, CHECKER, Report, asking, free_port
 
 PACE = 0.05  # s between events; event n happens n paces after the start
 START = time.monotonic()
-
-
-def check(url, *options):
-    """The exit code of the checker and its report."""
-    script = str(ROOT / "tests" / "check_stream.py")
-    command = [sys.executable, script, url, "--seconds", "1", *options, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert not done.stderr
-    return done.returncode, json.loads(done.stdout)
-
-
-def results(report):
-    return {found["name"]: found["result"] for found in report["findings"]}
-
-
-def says(report, name):
-    (found,) = [found for found in report["findings"] if found["name"] == name]
-    return found["says"]
 
 
 # ------------------------------------------------------------------------ small servers
@@ -232,59 +213,53 @@ def reports():
     functions = [*FAULTS, *SOUND, is_not_there]
     with ExitStack() as stack, ThreadPoolExecutor(6) as pool:
         urls = [stack.enter_context(served(function)) for function in functions]
-        return dict(zip(functions, pool.map(check, urls), strict=True))
+        return dict(zip(functions, pool.map(Report, urls), strict=True))
 
 
 @pytest.mark.parametrize("server", FAULTS, ids=lambda server: server.__name__)
 def test_it_finds_what_a_server_does_wrong(reports, server):
-    code, report = reports[server]
     name, words = FAULTS[server]
-    assert code == 1
-    assert results(report)[name] == "fault"
-    assert words in says(report, name)
+    assert reports[server].code == 1
+    assert reports[server].result(name) == "fault"
+    assert words in reports[server].says(name)
 
 
 @pytest.mark.parametrize("server", SOUND, ids=lambda server: server.__name__)
 def test_it_finds_nothing_wrong_with_a_sound_server(reports, server):
-    code, report = reports[server]
-    assert "fault" not in results(report).values()
-    assert code == 0
+    assert reports[server].code == 0, reports[server]
 
 
 def test_a_gap_that_is_told_is_no_fault(reports):
-    assert "a gap told" in says(reports[forgets_and_says_so][1], "resuming")
+    assert "a gap told" in reports[forgets_and_says_so].says("resuming")
 
 
 def test_what_is_not_there_cannot_be_tried(reports):
-    code, report = reports[is_not_there]
-    assert code == 2
-    assert "404" in report["cannot_try"]
-    code, report = check(f"http://127.0.0.1:{free_port()}/")
-    assert code == 2
-    assert "refused" in report["cannot_try"]
+    assert reports[is_not_there].code == 2
+    assert "404" in reports[is_not_there].json["cannot_try"]
+    nobody = Report(f"http://127.0.0.1:{free_port()}/")
+    assert nobody.code == 2
+    assert "refused" in nobody.json["cannot_try"]
 
 
-# ---------------------------------------------------------------------------- ourselves
+# --------------------------------------------------------------------------- ourselves
+
+QUESTION = ("--data", json.dumps(asking("Hello")))
 
 
 def test_nothing_is_wrong_with_our_clock_and_our_answers(demo, quick_demo):
-    question = json.dumps(asking("Hello"))
     with ThreadPoolExecutor(2) as pool:
-        clock = pool.submit(check, demo.http + "/clock", "--seconds", "3")
-        said = pool.submit(check, demo.http + CHAT, "--data", question)
-    for code, report in (clock.result(), said.result()):
-        assert "fault" not in results(report).values(), report
-        assert code == 0
-        assert results(report)["resuming"] == "ok"
-    code, report = check(quick_demo.http + CHAT, "--data", question)
-    assert code == 0
-    assert "told by an event" in says(report, "end")
+        clock = pool.submit(Report, demo.http + "/clock", "--seconds", "3")
+        said = pool.submit(Report, demo.http + CHAT, *QUESTION)
+    for report in (clock.result(), said.result()):
+        assert report.code == 0, report
+        assert report.result("resuming") == "ok"
+    whole = Report(quick_demo.http + CHAT, *QUESTION)
+    assert whole.code == 0, whole
+    assert "told by an event" in whole.says("end")
 
 
 def test_it_speaks_plain_words(quick_demo):
-    script = str(ROOT / "tests" / "check_stream.py")
-    question = json.dumps(asking("Hello"))
-    command = [sys.executable, script, quick_demo.http + CHAT, "--data", question]
+    command = [*CHECKER, quick_demo.http + CHAT, *QUESTION]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "nothing twice, nothing lost" in said
     assert said.endswith("nothing is wrong\n")

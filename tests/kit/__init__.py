@@ -13,6 +13,7 @@
     proxy       connections that break or stall
     site        pages of another origin
     browser     Chromium
+    checker     check_stream.py, as its users run it
     npm         packages for a browser and for Node
     redis       a real redis-server
 
@@ -23,6 +24,7 @@ from .answers import *
 from .attacks import *
 from .background import *
 from .browser import *
+from .checker import *
 from .client import *
 from .common import *
 from .http2 import *

@@ -114,7 +114,8 @@ class Stream:
     def cut(self):
         """Break the connection by a reset: it says no goodbye."""
         no_linger = struct.pack("ii", 1, 0)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+        with contextlib.suppress(OSError):  # it has ended by itself
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         self.response.close()
         self.sock.close()
 

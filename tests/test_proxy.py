@@ -179,19 +179,19 @@ def behind(shared, upstream, certificate, tmp_path_factory):
         yield start
 
 
-HTTP_2 = [nginx, caddy, haproxy]
-PROXIES = [*HTTP_2, compressing]
+ON_THE_INTERNET = [nginx, caddy, haproxy]
+PROXIES = [*ON_THE_INTERNET, compressing]
 HELD = "no-transform" not in (ROOT / "chatstream.py").read_text()
 UNTIL_THEN = pytest.mark.xfail(HELD, reason="it must say no-transform", run=False)
 
 
-@pytest.fixture(params=[*HTTP_2, pytest.param(compressing, marks=UNTIL_THEN)])
+@pytest.fixture(params=[*ON_THE_INTERNET, pytest.param(compressing, marks=UNTIL_THEN)])
 def proxy(request, behind):
     return behind(request.param)
 
 
-@pytest.fixture(params=HTTP_2)
-def http_2_proxy(request, behind):
+@pytest.fixture(params=ON_THE_INTERNET)
+def internet_proxy(request, behind):
     return behind(request.param)
 
 
@@ -230,23 +230,30 @@ def read_until(pipe, mark):
     return heard
 
 
-def test_http_2_reaches_the_browser(http_2_proxy):
+def test_http_2_reaches_the_browser(internet_proxy):
     command = curl(
-        http_2_proxy, "/healthz", "--http2", "-o", "/dev/null", "-w", "%{http_version}"
+        internet_proxy,
+        "/healthz",
+        "--http2",
+        "-o",
+        "/dev/null",
+        "-w",
+        "%{http_version}",
     )
     assert subprocess.check_output(command) == b"2"
 
 
-def test_who_leaves_the_proxy_leaves_the_server(proxy, upstream):
+def test_who_leaves_the_proxy_leaves_the_server(internet_proxy, upstream):
+    """(The development server's http-proxy 1.18 tells nobody that its reader has left.)"""
     prompt = upstream.script(*sse(delta("One, "), HOLD))
     body = f'{{"stream":true,"messages":[{{"role":"user","content":"{prompt}"}}]}}'
     with subprocess.Popen(
-        curl(proxy, OPENAI, "-d", body), stdout=subprocess.PIPE
+        curl(internet_proxy, OPENAI, "-d", body), stdout=subprocess.PIPE
     ) as process:
         read_until(process.stdout, b"One, ")
-        assert readers(proxy) == 1
+        assert readers(internet_proxy) == 1
         process.kill()
-    wait_until(lambda: readers(proxy) == 0)
+    wait_until(lambda: readers(internet_proxy) == 0)
 
 
 def readers(port):
@@ -333,8 +340,8 @@ def test_a_page_joins_the_room(proxy, open_page):
     assert said == "hello--返回数据"
 
 
-def test_a_page_has_ten_streams_over_http_2(http_2_proxy, open_page):
-    protocol, streams = open_page(http_2_proxy).evaluate(
+def test_a_page_has_ten_streams_over_http_2(internet_proxy, open_page):
+    protocol, streams = open_page(internet_proxy).evaluate(
         """async () => {
             const clocks = await Promise.all(
                 Array.from({ length: 10 }, () => fetch("clock")));

@@ -244,7 +244,7 @@ def test_http_2_reaches_the_browser(internet_proxy):
 
 
 def test_who_leaves_the_proxy_leaves_the_server(internet_proxy, upstream):
-    """(The development server's http-proxy 1.18 tells nobody that its reader has left.)"""
+    """(http-proxy 1.18, in the development server, tells nobody of it.)"""
     prompt = upstream.script(*sse(delta("One, "), HOLD))
     body = f'{{"stream":true,"messages":[{{"role":"user","content":"{prompt}"}}]}}'
     with subprocess.Popen(

@@ -14,6 +14,7 @@
     site        pages of another origin
     browser     Chromium
     checker     check_stream.py, as its users run it
+    network     machines whose packets can get lost
     npm         packages for a browser and for Node
     redis       a real redis-server
 
@@ -28,6 +29,7 @@ from .checker import *
 from .client import *
 from .common import *
 from .http2 import *
+from .network import *
 from .npm import *
 from .proxy import *
 from .redis import *

@@ -16,6 +16,8 @@
     proxy       connections that break or stall
     site        pages of another origin
     browser     Chromium
+    checker     check_stream.py, as its users run it
+    network     machines whose packets can get lost
     npm         packages for a browser and for Node
     redis       a real redis-server
 
@@ -26,10 +28,12 @@ from .answers import *
 from .attacks import *
 from .background import *
 from .browser import *
+from .checker import *
 from .client import *
 from .clock import *
 from .common import *
 from .http2 import *
+from .network import *
 from .npm import *
 from .protocols import *
 from .proxy import *

@@ -264,12 +264,15 @@ static void learn_answer(const char *data) {
     if (id) sprintf(answer, "/answers/%.*s", (int)strcspn(id + 5, "-\r\n"), id + 5);
 }
 
+static void first_event(Reader *r, const char *data, ssize_t size, int64_t now) {
+    if (r->served || !memmem(data, size, "data:", 5)) return;
+    r->served = 1, record(now - started);
+}
+
 static void body_of(int r, char *data, ssize_t size, int want_answer) {
     int64_t now = clock_ns(CLOCK_MONOTONIC);
-    if (is_restart && !readers[r].served && memmem(data, size, "data:", 5))
-        readers[r].served = 1, record(now - started);
-    else
-        scan(&readers[r], data, data + size, now);
+    if (is_restart) return first_event(&readers[r], data, size, now);
+    scan(&readers[r], data, data + size, now);
     if (!want_answer) return;
     char kept = data[size];
     data[size] = 0, learn_answer(data), data[size] = kept;

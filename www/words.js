@@ -151,6 +151,9 @@ const WORDS = {
   "wire-open": ["open", "已打开"],
   "wire-waiting": ["gone; again in {0} s", "已断开；{0} 秒后重试"],
   "wire-closed": ["closed {0}", "已关闭 {0}"],
+
+  // ---------------------------------------------------- the network, and the clock's picture
+  "cut-count": ["Back in {0} s.", "{0} 秒后恢复。"],
 };
 
 function say(key, ...values) {

@@ -5,6 +5,8 @@
      network.fetch(url, init)        fetch(), which breaks with a cut and fails during one
      network.socket(url, protocols)  new WebSocket(), likewise (it throws during a cut)
      network.cut(seconds)            cut it; the second call replaces the first
+     network.refusal()               why the server lets this page do nothing: its words,
+                                     or "" if it does let it or is not there
      network.left                    ms until it is back; 0 while it is there
      network.controls(place, onchange)   fills `place` with the buttons and what they did;
                                      calls onchange() at each cut and at each return
@@ -37,6 +39,19 @@ const network = (() => {
       else signal.addEventListener("abort", pass, { signal: both.signal });
     }
     return both.signal;
+  }
+
+  /* It answers a reader of an answer that nobody has: with 404, if it is for this page to
+     ask. An origin that is not may not read the refusal either, but may read healthz. */
+  async function refusal() {
+    try {
+      const response = await cuttableFetch(address("answers/0"));
+      const refused = [401, 403, 421].includes(response.status);
+      return refused ? new SSE.Refused(response, await response.text()).reason : "";
+    } catch {
+      const isThere = await cuttableFetch(address("healthz")).catch(() => null);
+      return isThere ? say("refused-origin", SERVER.host) : "";
+    }
   }
 
   function socket(url, protocols = []) {
@@ -95,7 +110,7 @@ const network = (() => {
   }
 
   return {
-    fetch: cuttableFetch, socket, cut, controls, either,
+    fetch: cuttableFetch, socket, refusal, cut, controls, either,
     get left() { return Math.max(0, until - Date.now()); },
   };
 })();

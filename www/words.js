@@ -154,6 +154,10 @@ const WORDS = {
 
   // ---------------------------------------------------- the network, and the clock's picture
   "cut-count": ["Back in {0} s.", "{0} 秒后恢复。"],
+  "refused-origin": [
+    "{0} is not for pages from here. Its --allow-origin says which are.",
+    "{0} 不接受来自这里的页面。启动参数 --allow-origin 决定接受哪些。",
+  ],
 };
 
 function say(key, ...values) {

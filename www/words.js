@@ -33,6 +33,7 @@ const WORDS = {
   "fresh": ["New chat", "新对话"],
   "copy": ["Copy", "复制"],
   "copied": ["Copied", "已复制"],
+  "table": ["Table", "表格"],
   "again": ["Try again", "重试"],
 
   "chat-hello": ["Looking for the server", "正在寻找服务器"],

@@ -15,7 +15,7 @@ function askForToken() {
 
   /* `/time` is refused for the token only; elsewhere a 401 may be the model's. */
   const fits = async (headers = {}) =>
-    (await fetch(address("time"), { headers, cache: "no-store" })).status !== 401;
+    (await fetch(address("time"), { method: "HEAD", headers })).status !== 401;
 
   $("token").addEventListener("submit", async (event) => {
     event.preventDefault();

@@ -138,28 +138,20 @@
 
   /* The stream has ended without the answer's own last word. */
   function refused(run, failure) {
-    const { status, body } = failure;
+    const { status, reason } = failure;
     if (status === 204) return end(run, "done");
     if (status === 401) askForToken();
     if (status === 404 && run.answer.id) return end(run, "failed", say("trouble-lost"));
-    if (status) return end(run, "failed", say("trouble-refused", status, reason(body)));
+    if (status) return end(run, "failed", say("trouble-refused", status, reason));
     server.look();
     end(run, "failed", say("trouble-network", SERVER.host));
-  }
-
-  function reason(body) {
-    try {
-      return JSON.parse(body).error.message;
-    } catch {
-      return body.slice(0, 200); // from something in between, a proxy say
-    }
   }
 
   async function end(run, state, trouble) {
     const { answer, turn } = run;
     runs.delete(answer.key);
     Object.assign(answer, { state, trouble, took: Date.now() - (answer.at ?? run.at) });
-    if (!run.stopped) run.stream.close();
+    if (!run.stopped) run.stream.done();
     if (turn !== watched) conversation.save();
     const spoken = turn.end();
     refresh();
@@ -317,7 +309,7 @@
     $("stop").hidden = !isRunning;
     log.classList.toggle("busy", isRunning);
     $("chat-state").textContent = words();
-    $("cut-chat").hidden = runs.size === 0;
+    $("cut-chat").hidden = runs.size === 0 && !network.left;
   }
 
   function words() {
@@ -342,7 +334,7 @@
       clearTimeout(this.timer);
       this.model = null;
       try {
-        ({ model: this.model } = await (await fetch(address("healthz"))).json());
+        ({ model: this.model } = await (await network.fetch(address("healthz"))).json());
         this.models = await listModels();
       } catch {
         this.timer = setTimeout(() => this.look(attempt + 1), SSE.jitter(attempt));
@@ -354,7 +346,7 @@
   };
 
   async function listModels() {
-    const response = await fetch(address("v1/models"));
+    const response = await network.fetch(address("v1/models"));
     if (!response.ok) return [];
     return (await response.json()).data.map(({ id }) => id);
   }
@@ -450,6 +442,7 @@
   }
 
   views.chat.grows = () => conversation.messages.length > 0;
+  network.controls($("cut-chat"), refresh);
   conversation.reading = runs;
   conversation.onchange = () => (sync(), resume());
   addEventListener("hashchange", watch);

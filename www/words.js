@@ -145,6 +145,13 @@ const WORDS = {
   "wire-waiting": ["gone; again in {0} s", "已断开；{0} 秒后重试"],
   "wire-closed": ["closed {0}", "已关闭 {0}"],
 
+  // ---------------------------------------------------- the network, and the clock's picture
+  "cut-count": ["Back in {0} s.", "{0} 秒后恢复。"],
+  "refused-origin": [
+    "{0} is not for pages from here. Its --allow-origin says which are.",
+    "{0} 不接受来自这里的页面。启动参数 --allow-origin 决定接受哪些。",
+  ],
+
   // The chat's turns and the room's members.
   "copied": ["Copied", "已复制"],
   "table": ["Table", "表格"],

@@ -1365,7 +1365,7 @@ class Http1:
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         pairs = [*headers.items(), ("date", http_date(int(time.time())))]
         reason = http.client.responses.get(status, "")
-        return self.conn.send(h11.Response(status_code=status, headers=pairs, reason=reason))  # type: ignore[return-value]
+        return self.conn.send(h11.Response(status_code=status, headers=pairs, reason=reason))
 
     def reader(self, log: EventLog, start: int) -> Reader:
         return Reader(log, self.wire, SSE_CHUNKED if self.chunked else SSE, start)
@@ -4294,7 +4294,7 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
         "metadata": {}, "temperature": 1.0, "top_p": 1.0, "usage": None,
     }  # fmt: skip
     names = ("input_tokens", "output_tokens", "total_tokens")
-    usage = dict(zip(names, demo_usage(words, asked), strict=True))
+    usage: JSON = dict(zip(names, demo_usage(words, asked), strict=True))
     usage |= {"input_tokens_details": {"cached_tokens": 0},
               "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
     whole = {**response, "status": "completed", "output": [done], "usage": usage}
@@ -5333,8 +5333,8 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
         return ""
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     try:
-        good = urlsplit(proxy).scheme == "http" and urlsplit(proxy).hostname
-        good = good and (urlsplit(proxy).port or 80) and proxy.isascii()
+        parsed = urlsplit(proxy)
+        good = parsed.scheme == "http" and bool(parsed.hostname) and parsed.port != 0
     except ValueError:
         good = False
     if not good:
@@ -5400,7 +5400,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 raise UsageError(f"cannot listen on {host}:{number}: {reason}") from None
             lacking = error
     if not listeners:
-        reason = lacking.strerror if lacking else "no such host"
+        reason = (lacking and lacking.strerror) or "no such host"
         raise UsageError(f"cannot listen on {host}:{port}: {reason}")
     return listeners
 
@@ -5587,7 +5587,7 @@ def main(argv: list[str] | None = None) -> int:
         if inherited := os.environ.pop("CHATSTREAM_LISTENERS", ""):
             shared = [[socket.socket(fileno=fd) for fd in fds]
                       for fds in json.loads(inherited)]  # fmt: skip
-            return trio.run(serve, settings, *shared, bool, 0)
+            return trio.run(serve, settings, shared[0], shared[1], bool, 0)
         http, ws = (listen(settings.host, n) for n in (settings.port, settings.room_port))
         tls_context(settings)
         if settings.redis:

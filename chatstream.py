@@ -106,6 +106,7 @@ HEAD_BYTES, HEAD_TIMEOUT = 16 * KiB, 10
 BODY_BYTES, BODY_TIMEOUT = MiB, 30
 IDLE_TIMEOUT = 60  # an HTTP connection between two requests
 STUCK_TIMEOUT = 10  # a client that takes nothing of what we send
+STUCK_LOOKS = 10  # in that time, at what it took meanwhile
 STUCK = "it read nothing any more"
 VANISHED_TIMEOUT = 20  # a peer that acknowledges nothing: its network is gone
 LINGER_CLOSE = 2  # for the last bytes to arrive before the socket is closed
@@ -122,6 +123,7 @@ MESSAGE_BYTES = 12 * MESSAGE_CHARACTERS + KiB  # as JSON, all of them escaped em
 CHATTER_BYTES = 256 * KiB  # pings and empty fragments, with no message among them
 
 CONNECT_TIMEOUT, CONNECT_TRIES = 5, 3
+MODELS_KEPT, MODELS_LISTS = 10, 100  # one list for each key that clients bring
 HEAD_WAIT = 10  # for the upstream's status, before the stream starts without it
 FIRST_TOKEN_TIMEOUT, NEXT_TOKEN_TIMEOUT = 120, 60
 EVENT_BYTES = MiB
@@ -757,17 +759,20 @@ class Wire(trio.abc.Stream):
 
         Linux calls a socket writable when a third of its buffer is free. A slow peer
         may take longer than our limit for that: so what counts is what it acknowledges.
+        We look often: what is on its way when the wait begins is acknowledged soon, and
+        a look only at the end would take it for progress of the whole time.
         """
-        queued = self._queued()
-        while True:
-            with trio.move_on_after(STUCK_TIMEOUT):
+        queued, progress = self._queued(), trio.current_time()
+        while trio.current_time() < progress + STUCK_TIMEOUT:
+            with trio.move_on_after(STUCK_TIMEOUT / STUCK_LOOKS):
                 await trio.lowlevel.wait_writable(self.fd)
                 return
             before, queued = queued, self._queued()
-            if queued >= before:
-                self.stuck = True
-                self.abort()
-                raise trio.BrokenResourceError(STUCK)
+            if queued < before:
+                progress = trio.current_time()
+        self.stuck = True
+        self.abort()
+        raise trio.BrokenResourceError(STUCK)
 
     def _queued(self) -> int:
         """Bytes that the peer has not acknowledged yet."""
@@ -1098,6 +1103,10 @@ class Http1:
                     break
                 if self.conn.their_state is not h11.DONE:
                     break
+                if self.conn.trailing_data[0]:
+                    # The next request is here already. Nothing that it does need wait,
+                    # so without this one packet of many requests stops all others.
+                    await trio.lowlevel.checkpoint()
                 self.conn.start_next_cycle()
         except h11.RemoteProtocolError as error:
             await self.refuse(Problem(error.error_status_hint, str(error)))
@@ -1685,9 +1694,9 @@ class Model(Protocol):
     async def run(self) -> None: ...
 
     async def write(
-        self, answer: Answer, body: Message, authorization: str
+        self, answer: Answer, body: Message, authorization: Keys
     ) -> None: ...
-    async def models(self, authorization: str) -> str: ...
+    async def models(self, authorization: Keys) -> str: ...
 
 
 class Answers:
@@ -1708,13 +1717,22 @@ class Answers:
         self.metrics = Metrics()
 
     def begin(
-        self, nursery: trio.Nursery, seed: bool, body: Message, authorization: str
+        self,
+        nursery: trio.Nursery,
+        seed: bool,
+        short: bool,
+        body: bytes,
+        authorization: Keys,
     ) -> Answer:
-        """Start an answer. Raises Problem 503 when there are too many of them."""
+        """Start an answer. Raises Problem 503 when there are too many of them.
+
+        The body is given as bytes: parsed, it can be 30 times as large, and many of
+        them would wait for their writers at the same time.
+        """
         if self.running >= ANSWERS_RUNNING or not self.has_room(1):
             busy = "too many answers are under way: try again in a moment"
             raise Problem(503, busy, "server_busy", headers={"retry-after": "5"})
-        answer = Answer(self, seed, not body.get("stream"))
+        answer = Answer(self, seed, short)
         self.by_id[answer.name] = answer
         self.running += 1
         nursery.start_soon(self.run, answer, body, authorization)
@@ -1733,15 +1751,19 @@ class Answers:
         if self.by_id.pop(answer.name, None):
             self.held -= answer.size
 
-    async def run(self, answer: Answer, body: Message, authorization: str) -> None:
+    async def run(self, answer: Answer, body: bytes, authorization: Keys) -> None:
         """The writer of one answer, from its first word to its being forgotten.
 
         The task of an ended answer is its own timer: it sleeps, then it forgets it.
         """
         problem: Problem | None = STOPPING  # if the server ends while we write
+        asked = from_json(body)
+        del body
+        if answer.seed:
+            asked = {"messages": asked["messages"], "stream": True}
         try:
             with answer.scope:
-                await self.model.write(answer, body, authorization)
+                await self.model.write(answer, asked, authorization)
                 problem = None
             if answer.scope.cancelled_caught:
                 problem = answer.verdict
@@ -1753,6 +1775,7 @@ class Answers:
         finally:
             answer.finish(problem)
             self.running -= 1
+        del asked
         if not answer.refused:
             await trio.sleep(ANSWER_KEPT)
         self.forget(answer)
@@ -1775,6 +1798,69 @@ def passed_on(status: int, said: Any, **headers: str) -> Problem:
     return problem
 
 
+Keys = tuple[tuple[str, str], ...]  # headers, by lower-case name
+SECRET_CHARACTERS = 8  # a shorter key is no secret, and stands in too many words
+
+
+def keys_of(headers: Mapping[str, str]) -> Keys:
+    """The headers of a client that are meant for a model: each as it came.
+
+    An Authorization of any other kind than one Bearer is a proxy's login. (One that was
+    sent twice has a comma in it.)
+    """
+    bearer = re.fullmatch(
+        r"bearer +[^\s,]+", headers.get("authorization", ""), re.IGNORECASE
+    )
+    names = (*(["authorization"] if bearer else []), "x-api-key", "api-key")
+    return tuple((name, headers[name]) for name in names if headers.get(name))
+
+
+def secrets_of(keys: Keys) -> list[str]:
+    """What must not be said again of these headers."""
+    values = [v if name != "authorization" else v[7:].strip() for name, v in keys]
+    return [value for value in values if len(value) >= SECRET_CHARACTERS]
+
+
+def without(hidden: list[str], value: Any) -> Any:
+    """The same value for JSON, with none of these in any of its strings.
+
+    Inside of the strings, because in the text of the JSON a key could be a part of the
+    syntax, and an escaped one would not be found.
+    """
+    if isinstance(value, str):
+        for secret in hidden:
+            value = value.replace(secret, "[key]")
+    if isinstance(value, dict):
+        return {without(hidden, k): without(hidden, v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without(hidden, item) for item in value]
+    return value
+
+
+class ModelList:
+    """One question for the list of models, and all who wait for its answer."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.waiting = 0
+        self.ended = trio.Event()
+        self.text = ""
+        self.problem: Problem | None = None
+
+    async def wait(self) -> str:
+        """The list. Who leaves as the last one ends the question."""
+        self.waiting += 1
+        try:
+            await self.ended.wait()
+        finally:
+            self.waiting -= 1
+            if not self.waiting and not self.ended.is_set():
+                self.scope.cancel()
+        if self.problem:
+            raise self.problem.with_traceback(None)
+        return self.text
+
+
 class Upstream:
     """An OpenAI-compatible server, reached by httpx2."""
 
@@ -1783,6 +1869,8 @@ class Upstream:
         self.intake = Intake()
         self.model = settings.model
         self.api_key = settings.api_key
+        self.lists: dict[Keys, ModelList] = {}
+        self.askers: trio.Nursery
 
     @functools.cached_property
     def client(self) -> httpx2.AsyncClient:
@@ -1815,27 +1903,63 @@ class Upstream:
         )
 
     async def run(self) -> None:
-        await self.intake.run()
+        async with trio.open_nursery() as self.askers:
+            await self.intake.run()
 
-    async def write(self, answer: Answer, body: Message, authorization: str) -> None:
+    async def write(self, answer: Answer, body: Message, authorization: Keys) -> None:
         """Ask, and pass on what comes. Raises Problem, also when it comes too late.
 
         `limit` is one deadline for all of it, which pass_on() moves with each token.
+        The body is emptied once it is bytes: others hold it as long as the answer runs.
         """
         try:
             with trio.fail_after(FIRST_TOKEN_TIMEOUT) as limit:
                 if not body.get("model"):
                     body["model"] = self.model or await self.first_model(authorization)
+                content = to_json(body).encode()
+                body.clear()
                 await self.ask(
-                    "POST", "/chat/completions", authorization, body,
+                    "POST", "/chat/completions", authorization, content,
                     functools.partial(self.pass_on, answer, limit),
                 )  # fmt: skip
         except trio.TooSlowError:
             late = "the upstream took too long to say anything"
             raise upstream_problem(late, 504, code="timeout") from None
 
-    async def models(self, authorization: str) -> str:
-        """The upstream's list of models, as it came."""
+    async def models(self, authorization: Keys) -> str:
+        """The upstream's list of models, as it came.
+
+        It is asked once in MODELS_KEPT seconds for all who have the same keys.
+        """
+        keys = () if self.api_key else authorization
+        listed = self.lists.get(keys)
+        if listed is None or listed.scope.cancel_called:
+            listed = self.lists[keys] = ModelList()
+            self.askers.start_soon(self.list_models, keys, listed)
+        return await listed.wait()
+
+    async def list_models(self, keys: Keys, listed: ModelList) -> None:
+        """Ask, keep the list for the rest of its time, then forget it.
+
+        A failure is told to all who wait, and not kept: the next attempt may go well.
+        """
+        began = trio.current_time()
+        try:
+            with listed.scope:
+                listed.text = await self.ask_models(keys)
+        except Problem as problem:
+            listed.problem = problem
+        except Exception:
+            logger.exception("the list of models failed in a way nobody thought of")
+            listed.problem = upstream_problem("the list failed inside the server", 500)
+        listed.ended.set()
+        good = not (listed.problem or listed.scope.cancelled_caught)
+        if good and len(self.lists) <= MODELS_LISTS:
+            await trio.sleep_until(began + MODELS_KEPT)
+        if self.lists.get(keys) is listed:
+            del self.lists[keys]
+
+    async def ask_models(self, authorization: Keys) -> str:
         read: list[bytes] = []
 
         async def keep(response: httpx2.Response) -> None:
@@ -1846,7 +1970,7 @@ class Upstream:
             return read[0].decode(errors="replace")
         raise upstream_problem("the upstream took too long", 504, code="timeout")
 
-    async def first_model(self, authorization: str) -> str:
+    async def first_model(self, authorization: Keys) -> str:
         """The model to ask, where nobody named one."""
         try:
             return str(from_json(await self.models(authorization))["data"][0]["id"])
@@ -1858,36 +1982,42 @@ class Upstream:
         self,
         method: str,
         path: str,
-        authorization: str,
-        body: Message | None,
+        authorization: Keys,
+        content: bytes | None,
         then: Callable[[httpx2.Response], Awaitable[None]],
     ) -> None:
         """Send a request; hand over its response if it is a 200.
 
-        Raises Problem. Whatever its words are, there is no key among them.
+        Raises Problem. Whatever its words are, the key that was sent is not among them.
         """
+        keys = authorization
+        if self.api_key:
+            keys = (("authorization", f"Bearer {self.api_key}"),)
         try:
-            await self.exchange(method, path, authorization, body, then)
+            await self.exchange(method, path, keys, content, then)
         except Problem as problem:
-            text = to_json(problem.error)
-            for secret in (self.api_key, authorization.partition(" ")[2]):
-                text = text.replace(secret, "[key]") if secret else text
-            problem.error = from_json(text)
+            hidden = secrets_of(keys)
+            problem.headers = without(hidden, problem.headers)
+            try:
+                problem.error = without(hidden, problem.error)
+            except RecursionError:
+                deep = "the upstream's error is nested too deeply"
+                raise upstream_problem(deep, problem.status) from None
             raise
 
     async def exchange(
         self,
         method: str,
         path: str,
-        authorization: str,
-        body: Message | None,
+        keys: Keys,
+        content: bytes | None,
         then: Callable[[httpx2.Response], Awaitable[None]],
     ) -> None:
         """The same, with httpx2's exceptions as Problems."""
         import httpx2
 
         try:
-            response = await self.connect(method, path, authorization, body)
+            response = await self.connect(method, path, keys, content)
             try:
                 if response.status_code != 200:
                     raise await self.refusal(response)
@@ -1897,33 +2027,22 @@ class Upstream:
                 # is closed is what tells the model to stop.
                 with trio.move_on_after(1, shield=True):
                     await response.aclose()
-        except httpx2.TimeoutException:
-            late = "the upstream could not be reached in time"
-            raise upstream_problem(late, 504, code="timeout") from None
-        except httpx2.ConnectError as error:
-            unreached = f"the upstream cannot be reached: {in_words(error)}"
-            raise upstream_problem(unreached) from None
         except httpx2.HTTPError as error:
-            broke = f"the connection to the upstream broke: {in_words(error)}"
-            raise upstream_problem(broke, code="connection_cut") from None
+            raise no_answer(error) from None
 
     async def connect(
-        self, method: str, path: str, authorization: str, body: Message | None
+        self, method: str, path: str, keys: Keys, content: bytes | None
     ) -> httpx2.Response:
         """Tried again only when there was no connection: nothing can have been sent."""
         import httpx2
 
-        if self.api_key:
-            authorization = f"Bearer {self.api_key}"
         headers = {
             b"accept-encoding": b"identity",  # nothing between us and the next token
             b"content-type": b"application/json",
             b"user-agent": b"chatstream",
         }
-        if authorization:
-            headers[b"authorization"] = authorization.encode("latin-1")
+        headers |= {name.encode(): value.encode("latin-1") for name, value in keys}
         url = self.base + path
-        content = None if body is None else to_json(body).encode()
         request = self.client.build_request(
             method, url, content=content, headers=headers
         )
@@ -1990,12 +2109,41 @@ class Upstream:
 PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-request-id")
 
 
-def in_words(error: BaseException) -> str:
-    """What an exception says, or else what it came from: those of TLS are mute."""
-    inner = error
-    while not str(inner) and (came_from := inner.__cause__ or inner.__context__):
-        inner = came_from
-    return str(inner) or type(error).__name__
+def no_answer(error: httpx2.HTTPError) -> Problem:
+    """What became of a request that got no answer, or half of one.
+
+    In our own words: those of a library may quote what we sent, and so the key.
+    """
+    import httpx2
+
+    if isinstance(error, httpx2.TimeoutException):
+        late = "the upstream could not be reached in time"
+        return upstream_problem(late, 504, code="timeout")
+    if isinstance(error, httpx2.ConnectError):
+        return upstream_problem(f"the upstream cannot be reached: {reason(error)}")
+    if isinstance(error, httpx2.ProxyError):
+        return upstream_problem("the proxy before the upstream refused to connect")
+    if isinstance(error, httpx2.LocalProtocolError):
+        return upstream_problem("the request cannot be sent to the upstream")
+    if isinstance(error, httpx2.RemoteProtocolError):
+        return cut_short("it ended too early, or sent what is not HTTP")
+    return cut_short(reason(error))
+
+
+def reason(error: BaseException | None) -> str:
+    """Why a connection failed: what the system, or TLS, says is at the bottom of it."""
+    while error:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate cannot be trusted: {error.verify_message}"
+        if isinstance(error, ssl.SSLError):
+            return "TLS failed"
+        if isinstance(error, socket.gaierror):
+            return "its name is not known"
+        if isinstance(error, OSError) and error.errno:
+            return os.strerror(error.errno).lower()
+        inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        error = next(iter(inner), None) or error.__cause__ or error.__context__
+    return "the connection failed"
 
 
 class HeadBackend:
@@ -2141,7 +2289,7 @@ class UpstreamBody:
         try:
             self.feed(await stream.read(64 * KiB))
         except self.broken as error:
-            self.fail(cut_short(str(error)))
+            self.fail(cut_short(reason(error)))
 
     def read_now(self) -> None:
         """Some more. Raises nothing: the intake that calls it reads for everyone."""
@@ -2150,7 +2298,7 @@ class UpstreamBody:
         except BlockingIOError:
             pass
         except OSError as error:
-            self.fail(cut_short(str(error)))
+            self.fail(cut_short(reason(error)))
 
     def feed(self, data: bytes | None) -> None:
         """What has come: b"" is the end of the connection, None is nothing at all."""
@@ -2267,7 +2415,7 @@ class Demo:
         lesson = others[zlib.crc32(content.encode(errors="replace")) % len(others)]
         return f"{first}\n\n{lesson}\n\n{last}"
 
-    async def write(self, answer: Answer, body: Message, authorization: str) -> None:
+    async def write(self, answer: Answer, body: Message, authorization: Keys) -> None:
         """Chunks like those of OpenAI's streams, because clients are tried on them."""
         answer.head.set()
         base = {
@@ -2296,7 +2444,7 @@ class Demo:
             chunk = {**base, "choices": [], "usage": usage}
             answer.write_chunk(to_json(chunk), chunk)
 
-    async def models(self, authorization: str) -> str:
+    async def models(self, authorization: Keys) -> str:
         model = {
             "id": "demo",
             "object": "model",
@@ -2951,7 +3099,9 @@ class Service:
                 404, f"there is nothing at {request.path!r}", code="not_found"
             )
         protected = (
-            bool({"POST", "DELETE"} & routes.keys()) or "/answers/" in request.path
+            bool({"POST", "DELETE"} & routes.keys())
+            or "/answers/" in request.path
+            or request.path == "/v1/models"  # which spends the server's key
         )
         if not protected:
             request.extra["access-control-allow-origin"] = "*"
@@ -3038,8 +3188,19 @@ class Service:
         await request.respond(200, body, {"content-type": "text/plain; version=0.0.4"})
 
     async def get_models(self, request: Request) -> None:
-        authorization = request.headers.get("authorization", "")
-        await request.respond_json(await self.model.models(authorization))
+        """The list of models, for as long as the client waits for it."""
+        found: list[str | Problem] = []
+
+        async def ask() -> None:  # no Problem may go through the nursery of the race
+            try:
+                found.append(await self.model.models(keys_of(request.headers)))
+            except Problem as problem:
+                found.append(problem)
+
+        if await race_disconnect(request, ask):
+            if isinstance(found[0], Problem):
+                raise found[0]
+            await request.respond_json(found[0])
 
     async def get_time(self, request: Request) -> None:
         """The clock as a short connection: who wants the next tick asks again."""
@@ -3099,10 +3260,14 @@ class Service:
             raise Problem(400, f"the body is not JSON: {error}") from None
         if self.stopping:
             raise STOPPING.with_traceback(None)
-        if seed:
-            asked = {"messages": asked["messages"], "stream": True}
-        authorization = request.headers.get("authorization", "")
-        answer = self.answers.begin(self.writers, seed, asked, authorization)
+        short = not seed and not asked.get("stream")
+        del asked
+        body = bytes(request.body)
+        request.body.clear()
+        answer = self.answers.begin(
+            self.writers, seed, short, body, keys_of(request.headers)
+        )
+        del body
         with answer.attended():
             if self.shared:
                 await self.shared.announce(answer)
@@ -3137,7 +3302,9 @@ class Service:
                     "this Last-Event-ID is not of this answer: send the last you saw"
                 )
                 raise Problem(400, wrong, param="Last-Event-ID")
-            if answer.closed and start == answer.end:
+            # A question that is repeated takes a 204 for a failure, and is repeated
+            # again: it gets a stream in which there is nothing.
+            if answer.closed and start == answer.end and request.method != "POST":
                 # What an EventSource takes as: do not come back (HTML standard 9.2).
                 return await request.respond(204)
             await self.stream(request, answer, start, {"x-answer-id": answer.name})
@@ -3883,7 +4050,15 @@ def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
         raise Usage("--certfile and --keyfile go together")
     if flags["workers"] > 1 and not flags["redis"]:
         raise Usage("--workers needs --redis, where the processes share their logs")
-    return Settings(**flags, api_key=environ.get("OPENAI_API_KEY", ""))
+    api_key = environ.get("OPENAI_API_KEY", "").strip()
+    if not is_sendable(api_key):
+        raise Usage("OPENAI_API_KEY has characters that cannot be sent in a header")
+    return Settings(**flags, api_key=api_key)
+
+
+def is_sendable(text: str) -> bool:
+    """Neither control characters, nor any that is not ASCII."""
+    return text.isascii() and text.isprintable()
 
 
 def port(text: str) -> int:
@@ -3922,6 +4097,7 @@ def origin(text: str) -> str:
 
 def base_url(text: str) -> str:
     """`http://host:port/v1`, without a slash at its end; a bare host gets its /v1."""
+    text = text.strip()
     if not text:
         return ""
     try:
@@ -3931,8 +4107,11 @@ def base_url(text: str) -> str:
         )
     except ValueError:
         good = False
+    shown = ascii(re.sub("[^/]*@", "", text))  # without a password
+    if not is_sendable(text) or " " in text:
+        raise Usage(f"--upstream {shown} has characters that cannot be sent in a URL")
     if not good:
-        raise Usage(f"--upstream {text!r} is no base URL, such as http://host:port/v1")
+        raise Usage(f"--upstream {shown} is no base URL, such as http://host:port/v1")
     return text.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
 
 
@@ -4078,6 +4257,8 @@ class Supervisor:
             self.begin()
         while self.workers:
             pid, status = os.wait()
+            if pid not in self.workers:  # a child of who was here before us (exec),
+                continue  # or, as process 1 of a container, anybody's
             lived = time.monotonic() - self.workers.pop(pid)
             if not self.stopped:
                 logger.error("worker %d died (%d) and is replaced", pid, status)

@@ -755,8 +755,7 @@ class Pump:
 
 
 async def race_disconnect(
-    disconnected: Callable[[], Awaitable[object]],
-    wait: Callable[[], Awaitable[object]],
+    disconnected: Callable[[], Awaitable[object]], wait: Callable[[], Awaitable[object]]
 ) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
@@ -2862,10 +2861,7 @@ class Server:
             )  # fmt: skip
 
     async def serve(
-        self,
-        listeners: list[socket.socket],
-        stop: trio.Event,
-        ready: Callable[[], object],
+        self, listeners: list[socket.socket], stop: trio.Event, ready: Callable[[], object]
     ) -> None:
         """Accept until `stop`, then end gracefully: every reader is told.
 
@@ -4201,11 +4197,7 @@ class Lessons:
             words = set(DEMO_WORD.findall(heading.lower()))
             shared = len(words & asked) / (len(words | asked) or 1)
             same = heading.strip() == question.strip()
-            return (
-                same,
-                shared,
-                zlib.crc32((heading + question).encode(errors="replace")),
-            )
+            return (same, shared, zlib.crc32((heading + question).encode(errors="replace")))
 
         best = max(self.lessons, key=likeness, default="")
         parts = (self.introduction, self.lessons.get(best, ""), self.ending)
@@ -4292,11 +4284,7 @@ def demo_chat(words: list[str], asked: JSON) -> Iterator[JSON]:
     """The chunks of a chat completion; last, the whole of it."""
     base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time())}
     base |= {"object": "chat.completion.chunk", "model": "demo"}
-    deltas = [
-        {"role": "assistant", "content": ""},
-        *({"content": w} for w in words),
-        {},
-    ]
+    deltas = [{"role": "assistant", "content": ""}, *({"content": w} for w in words), {}]
     for delta in deltas:
         ended = None if delta else "stop"
         choice = {"index": 0, "delta": delta, "finish_reason": ended}
@@ -4360,9 +4348,7 @@ class Http2Stream:
     """One request over HTTP/2: ASGI on one side, what a Request needs on the other."""
 
     def __init__(
-        self,
-        receive: Callable[[], Awaitable[JSON]],
-        send: Callable[[JSON], Awaitable[None]],
+        self, receive: Callable[[], Awaitable[JSON]], send: Callable[[JSON], Awaitable[None]]
     ) -> None:
         self._receive = receive
         self._send = send
@@ -5225,11 +5211,7 @@ def to_base_url(text: str) -> str:
 
 
 def flag(
-    default: Any,
-    read: Callable[[str], Any],
-    help: str,
-    metavar: str = "",
-    env: str = "",
+    default: Any, read: Callable[[str], Any], help: str, metavar: str = "", env: str = ""
 ) -> Any:
     """A field of Settings that is a flag. A tuple as its default: it may be repeated."""
     about = {"read": read, "help": help, "metavar": metavar or None, "env": env}
@@ -5244,11 +5226,7 @@ class Settings:
     port: int = flag(4001, to_port, "of the pages and of HTTP; 0 means any free one")
     room_port: int = flag(8888, to_port, "of the room; both ports serve everything")
     upstream: str = flag(
-        "",
-        to_base_url,
-        "base URL of an OpenAI-compatible model",
-        "URL",
-        "OPENAI_BASE_URL",
+        "", to_base_url, "base URL of an OpenAI-compatible model", "URL", "OPENAI_BASE_URL"
     )
     model: tuple[str, ...] = flag(
         (), to_text, "a model that one may ask, the first is the default; without: any",
@@ -5256,10 +5234,7 @@ class Settings:
     )  # fmt: skip
     patience: float = flag(600, to_number, "how long the model may be silent", "S")
     allow_origin: tuple[str, ...] = flag(
-        (),
-        to_origin,
-        "pages of this origin may ask and speak; null: from disk",
-        "ORIGIN",
+        (), to_origin, "pages of this origin may ask and speak; null: from disk", "ORIGIN"
     )
     linger: float = flag(60, to_number, "how long an answer goes on unread", "S")
     keep: float = flag(600, to_number, "how long an ended answer is kept", "S")
@@ -5330,10 +5305,7 @@ def given_texts(
 
 def complete(settings: JSON, environ: Mapping[str, str]) -> Settings:
     """What is not a flag, and what must fit together. Raises UsageError."""
-    for name, variable in (
-        ("api_key", "OPENAI_API_KEY"),
-        ("token", "CHATSTREAM_TOKEN"),
-    ):
+    for name, variable in (("api_key", "OPENAI_API_KEY"), ("token", "CHATSTREAM_TOKEN")):
         secret = environ.get(variable, "").strip()
         if not (secret.isascii() and secret.isprintable()):
             raise UsageError(f"{variable} has characters that cannot be sent")

@@ -28,11 +28,10 @@ from wsproto.frame_protocol import FrameProtocol, ParseFailed
 
 import chatstream
 from chatstream import (
-    ChunkDecoder,
-    Closing,
     FrameParser,
     Problem,
     SSEParser,
+    WebSocketClose,
     parse_close,
     unmask,
 )
@@ -101,30 +100,6 @@ def test_an_event_that_is_too_large_is_a_value_error(data, limit):
                 assert len(event.data) <= limit
 
 
-def decoded(pieces):
-    decoder, payload = ChunkDecoder(), b""
-    for piece in pieces:
-        part = decoder.feed(piece)
-        while part:
-            payload += part
-            part = decoder.feed(b"")
-    return payload, decoder.done
-
-
-@fuzz(300)
-@given(st.lists(st.binary(min_size=1, max_size=60), max_size=6), CUTS)
-def test_chunks_carry_what_was_put_in(payloads, cuts):
-    data = b"".join(map(chatstream.chunk, payloads)) + b"0\r\n\r\n"
-    assert decoded(cut(data, cuts)) == (b"".join(payloads), True)
-
-
-@fuzz(300)
-@given(st.lists(st.binary(max_size=9) | st.sampled_from([b"\r\n", b"5", b"0", b";"])))
-def test_chunks_that_are_none_are_a_value_error(pieces):
-    with suppress(ValueError):  # the one that its caller awaits
-        decoded(pieces)
-
-
 @st.composite
 def client_frames(draw):
     """A frame, mostly a good one; its length is true, so that it is whole."""
@@ -172,10 +147,11 @@ def heard_by_us(pieces):
             while said := parser.next():
                 opcode, payload = said
                 if opcode == 8:  # after which nothing counts
-                    return [*heard, (opcode, parse_close(payload))], None
+                    close = parse_close(payload)
+                    return [*heard, (opcode, (close.code, close.reason))], None
                 heard.append(said)
-    except Closing as closing:
-        return heard, closing.code
+    except WebSocketClose as close:
+        return heard, close.code
     return heard, None
 
 
@@ -198,30 +174,30 @@ def test_no_bytes_surprise_the_frame_parser(pieces):
 # -------------------------------------------------------------------- what reads JSON
 
 
+APIS = (chatstream.CHAT_PAGE, chatstream.CHAT, chatstream.COMPLETIONS,
+        chatstream.RESPONSES, chatstream.MESSAGES)  # fmt: skip
+STREAM_OR_NOT = st.booleans().map(lambda streamed: {"stream": streamed})
+
+
 @fuzz(500)
-@given(JSON)
-def test_a_question_is_sound_or_a_400(body):
-    refused = None
+@given(JSON, st.sampled_from(APIS))
+def test_a_question_is_sound_or_a_400(body, api):
+    raw = chatstream.to_json(body).encode()
     try:
-        assert chatstream.check_messages(body) is body
+        asked = chatstream.check_json(raw)
+        chatstream.check_question(asked.fields, api)
+        question = api.ask(api, asked, {})
     except Problem as problem:
-        refused = problem
-    assert refused is None or (refused.status == 400 and refused.error["message"])
-
-
-ODD = (TypeError, AttributeError, ValueError, LookupError)  # a 502 by whoever called it
+        assert problem.status == 400
+        assert problem.error["message"]
+    else:
+        assert isinstance(chatstream.from_json(question.body), dict)
 
 
 @fuzz(300)
-@given(st.lists(st.dictionaries(WORDS | TEXTS, JSON, max_size=4), max_size=4))
-def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(chunks):
-    chunks = json.loads(json.dumps(chunks))
-    for chunk in chunks:
-        assert isinstance(chatstream.content_of(chunk), str)
-    with suppress(*ODD):
-        chatstream.to_json(chatstream.join_chunks(chunks)).encode()
-
-
+@given(st.sampled_from(APIS), STREAM_OR_NOT, st.lists(JSON | CHUNKS, max_size=6))
+async def events_of(api, body, said):
+    pass
 @fuzz(300)
 @given(JSON)
 def test_any_value_can_be_sent_and_read_again(value):

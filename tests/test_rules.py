@@ -24,7 +24,6 @@ def request_with(headers, method="GET", version="1.1"):
     return Request(None, method.encode(), b"/room", pairs, "http", version)
 
 
-
 # ---------------------------------------------------------------------- who may do what
 
 

@@ -401,7 +401,6 @@ WS_CLOCK = Framing(frame_ws_json, ws_gap)  # a tick a second is sign of life eno
 # room while the pass goes on. A slow reader costs the others one failed attempt.
 
 STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
-STUCK = "it read nothing any more"
 LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
 LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is closed
 TURN = 0.005  # seconds after which a busy loop lets the other tasks run
@@ -425,6 +424,10 @@ class Turn:
 
     def total(self) -> float:
         return self.worked + time.perf_counter() - self.began
+
+
+class Stuck(trio.BrokenResourceError):
+    """The client takes nothing any more of what we send."""
 
 
 class Outlet(Protocol):
@@ -545,7 +548,7 @@ class Wire:
                 since = trio.current_time()
         self.stuck = True
         self.abort()
-        raise trio.BrokenResourceError(STUCK)
+        raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
 
     def _unacknowledged(self) -> int:
         """Bytes that the peer's system has not acknowledged; 0 where nobody can tell.
@@ -594,17 +597,23 @@ class Wire:
         broken = (trio.BrokenResourceError, OSError)
         with contextlib.suppress(*broken), trio.move_on_after(LINGER_CLOSE):
             await self.flush()
-            if isinstance(self.socket, ssl.SSLSocket):
-                with contextlib.suppress(OSError):  # the peer's own has not come yet
-                    self.socket.unwrap()  # sends close_notify (RFC 8446, section 6.1)
+            self._close_notify()
             if not self.ended:
                 self.socket.shutdown(socket.SHUT_WR)
                 while await self.receive():
                     pass
 
     def close(self) -> None:
+        if not self.stuck:
+            self._close_notify()
         trio.lowlevel.notify_closing(self.socket)
         self.socket.close()
+
+    def _close_notify(self) -> None:
+        """TLS's goodbye (RFC 8446, section 6.1), without waiting for the peer's."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.socket.unwrap()
 
 
 class Reader:
@@ -708,6 +717,9 @@ class Reader:
                 await self.outlet.flush()
                 if self.log.closed and self.position >= self.log.end:
                     return True
+        except Stuck:
+            self.dropped = "stuck"
+            raise
         finally:
             self.log.readers.pop(self, None)
 
@@ -1678,7 +1690,7 @@ class Member(Reader):
         if now - self.pinged_at < PING_EVERY or self.outlet.rest:
             return  # we do not listen while a wire is full: that has its own deadline
         if self.pings and self.wire.waiting_since <= self.pinged_at:
-            self.drop("it answered no ping")
+            self.drop("silent")
         else:
             self.pings, self.pinged_at = self.pings + 1, now
             self.write_aside(PING_FRAME)
@@ -1922,10 +1934,10 @@ class Request:
         if absolute := re.match("(?i)https?://([^/?#]*)", text):
             # RFC 9112, section 3.2.2: its host counts, and not that of the Host header.
             self.headers["host"] = absolute[1]
-            text = text[absolute.end() :]
+            text = text[absolute.end() :] or "/"
         path, _, query = text.partition("?")
-        path = re.sub("/+", "/", f"/{unquote(path)}" if path != "*" else path)
-        self.path = path.rstrip("/") or "/"
+        self.path = re.sub("/+", "/", unquote(path))
+        self.path = self.path.rstrip("/") or "/"
         self.query = parse_query(query)
         self.body = b""
         self.extra: dict[str, str] = {}  # headers for the response, such as CORS
@@ -2174,6 +2186,8 @@ class Metrics:
     def count_reader(self, reader: Reader) -> None:
         self.count("events_delivered_total", reader.delivered)
         self.count("gaps_total", reader.gaps)
+        if reader.dropped:
+            self.count("readers_dropped_total", cause=reader.dropped)
 
     def first_token(self, seconds: float) -> None:
         self.first_tokens[bisect.bisect_left(self.FIRST_TOKEN, seconds)] += 1
@@ -2646,7 +2660,7 @@ class App:
                 await self.attend_room(member)
             await member.goodbye()
         finally:
-            self.count_dropped(member)
+            self.metrics.count_reader(member)
         return f"closed {member.close.code} {member.close.reason}".rstrip()
 
     async def attend_room(self, member: Member) -> None:
@@ -2680,11 +2694,6 @@ class App:
             return Member(wire, log, self.plain, now, name)
         start = self.room.history() if place is None else place
         return Member(wire, log, WS_JSON, start, name)
-
-    def count_dropped(self, reader: Reader) -> None:
-        self.metrics.count_reader(reader)
-        if reader.dropped:
-            self.metrics.count("readers_dropped_total", cause="silent")
 
 
 async def ignore(said: Said) -> None:
@@ -2794,10 +2803,9 @@ class Server:
         try:
             await self.converse(wire)
         except* QUIET_ENDS as group:
-            logger.debug("%s ended: %s", wire.peer, why(group))
-            if wire.stuck:
-                logger.info("%s dropped: %s", wire.peer, STUCK)
-                self.app.metrics.count("readers_dropped_total", cause="stuck")
+            logger.log(
+                logging.INFO if wire.stuck else logging.DEBUG, "%s ended: %s", wire.peer, why(group)
+            )
         except* Exception:
             logger.exception("a connection failed in a way that nobody thought of")
         finally:
@@ -2813,8 +2821,11 @@ class Server:
         scheme = "http"
         if isinstance(wire.socket, ssl.SSLSocket):
             scheme = "https"
-            with trio.fail_after(HEAD_TIMEOUT):
-                await wire.when_ready(wire.socket.do_handshake)
+            try:
+                with trio.fail_after(HEAD_TIMEOUT):
+                    await wire.when_ready(wire.socket.do_handshake)
+            except trio.BrokenResourceError:
+                return await wire.finish()  # with an alert that says why
             if wire.socket.selected_alpn_protocol() == "h2":
                 handle = functools.partial(self.handle, wire)
                 return await serve_http2(wire, handle, self.stopped)
@@ -4292,6 +4303,7 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
 # each event wakes a task for each reader, as in the usual design.
 
 HTTP2_STREAMS = 100
+GOODBYE = 0.5  # seconds, for a client that may be stuck
 
 
 class Http2Stream:
@@ -4436,7 +4448,7 @@ class Http2(H2Protocol):
             if len(buffer.buffer) < left:
                 left, since = len(buffer.buffer), trio.current_time()
             elif trio.current_time() - since >= STUCK_TIMEOUT:
-                raise trio.BrokenResourceError(STUCK)
+                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
 
     def _reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
@@ -4444,9 +4456,9 @@ class Http2(H2Protocol):
 
     async def goodbye(self) -> None:
         """GOAWAY (RFC 9113, section 6.8)."""
-        with contextlib.suppress(h2.exceptions.ProtocolError):
+        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
             self.connection.close_connection()
-        await self._flush()
+            await self._flush()
 
 
 async def serve_http2(
@@ -4488,7 +4500,7 @@ async def serve_http2(
         try:
             await read_http2(protocol, wire, stopped)
         finally:
-            with trio.move_on_after(LINGER_CLOSE, shield=True):
+            with trio.move_on_after(GOODBYE, shield=True):
                 await protocol.goodbye()
                 await protocol.handle(Closed())
                 await wire.finish()
@@ -5144,7 +5156,8 @@ def to_base_url(text: str) -> str:
     text = text.strip()
     if not text:
         return ""
-    wrong = "it is not a base URL, such as http://host:port/v1"
+    shown = "this" if set(text) & set("@?") else repr(text)  # it may have a key inside
+    wrong = f"{shown} is not a base URL, such as http://host:port/v1"
     if not (text.isascii() and text.isprintable() and " " not in text):
         raise ValueError(f"{wrong}: it has characters that cannot be sent")
     try:

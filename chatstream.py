@@ -3474,6 +3474,8 @@ MESSAGES = Api("/messages", "content", take_message, close_message, split_messag
 
 
 # ─── The upstream ────────────────────────────────────────────────────────────────────
+# Asked by h11's client side on wires of our own. There is one way to read a body: plain or
+# TLS, chunked or not.
 
 CONNECT_TIMEOUT, CONNECT_TRIES = 5, 3
 # Before the upstream's own limit, often 5 s: fewer questions meet its goodbye.
@@ -3481,6 +3483,7 @@ IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT, MODELS_BYTES = 10, 10, 4 * MiB
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
 INTAKE_REST = 0.0005  # seconds, after a pass that found many
+MANY = 8
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
     "openai-.*|anthropic-.*|http-referer|x-title|traceparent|tracestate|idempotency-key"
@@ -3489,6 +3492,8 @@ PASSED_BACK = re.compile(
     "retry-after|retry-after-ms|x-should-retry|(x-)?request-id|openai-.*|"
     "(x-|anthropic-)ratelimit-.*"
 )
+LIKE_A_STREAM = re.compile(rb"(\xef\xbb\xbf)?\s*(data|event|id|retry)?:")
+CUT = (trio.BrokenResourceError, OSError, h11.RemoteProtocolError)  # of an exchange
 
 
 def passed_headers(request: Request, token: str) -> dict[str, str]:
@@ -3501,43 +3506,35 @@ def passed_headers(request: Request, token: str) -> dict[str, str]:
 
 
 class Exchange:
-    """One request to an upstream and its response: h11's client side, on a wire."""
+    """One request to an upstream and its response. Raises what stands in CUT."""
 
     def __init__(self, wire: Wire, on_bytes: Callable[[], None] = lambda: None) -> None:
         self.wire = wire
         self.on_bytes = on_bytes
         self.conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=64 * KiB)
         self.heard = False  # a byte of a response
-        self.response: h11.Response
+        self.status = 0
         self.headers: dict[str, str] = {}
         self.done = False  # the body has been read to its end
-        self._decoder: Any = None
         self.broken: Exception | None = None  # raised after what came before it
+        self._decoder: Any = None
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
-        """Send it, and read the head of the response.
-
-        Raises BrokenResourceError and h11.RemoteProtocolError.
-        """
+        """Send it, and read the head of the response."""
         request = h11.Request(method=method, target=target, headers=[*headers.items()])
-        data = self.conn.send(request) or b""
-        data += (self.conn.send(h11.Data(body)) or b"") if body else b""
+        events = [request, *([h11.Data(body)] if body else []), h11.EndOfMessage()]
         try:
-            await self.wire.send(data + (self.conn.send(h11.EndOfMessage()) or b""))
+            await self.wire.send(b"".join(self.conn.send(event) or b"" for event in events))
         except trio.BrokenResourceError:
             if self.wire.stuck:
                 raise
             # An upstream that refuses a long question may hang up before it is read.
-        while True:
-            event = self.conn.next_event()
-            if isinstance(event, h11.Response):
-                break
+        while not isinstance(event := self.conn.next_event(), h11.Response):
             if event is h11.NEED_DATA:
                 self.receive(await self.wire.receive())
             elif not isinstance(event, h11.InformationalResponse):
                 raise trio.BrokenResourceError("it was closed without an answer")
-        self.response = event
-        self.headers = fold_headers(event.headers)
+        self.status, self.headers = event.status_code, fold_headers(event.headers)
         coding = self.headers.get("content-encoding", "identity").lower()
         if coding in ("gzip", "x-gzip", "deflate"):
             self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
@@ -3552,8 +3549,8 @@ class Exchange:
     def pieces(self) -> bytes:
         """What has come of the body since the last call; `done` if that was all.
 
-        Raises h11.RemoteProtocolError if the body is cut or is not what it says. If
-        something good came before that, it stands in `broken` instead.
+        A body that is cut, or is not what it says, raises; if something good came before
+        that, the exception stands in `broken` instead.
         """
         found = []
         try:
@@ -3598,23 +3595,21 @@ class Exchange:
                 raise upstream_problem(f"the upstream sent more than {limit / MiB:g} MiB")
         return bytes(body)
 
-    @property
-    def reusable(self) -> bool:
-        return self.conn.our_state is h11.DONE and self.conn.their_state is h11.DONE
+    def passed_back(self, secrets: Iterable[str]) -> dict[str, str]:
+        """What of its headers goes on to the client."""
+        headers = self.headers.items()
+        return {k: hide(v, secrets) for k, v in headers if PASSED_BACK.fullmatch(k)}
 
 
 class Intake:
     """The pump's counterpart: one task reads from all upstreams that have news.
 
-    To wake a task for each token costs more than the token. After a pass that found
-    many it rests for a moment, so that the next one finds many, too. A lone token waits
-    for nobody.
+    To wake a task for each token costs more than the token. After a pass that found many it
+    rests for a moment, so that the next one finds many, too. A lone token waits for nobody.
 
-    Linux's selector (epoll) is itself a file that can be waited for, so Trio waits for
-    this one only. Where there is none, each upstream has a task that reads it.
+    Linux's selector (epoll) is itself a file that can be waited for, so Trio waits for this
+    one only. Where there is none, each upstream has a task that reads it.
     """
-
-    MANY = 8
 
     def __init__(self) -> None:
         epoll = getattr(selectors, "EpollSelector", None)
@@ -3628,56 +3623,46 @@ class Intake:
                 await turn.pause()
                 if self._selector.get_map().get(key.fd) is key:  # still
                     key.data()
-            if len(ready) > self.MANY:
+            if len(ready) > MANY:
                 await trio.sleep(INTAKE_REST)
             else:
                 await trio.lowlevel.checkpoint()
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
         """The rest of a body, to its end. Raises what `take` and the exchange raise."""
-        reading = Reading(exchange, take)
-        reading.take_pieces()  # what came with the head
-        if self._selector is None:
-            while not reading.ended.is_set():
-                await trio.lowlevel.wait_readable(exchange.wire.socket)
-                reading.read_now()
-        elif not reading.ended.is_set():
-            sock = exchange.wire.socket
-            self._selector.register(sock, selectors.EVENT_READ, reading.read_now)
+        sock, ended, failed = exchange.wire.socket, trio.Event(), list[Exception]()
+
+        def read_now() -> None:
+            """What has come. Raises nothing, because the intake serves everyone."""
             try:
-                await reading.ended.wait()
+                if (data := exchange.wire.receive_now()) is not None:
+                    exchange.receive(data)
+                    take_pieces()
+            except Exception as error:
+                failed.append(error)
+                ended.set()
+
+        def take_pieces() -> None:
+            if data := exchange.pieces():
+                take(data)
+            if exchange.broken:
+                raise exchange.broken
+            if exchange.done:
+                ended.set()
+
+        take_pieces()  # of what came with the head
+        if self._selector is None:
+            while not ended.is_set():
+                await trio.lowlevel.wait_readable(sock)
+                read_now()
+        elif not ended.is_set():
+            self._selector.register(sock, selectors.EVENT_READ, read_now)
+            try:
+                await ended.wait()
             finally:
                 self._selector.unregister(sock)
-        if reading.failed:
-            raise reading.failed
-
-
-class Reading:
-    """One body that the intake reads. Its calls raise nothing: they serve everyone."""
-
-    def __init__(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
-        self.exchange = exchange
-        self.take = take
-        self.failed: Exception | None = None
-        self.ended = trio.Event()
-
-    def read_now(self) -> None:
-        try:
-            data = self.exchange.wire.receive_now()
-            if data is not None:
-                self.exchange.receive(data)
-                self.take_pieces()
-        except Exception as error:  # whatever it is, it is this answer's alone
-            self.failed = error
-            self.ended.set()
-
-    def take_pieces(self) -> None:
-        if data := self.exchange.pieces():
-            self.take(data)
-        if self.exchange.broken:
-            raise self.exchange.broken
-        if self.exchange.done:
-            self.ended.set()
+        if failed:
+            raise failed[0]
 
 
 class SharedCall:
@@ -3687,22 +3672,18 @@ class SharedCall:
         self.waiting = 0
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
-        self.at = inf  # when it ended
-        self.result: Reply | None = None
-        self.problem: Problem | None = None
+        self.stale_at = inf
+        self.result: Reply | Problem = upstream_problem("nobody waited for this")
 
     async def run(self, call: Callable[[], Awaitable[Reply]]) -> None:
         with self.scope:
             try:
                 self.result = await call()
             except Problem as problem:
-                self.problem = problem
-        self.at = trio.current_time()
+                self.result = problem
+        kept = 0 if isinstance(self.result, Problem) else MODELS_KEPT
+        self.stale_at = trio.current_time() + kept
         self.ended.set()
-
-    def old(self) -> bool:
-        kept = 1 if self.problem else MODELS_KEPT
-        return trio.current_time() - self.at > kept
 
     async def wait(self) -> Reply:
         """Its result. When nobody waits any more, it is given up."""
@@ -3711,11 +3692,11 @@ class SharedCall:
             await self.ended.wait()
         finally:
             self.waiting -= 1
-            if not self.waiting:
+            if not self.waiting and not self.ended.is_set():
+                self.stale_at = -inf
                 self.scope.cancel()
-        if self.problem:
-            raise self.problem.with_traceback(None)
-        assert self.result
+        if isinstance(self.result, Problem):
+            raise self.result.with_traceback(None)
         return self.result
 
 
@@ -3726,13 +3707,14 @@ class Upstream(Model):
         self.settings = settings
         self.answers = answers
         self.metrics = metrics
+        # Where it is
         parts = urlsplit(settings.upstream)
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self.host = parts.hostname or ""
+        self.host, self.netloc = parts.hostname or "", parts.netloc
         self.port = parts.port or (443 if self.tls else 80)
-        self.netloc = parts.netloc
         self.base, self.query = parts.path.rstrip("/"), parts.query
         self.proxy = urlsplit(settings.proxy) if settings.proxy else None
+        # What goes on
         self.intake = Intake()
         self.idle: deque[tuple[Wire, float]] = deque()  # kept, and since when
         self.calls: OrderedDict[str, SharedCall] = OrderedDict()
@@ -3743,11 +3725,7 @@ class Upstream(Model):
             self.nursery.start_soon(self.intake.run)
             while True:
                 await trio.sleep(1)
-                self.close_idle(trio.current_time() - IDLE_WIRE_KEPT)
-
-    def close_idle(self, before: float) -> None:
-        while self.idle and self.idle[0][1] < before:
-            self.idle.popleft()[0].close()
+                self.close_idle()
 
     # ── answers ──
 
@@ -3760,9 +3738,7 @@ class Upstream(Model):
 
     async def write(self, answer: Answer) -> None:
         """Ask, and pass on what comes. Bytes are life: any of them moves the limit."""
-        question, patience = answer.question, self.settings.patience
-        secrets = self.secrets(question.headers)
-        begun = False
+        patience, begun = self.settings.patience, False
         try:
             with trio.fail_after(patience) as limit:
 
@@ -3771,22 +3747,26 @@ class Upstream(Model):
                     if late > limit.deadline + min(1, patience / 10):  # moving it costs
                         limit.deadline = late
 
-                exchange = await self.ask_question(question, alive)
+                exchange = await self.ask_question(answer.question, alive)
                 begun = True
                 self.answers.drop_question(answer)
                 try:
-                    answer.headers = passed_back(exchange, secrets)
-                    relay = Relay(answer, self.metrics, secrets)
-                    await self.relay(relay, exchange, limit)
+                    await self.relay(answer, exchange, limit)
                 finally:
                     self.release(exchange)
-        except trio.TooSlowError:
-            late = f"the upstream said nothing for {patience:g} s (see --patience)"
-            raise no_retry(upstream_problem(late, 504, code="timeout"), begun) from None
-        except (trio.BrokenResourceError, OSError, h11.RemoteProtocolError):
-            raise no_retry(cut_short(), begun) from None
-        except Problem as problem:
-            raise no_retry(problem, begun) from None
+        except (*CUT, trio.TooSlowError, Problem) as error:
+            problem = self.as_problem(error, f"for {patience:g} s (see --patience)")
+            if begun:  # an SDK would ask again, twice, and pay for it
+                problem.headers["x-should-retry"] = "false"
+            raise problem from None
+
+    def as_problem(self, error: Exception, how_long: str) -> Problem:
+        if isinstance(error, Problem):
+            return error.with_traceback(None)
+        if isinstance(error, trio.TooSlowError):
+            return upstream_problem(f"the upstream said nothing {how_long}", 504, "timeout")
+        broke = "the connection to the upstream broke in mid-answer"
+        return upstream_problem(broke, code="connection_cut")
 
     async def ask_question(self, question: Question, alive: Callable[[], None]) -> Exchange:
         if not question.model:
@@ -3796,27 +3776,28 @@ class Upstream(Model):
         path, headers = question.api.path, question.headers
         return await self.ask("POST", path, headers, question.body, alive)
 
-    async def relay(self, relay: Relay, exchange: Exchange, limit: trio.CancelScope) -> None:
+    async def relay(self, answer: Answer, exchange: Exchange, limit: trio.CancelScope) -> None:
         """Everything that a willing upstream says. Its first bytes tell what it is."""
-        answer, kind = relay.answer, media_type(exchange)
-        streams = kind == "text/event-stream"
-        if streams == answer.question.stream:
+        secrets = self.secrets(answer.question.headers)
+        answer.headers = exchange.passed_back(secrets)
+        relay = Relay(answer, self.metrics, secrets)
+        kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if (kind == "text/event-stream") == answer.question.stream:
             answer.accepted.set()
         first = b""
         while not first.strip() and not exchange.done:
             first += await exchange.more()
         is_json = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
-        streams = not is_json and (streams or bool(LIKE_A_STREAM.match(first)))
-        if streams and not answer.question.stream:
-            raise upstream_problem("the upstream sent a stream where none was asked for")
-        if not streams:
-            body = await exchange.read(WHOLE_BYTES, first)
-            if kind == "text/html" or not (is_json or kind == "application/json"):
-                sent = f"the upstream sent {kind or 'nothing'!r}, not an answer"
-                raise upstream_problem(sent)
-            return relay.take_whole(body.decode("utf-8-sig", errors="replace"))
-        answer.accepted.set()
-        await self.relay_stream(relay, exchange, first, limit)
+        streams = kind == "text/event-stream" or LIKE_A_STREAM.match(first)
+        if streams and not is_json:
+            if not answer.question.stream:
+                raise upstream_problem("the upstream sent a stream where none was asked for")
+            answer.accepted.set()
+            return await self.relay_stream(relay, exchange, first, limit)
+        body = await exchange.read(WHOLE_BYTES, first)
+        if kind == "text/html" or not (is_json or kind == "application/json"):
+            raise upstream_problem(f"the upstream sent {kind or 'nothing'!r}, not an answer")
+        relay.take_whole(body.decode("utf-8-sig", errors="replace"))
 
     async def relay_stream(
         self, relay: Relay, exchange: Exchange, first: bytes, limit: trio.CancelScope
@@ -3827,8 +3808,8 @@ class Upstream(Model):
             for event in parser.feed(data):
                 relay.take(event)
             if relay.answer.closed:
-                # Read on to the end, to keep the connection for the next question.
-                # Should that come too late, the answer is none the worse for it.
+                # Read on to the end, to keep the connection for the next question. Should
+                # that come too late, the answer is none the worse for it.
                 limit.deadline = min(limit.deadline, trio.current_time() + 1)
 
         try:
@@ -3851,15 +3832,11 @@ class Upstream(Model):
                 exchange = await self.ask(method, path, headers, body)
                 try:
                     read = await exchange.read(WHOLE_BYTES if body else MODELS_BYTES)
-                    back = passed_back(exchange, self.secrets(headers))
-                    return Reply(read.decode(errors="replace"), back)
                 finally:
                     self.release(exchange)
-        except trio.TooSlowError:
-            late = "the upstream took too long"
-            raise upstream_problem(late, 504, code="timeout") from None
-        except (trio.BrokenResourceError, OSError, h11.RemoteProtocolError):
-            raise cut_short() from None
+        except (*CUT, trio.TooSlowError) as error:
+            raise self.as_problem(error, "in time") from None
+        return Reply(read.decode(errors="replace"), exchange.passed_back(self.secrets(headers)))
 
     async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
         if path != "/embeddings":
@@ -3873,9 +3850,9 @@ class Upstream(Model):
         """
         if self.settings.model:
             return list_models(self.settings.model)
-        key = to_json(sorted((n, headers.get(n)) for n in CREDENTIALS))
+        key = to_json([headers.get(name) for name in CREDENTIALS])
         call = self.calls.get(key)
-        if call is None or call.old() or (call.scope.cancel_called and not call.result):
+        if call is None or call.stale_at <= trio.current_time():
             call = self.calls[key] = SharedCall()
             ask = functools.partial(self.short, "GET", "/models", headers)
             self.nursery.start_soon(call.run, ask)
@@ -3884,11 +3861,9 @@ class Upstream(Model):
         return await call.wait()
 
     async def model(self, name: str, headers: dict[str, str]) -> Reply:
-        if self.settings.model:
-            if name not in self.settings.model:
-                raise model_not_found(name, self.settings.model)
-            return Reply(to_json(model_object(name)))
-        return await self.short("GET", f"/models/{quote(name)}", headers)
+        if not self.settings.model:
+            return await self.short("GET", f"/models/{quote(name)}", headers)
+        return Reply(to_json(model_object(self.choose(name))))
 
     async def first_model(self, headers: dict[str, str]) -> str:
         """The model to ask, where nobody named one."""
@@ -3906,7 +3881,7 @@ class Upstream(Model):
             return [self.settings.api_key]
         return [headers[n].removeprefix("Bearer ") for n in CREDENTIALS if n in headers]
 
-    def headers(self, path: str, passed: Mapping[str, str]) -> dict[str, str]:
+    def headers(self, path: str, passed: Mapping[str, str], body: bytes) -> dict[str, str]:
         headers = {
             "host": self.netloc,
             "user-agent": "chatstream",
@@ -3914,9 +3889,11 @@ class Upstream(Model):
             "accept-encoding": "identity",  # nothing between us and the next token
             **passed,
         }
+        if body:
+            headers["content-type"] = "application/json"
+            headers["content-length"] = str(len(body))
         if key := self.settings.api_key:
-            for name in CREDENTIALS:
-                headers.pop(name, None)
+            headers = {k: v for k, v in headers.items() if k not in CREDENTIALS}
             headers["authorization"] = f"Bearer {key}"
             if path.startswith("/messages"):
                 headers["x-api-key"] = key
@@ -3937,69 +3914,64 @@ class Upstream(Model):
         A question that meets the goodbye of a kept connection, with not one byte of a
         response, is asked once more on a fresh one, as curl and browsers do.
         """
-        headers = self.headers(path, passed)
-        if body:
-            headers |= {"content-type": "application/json",
-                        "content-length": str(len(body))}  # fmt: skip
+        headers = self.headers(path, passed, body)
         target = self.base + path + (f"?{self.query}" if self.query else "")
         if self.proxy and not self.tls:
             target = f"http://{self.netloc}{target}"
-            headers |= proxy_login(self.proxy.username, self.proxy.password)
+            headers |= self.proxy_login()
         wire = self.kept_wire()
         while True:
-            kept = wire is not None
             exchange = Exchange(wire or await self.connect(), alive)
             try:
                 await exchange.ask(method, target, headers, body)
-                if exchange.response.status_code // 100 != 2:
-                    raise await self.refusal(exchange, self.secrets(passed))
-                return exchange
-            except (trio.BrokenResourceError, h11.RemoteProtocolError):
+                if exchange.status // 100 == 2:
+                    return exchange
+                raise await self.refusal(exchange, self.secrets(passed))
+            except BaseException as error:
                 self.release(exchange)
-                if not kept or exchange.heard:
+                if wire is None or exchange.heard or not isinstance(error, CUT):
                     raise
                 wire = None
-            except BaseException:
-                self.release(exchange)
-                raise
 
     async def refusal(self, exchange: Exchange, secrets: list[str]) -> Problem:
         """The upstream's status is the client's, if it says no and says it clearly."""
-        status = exchange.response.status_code
+        status = exchange.status
         if status in (401, 403) and self.settings.api_key:
             refused = "the upstream refuses the server's key: its operator must look"
             return upstream_problem(refused, code="server_key_refused")
         if status // 100 == 3:
-            elsewhere = "the upstream redirects, and the key goes nowhere else"
-            return upstream_problem(elsewhere)
-        try:
-            with trio.move_on_after(5):
-                body = await exchange.read(WORDS_BYTES)
-        except (Problem, trio.BrokenResourceError, h11.RemoteProtocolError):
-            body = b""
+            return upstream_problem("the upstream redirects, and the key goes nowhere else")
+        body = b""
+        with contextlib.suppress(Problem, *CUT), trio.move_on_after(5):
+            body = await exchange.read(WORDS_BYTES)
         try:
             said = from_json(body)
         except ValueError:
             said = body.decode(errors="replace")
         problem = reason_given(status if 400 <= status < 600 else 502, said, secrets)
-        problem.headers = passed_back(exchange, secrets)
+        problem.headers = exchange.passed_back(secrets)
         return problem
 
+    def close_idle(self) -> None:
+        old = trio.current_time() - IDLE_WIRE_KEPT
+        while self.idle and self.idle[0][1] < old:
+            self.idle.popleft()[0].close()
+
     def kept_wire(self) -> Wire | None:
-        self.close_idle(trio.current_time() - IDLE_WIRE_KEPT)
+        self.close_idle()
         while self.idle:
             wire, _ = self.idle.pop()
-            try:
+            with contextlib.suppress(OSError):
                 if wire.receive_now() is None:  # it has not said goodbye
                     return wire
-            except OSError:
-                pass
             wire.close()
         return None
 
     def release(self, exchange: Exchange) -> None:
         """Keep the connection for the next question, or tell the model to stop."""
-        if exchange.done and exchange.reusable and len(self.idle) < IDLE_WIRES:
+        conn = exchange.conn
+        reusable = exchange.done and conn.our_state is conn.their_state is h11.DONE
+        if reusable and len(self.idle) < IDLE_WIRES:
             self.idle.append((exchange.wire, trio.current_time()))
         else:
             exchange.wire.close()
@@ -4013,11 +3985,10 @@ class Upstream(Model):
                     await trio.sleep(0.2)
                 try:
                     return await self.connect_once()
-                except (OSError, trio.BrokenResourceError) as failure:
+                except CUT as failure:
                     error = failure
         if error is None:
-            late = "the upstream could not be reached in time"
-            raise upstream_problem(late, 504, code="timeout")
+            raise upstream_problem("the upstream could not be reached in time", 504, "timeout")
         raise upstream_problem(f"the upstream cannot be reached: {unreachable(error)}")
 
     async def connect_once(self) -> Wire:
@@ -4033,12 +4004,11 @@ class Upstream(Model):
             if self.tls and self.proxy:
                 await self.tunnel(wire)
             if self.tls:
-                wire = Wire(
-                    self.tls.wrap_socket(
-                        sock, server_hostname=self.host, do_handshake_on_connect=False
-                    )
+                secure = self.tls.wrap_socket(
+                    sock, server_hostname=self.host, do_handshake_on_connect=False
                 )
-                await wire.when_ready(cast(ssl.SSLSocket, wire.socket).do_handshake)
+                wire = Wire(secure)
+                await wire.when_ready(secure.do_handshake)
         except BaseException:
             wire.close()
             raise
@@ -4046,45 +4016,23 @@ class Upstream(Model):
 
     async def tunnel(self, wire: Wire) -> None:
         """CONNECT (RFC 9110, section 9.3.6): what follows is between us and the host."""
-        assert self.proxy
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        headers = {"host": f"{host}:{self.port}"}
-        headers |= proxy_login(self.proxy.username, self.proxy.password)
+        target = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         exchange = Exchange(wire)
-        await exchange.ask("CONNECT", f"{host}:{self.port}", headers, b"")
-        if exchange.response.status_code // 100 != 2:
-            status = exchange.response.status_code
-            raise upstream_problem(f"the proxy to the upstream answered {status}")
+        await exchange.ask("CONNECT", target, {"host": target, **self.proxy_login()}, b"")
+        if exchange.status // 100 != 2:
+            raise upstream_problem(f"the proxy to the upstream answered {exchange.status}")
 
-
-LIKE_A_STREAM = re.compile(rb"(\xef\xbb\xbf)?\s*(data|event|id|retry)?:")
-
-
-def media_type(exchange: Exchange) -> str:
-    return exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def passed_back(exchange: Exchange, secrets: Iterable[str]) -> dict[str, str]:
-    headers = exchange.headers.items()
-    return {k: hide(v, secrets) for k, v in headers if PASSED_BACK.fullmatch(k)}
-
-
-def no_retry(problem: Problem, begun: bool) -> Problem:
-    """An SDK would ask again, twice: and pay for what has been begun three times."""
-    if begun:
-        problem.headers["x-should-retry"] = "false"
-    return problem.with_traceback(None)
-
-
-def cut_short() -> Problem:
-    broke = "the connection to the upstream broke in mid-answer"
-    return upstream_problem(broke, code="connection_cut")
+    def proxy_login(self) -> dict[str, str]:
+        if not self.proxy or not self.proxy.username:
+            return {}
+        pair = f"{unquote(self.proxy.username)}:{unquote(self.proxy.password or '')}"
+        login = base64.b64encode(pair.encode()).decode()
+        return {"proxy-authorization": f"Basic {login}"}
 
 
 def unreachable(error: BaseException) -> str:
     """Why, in the words of the system or of TLS; none of them quotes a request."""
-    reasons = [error, error.__cause__, error.__context__]
-    for reason in reasons:
+    for reason in (error, error.__cause__, error.__context__):
         while isinstance(reason, BaseExceptionGroup):
             reason = reason.exceptions[0]
         if isinstance(reason, ssl.SSLCertVerificationError):
@@ -4096,13 +4044,6 @@ def unreachable(error: BaseException) -> str:
         if isinstance(reason, OSError) and reason.errno:
             return os.strerror(reason.errno)
     return "no connection"
-
-
-def proxy_login(name: str | None, password: str | None) -> dict[str, str]:
-    if not name:
-        return {}
-    pair = f"{unquote(name)}:{unquote(password or '')}".encode()
-    return {"proxy-authorization": f"Basic {base64.b64encode(pair).decode()}"}
 
 
 def watch_for_life(sock: socket.socket, seconds: int) -> None:

@@ -3989,7 +3989,8 @@ class Upstream(Model):
                     error = failure
         if error is None:
             raise upstream_problem("the upstream could not be reached in time", 504, "timeout")
-        raise upstream_problem(f"the upstream cannot be reached: {unreachable(error)}")
+        way = " by way of its proxy" if self.proxy else ""
+        raise upstream_problem(f"the upstream cannot be reached{way}: {unreachable(error)}")
 
     async def connect_once(self) -> Wire:
         host, port = self.host, self.port

@@ -33,7 +33,7 @@ from kit import (
 )
 
 KEY = "sk-7f3a/9c+55\"e1\\b'd&%41=zz"
-MARK = "7f3a"
+MARK = "k-7f3a"  # no part of an id, which are hex
 TOKEN = "token-9b02/of+our=own"
 FORMS = {
     "raw": KEY,

@@ -23,6 +23,7 @@ from kit import (
     error_of,
     fetch,
     fetch_events,
+    program,
     sse,
     stream,
     text_of,
@@ -550,3 +551,20 @@ async def test_a_failed_answer_is_kept_for_late_readers_too(relay, upstream):
     assert await fetch_events("GET", url) == events
     head = {"Last-Event-ID": events[0].id}
     assert await fetch_events("GET", url, head) == events[1:]
+
+
+async def test_ended_answers_are_forgotten_the_oldest_first(serve, upstream):
+    limits = {"ANSWERS_BYTES": 4_000_000}
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve("--model", "scripted", program=program(**limits), env=env)
+    long = [delta("x" * 300_000)] * 3  # with its overhead, a million bytes or less
+    prompt = upstream.script(*sse(*long, delta(finish="stop"), DONE))
+    names = []
+    for _ in range(7):
+        async with stream("POST", server.http + OPENAI, None, ask(prompt)) as response:
+            names.append(response.headers["x-answer-id"])
+            assert (await response.events())[-1].data == "[DONE]"
+    known = [(await fetch("GET", f"{server.http}/answers/{n}")).status for n in names]
+    assert known == sorted(known, reverse=True)
+    assert known[0] == 404
+    assert known[-3:] == [200, 200, 200]

@@ -1,12 +1,8 @@
 """The pages as their users meet them, in real Chromium: from http and from disk, with
 the server gone and back, over lines that break, in two tabs, in Chinese, at 320 px."""
 
-import os
 import re
 import signal
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 from kit import (
@@ -20,8 +16,8 @@ from kit import (
     answer,
     delta,
     free_port,
-    need,
     need_module,
+    npm_packages,
     plain,
     sse,
     wait_until,
@@ -925,15 +921,9 @@ def test_the_policy_is_strict(profile, demo):
 
 @pytest.fixture(scope="session")
 def axe():
-    """The source of axe-core, kept from one run to the next."""
-    npm = need("npm", "apt-get install nodejs npm")
-    cache = Path(tempfile.gettempdir()) / f"chatstream-test-axe-{os.getuid()}"
-    if not cache.exists():
-        folder = Path(tempfile.mkdtemp())
-        install = [npm, "install", "--no-audit", "--no-fund", "--silent", "axe-core@4"]
-        subprocess.run(install, cwd=folder, check=True, timeout=120)
-        folder.rename(cache)
-    return (cache / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    """The source of axe-core."""
+    folder = npm_packages("axe-core@4") / "node_modules" / "axe-core"
+    return (folder / "axe.min.js").read_text()
 
 
 @pytest.mark.parametrize("width", [320, 1280])

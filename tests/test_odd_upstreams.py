@@ -17,7 +17,10 @@ from kit import (
     OPENAI,
     RST,
     SSE_HEAD,
+    Background,
+    Connection,
     Gate,
+    Upstream,
     answer,
     ask,
     asking,
@@ -501,6 +504,33 @@ async def test_gzip_that_is_broken_is_an_error(relay, upstream, path, packed):
     assert b"[DONE]" not in response.body
 
 
+@STREAMED
+async def test_gzip_in_several_members_is_read_to_its_end(relay, upstream, path):
+    head = SSE_HEAD + b"Content-Encoding: gzip\r\n"
+    packed = [gzip.compress(data(HELLO)), gzip.compress(data(STOP) + DONE)]
+    for steps in (packed, [b"".join(packed)]):
+        prompt = upstream.script(*sse(*steps, head=head))
+        assert_whole(await events_of(relay, path, prompt))
+
+
+@WAY
+async def test_a_refusal_in_an_unknown_encoding_is_a_refusal(relay, upstream, way):
+    for status in (400, 429):
+        step = plain(status, b"zzz", "Content-Encoding: br", "Retry-After: 7")
+        response = await refusal(relay, way, upstream.script(step))
+        assert response.status == status
+        assert response.headers["retry-after"] == "7"
+        assert "zzz" not in response.error["message"]
+
+
+@WAY
+async def test_a_success_without_a_body_is_an_error(relay, upstream, way):
+    for head in (b"204 No Content\r\n", b"200 OK\r\nContent-Length: 0\r\n"):
+        prompt = upstream.script(b"HTTP/1.1 " + head + b"\r\n")
+        response = await refusal(relay, way, prompt)
+        assert response.status == 502 or b"event: error" in response.body
+
+
 async def test_a_small_gzip_that_becomes_huge_is_an_error(relay, upstream):
     bomb = gzip.compress(b" " * (64 * MIB))
     prompt = upstream.script(plain(200, bomb, "Content-Encoding: gzip"))
@@ -644,16 +674,28 @@ async def test_a_query_goes_with_every_request(azure, upstream, way):
 # ---------------------------------------------------------------- connections that end
 
 
-@WAY
-@pytest.mark.parametrize("end", [FIN, RST])
-async def test_the_goodbye_of_a_kept_connection_is_not_the_answer(serve, second_upstream, way, end):
-    """It closes at the moment of the second question, which is asked once more."""
-    upstream = second_upstream
-    server = serve("--upstream", upstream.url, "--model", "scripted")
-    whole = [plain(200, chat_whole())]
-    steps = list(answer("Hello") if WAYS[way][1] else whole)
+@pytest.fixture(scope="module")
+def alone(shared):
+    """An upstream that nobody else asks, and a relay to it."""
+    with Upstream() as upstream:
+        flags = ("--upstream", upstream.url, "--model", "scripted")
+        yield upstream, shared(*flags)
+
+
+async def keep_one(upstream, server, way):
+    """Have the relay keep a connection to the upstream, which has just answered."""
+    steps = answer("Hello") if WAYS[way][1] else [plain(200, chat_whole())]
     path, body = question(way, upstream.script(*steps))
     assert (await fetch("POST", server.http + path, None, body)).status == 200
+
+
+@WAY
+@pytest.mark.parametrize("end", [FIN, RST])
+async def test_the_goodbye_of_a_kept_connection_is_not_the_answer(alone, way, end):
+    """It closes at the moment of the second question, which is asked once more."""
+    upstream, server = alone
+    await keep_one(upstream, server, way)
+    steps = list(answer("Hello")) if WAYS[way][1] else [plain(200, chat_whole())]
     prompt = upstream.script(lambda heard: [end] if len(upstream.asked(prompt)) == 1 else steps)
     path, body = question(way, prompt)
     response = await fetch("POST", server.http + path, None, body)
@@ -663,9 +705,8 @@ async def test_the_goodbye_of_a_kept_connection_is_not_the_answer(serve, second_
 
 
 @WAY
-async def test_a_fresh_connection_that_breaks_is_not_asked_for_ever(serve, second_upstream, way):
-    upstream = second_upstream
-    server = serve("--upstream", upstream.url, "--model", "scripted")
+async def test_an_upstream_that_always_breaks_is_not_asked_for_ever(alone, way):
+    upstream, server = alone
     prompt = upstream.script(FIN)
     response = await refusal(server, way, prompt)
     assert response.status == 502
@@ -673,17 +714,34 @@ async def test_a_fresh_connection_that_breaks_is_not_asked_for_ever(serve, secon
 
 
 @WAY
-async def test_one_byte_of_an_answer_is_an_answer(serve, second_upstream, way):
+async def test_one_byte_of_an_answer_is_an_answer(alone, way):
     """Then the question is not asked again: it may have been paid for."""
-    upstream = second_upstream
-    server = serve("--upstream", upstream.url, "--model", "scripted")
-    steps = answer("Hello") if WAYS[way][1] else [plain(200, chat_whole())]
-    path, body = question(way, upstream.script(*steps))
-    await fetch("POST", server.http + path, None, body)
+    upstream, server = alone
+    await keep_one(upstream, server, way)
     prompt = upstream.script(b"HTTP/1.1 2", FIN)
     response = await refusal(server, way, prompt)
     assert response.status == 502
     assert len(upstream.asked(prompt)) == 1
+
+
+class Hasty(Background):
+    """It has heard enough when it has the head, and hangs up."""
+
+    async def handle(self, transport):
+        await Connection(transport).up_to(b"\r\n\r\n")
+        error = {"error": {"message": "Too much for me."}}
+        await transport.send_all(plain(413, error, "Connection: close"))
+        await transport.aclose()
+
+
+@WAY
+async def test_a_refusal_that_comes_before_the_question_has_gone_is_heard(serve, way):
+    with Hasty() as hasty:
+        url = f"http://127.0.0.1:{hasty.port}/v1"
+        server = serve("--upstream", url, "--model", "m")
+        response = await refusal(server, way, "A" * (2 * MIB))
+    assert response.status in (413, 502)  # the reset may overtake the words
+    assert response.error["message"]
 
 
 BROKEN_OFF = {

@@ -103,6 +103,14 @@ def test_each_sdk_gets_a_whole_answer_at_once(sdks, relay, upstream, call):
     assert said["text"] == SENTENCE
 
 
+@CALL
+def test_each_sdk_gets_what_came_as_json_for_a_stream(sdks, relay, upstream, call):
+    prompt = upstream.script(plain(200, protocol_of(call).whole()))
+    said = sdks(call, relay, prompt)
+    assert "error" not in said
+    assert said["text"] == SENTENCE
+
+
 @MANNER
 @pytest.mark.parametrize("name", PROTOCOLS)
 async def test_each_event_is_passed_on_as_it_came(relay, upstream, name, manner):
@@ -541,6 +549,20 @@ def test_the_upstream_never_sees_our_part_of_an_id(relay, responses, upstream, s
         assert previous.partition(".")[2] == "" or previous.partition(".")[2] not in (
             heard.body.decode() + str(heard.headers)
         )
+
+
+def test_ids_pass_through_two_relays(serve, relay, upstream):
+    """Each adds its own secret, and takes it off again."""
+    outer = serve("--upstream", relay.http + "/v1", "--model", "scripted")
+    with openai_client(outer.http) as client:
+        first = upstream.script(*told(BOOK, response_stream()))
+        name, events = read(create(client.responses, first, stream=True))
+        assert re.fullmatch(r"resp_1(\.[0-9a-f]{32}){2}", name)
+        rest = client.responses.retrieve(name, stream=True, starting_after=4)
+        assert list(rest) == events[5:]
+        prompt = upstream.script(plain(200, response_whole()))
+        create(client.responses, prompt, previous_response_id=name)
+    assert upstream.asked(prompt)[0].json["previous_response_id"] == "resp_1"
 
 
 def test_what_the_relay_cannot_do_it_says(openai, relay, responses, upstream):

@@ -248,7 +248,7 @@ async def test_a_long_reason_is_cut(relay, upstream, way):
 
 
 NO_ANSWERS = {name: said for name, said in REASONS.items() if name not in ("text", "html")}
-NO_ANSWERS |= {"nothing": {}, "an empty list": [], "no choices": {"choices": []}}
+NO_ANSWERS |= {"nothing": {}, "an empty list": []}
 
 
 @STREAMED
@@ -288,13 +288,13 @@ async def test_a_bare_error_for_a_stream_is_told(relay, upstream, path):
 @WAY
 @pytest.mark.parametrize("status", [401, 403])
 async def test_when_the_servers_key_is_refused_it_is_not_the_client(relay, upstream, way, status):
-    words = "Incorrect API key: sk-...55e1, organization org-42"
+    words = "Incorrect API key: sk-...q7xw, organization org-42"
     prompt = upstream.script(plain(status, {"error": {"message": words, "code": "x"}}))
     response = await refusal(relay, way, prompt)
     assert response.status == 502
     assert response.error["code"] == "server_key_refused"
     text = response.body.decode()
-    assert "55e1" not in text
+    assert "q7xw" not in text
     assert "org-42" not in text
 
 
@@ -586,16 +586,11 @@ async def test_a_stream_for_a_whole_question_is_an_error_that_says_so(relay, ups
 
 
 @pytest.mark.parametrize("name", ["all_proxy", "ALL_PROXY"])
-async def test_a_socks_proxy_is_refused_at_the_start_or_not_needed(serve, upstream, name):
+async def test_a_socks_proxy_does_no_harm(serve, upstream, name):
     env = {name: "socks5://127.0.0.1:9", "OPENAI_BASE_URL": upstream.url}
-    done = run_to_exit("--port", "0", "--room-port", "0", env=env)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "ALL_PROXY" in done.stderr
-    server = serve("--model", "scripted", env=env | {"NO_PROXY": "127.0.0.1"})
+    server = serve("--model", "scripted", env=env)
     for path in (CHAT, OPENAI):
         assert_whole(await events_of(server, path, upstream.script(*answer("Hello"))))
-    serve(env={name: "socks5://127.0.0.1:9"})  # the demo needs none
 
 
 async def test_certificates_do_not_matter_to_plain_http(serve, upstream):

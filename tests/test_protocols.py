@@ -166,10 +166,7 @@ def test_a_response_may_end_in_other_ways(responses, upstream, end):
 @MANNER
 def test_cut_after_any_event_the_rest_is_exactly_the_rest(openai, relay, upstream, manner):
     count = len(response_stream())
-    with (
-        EventProxy(relay.port) as proxy,
-        openai_client(proxy.url) as client,
-    ):
+    with EventProxy(relay.port) as proxy, openai_client(proxy.url) as client:
         for after in range(1, count):
             prompt = upstream.script(*told(MANNERS[manner], response_stream()))
             proxy.cut_after(after)
@@ -326,9 +323,11 @@ def poll(responses, name, status):
     return seen[-1]
 
 
-def test_retrieve_polls_from_in_progress_to_the_end(responses, upstream):
+@MANNER
+def test_retrieve_polls_from_in_progress_to_the_end(responses, upstream, manner):
     gate, events = Gate(), response_stream()
-    prompt = upstream.script(*told(BOOK, [*events[:6], gate, *events[6:]]))
+    steps = [*events[:6], gate, *events[6:]]
+    prompt = upstream.script(*told(MANNERS[manner], steps))
     running = create(responses, prompt, stream=True)
     name = next(running).response.id
     assert responses.retrieve(name).status == "in_progress"
@@ -367,6 +366,19 @@ async def test_cancel_tells_the_readers(relay, upstream):
     assert last.json["response"]["id"] == name
     numbers = [event.json["sequence_number"] for event in (error, last)]
     assert numbers == [6, 7]
+
+
+def test_what_is_done_can_be_seen_while_the_rest_is_under_way(responses, upstream):
+    """A poll shows the items that are whole."""
+    *begun, last = response_stream()
+    prompt = upstream.script(*told(BOOK, [*begun, HOLD, last]))
+    running = create(responses, prompt, stream=True)
+    name = next(running).response.id
+    for _ in begun[1:]:
+        next(running)
+    now = responses.retrieve(name)
+    assert (now.status, now.output_text) == ("in_progress", SENTENCE)
+    running.close()
 
 
 def test_cancel_after_the_end_changes_nothing(responses, upstream):
@@ -426,10 +438,7 @@ IN_BAND = {
     "chat": {"error": {"message": "Overloaded.", "type": "t", "code": 529}},
     "completions": {"error": {"message": "Overloaded.", "type": "t", "code": 529}},
     "responses": {"type": "error", "code": "busy", "message": "Overloaded."},
-    "messages": {
-        "type": "error",
-        "error": {"type": "overloaded_error", "message": "Overloaded."},
-    },
+    "messages": {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded."}},
 }
 
 

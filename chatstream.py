@@ -401,7 +401,6 @@ WS_CLOCK = Framing(frame_ws_json, ws_gap)  # a tick a second is sign of life eno
 # room while the pass goes on. A slow reader costs the others one failed attempt.
 
 STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
-STUCK = "it read nothing any more"
 LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
 LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is closed
 TURN = 0.005  # seconds after which a busy loop lets the other tasks run
@@ -425,6 +424,10 @@ class Turn:
 
     def total(self) -> float:
         return self.worked + time.perf_counter() - self.began
+
+
+class Stuck(trio.BrokenResourceError):
+    """The client takes nothing any more of what we send."""
 
 
 class Outlet(Protocol):
@@ -545,7 +548,7 @@ class Wire:
                 since = trio.current_time()
         self.stuck = True
         self.abort()
-        raise trio.BrokenResourceError(STUCK)
+        raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
 
     def _unacknowledged(self) -> int:
         """Bytes that the peer's system has not acknowledged; 0 where nobody can tell.
@@ -594,17 +597,23 @@ class Wire:
         broken = (trio.BrokenResourceError, OSError)
         with contextlib.suppress(*broken), trio.move_on_after(LINGER_CLOSE):
             await self.flush()
-            if isinstance(self.socket, ssl.SSLSocket):
-                with contextlib.suppress(OSError):  # the peer's own has not come yet
-                    self.socket.unwrap()  # sends close_notify (RFC 8446, section 6.1)
+            self._close_notify()
             if not self.ended:
                 self.socket.shutdown(socket.SHUT_WR)
                 while await self.receive():
                     pass
 
     def close(self) -> None:
+        if not self.stuck:
+            self._close_notify()
         trio.lowlevel.notify_closing(self.socket)
         self.socket.close()
+
+    def _close_notify(self) -> None:
+        """TLS's goodbye (RFC 8446, section 6.1), without waiting for the peer's."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.socket.unwrap()
 
 
 class Reader:
@@ -708,6 +717,9 @@ class Reader:
                 await self.outlet.flush()
                 if self.log.closed and self.position >= self.log.end:
                     return True
+        except Stuck:
+            self.dropped = "stuck"
+            raise
         finally:
             self.log.readers.pop(self, None)
 
@@ -975,7 +987,6 @@ class Answer(EventLog):
         self.begun = trio.current_time()
         self.accepted = trio.Event()  # the model has agreed to answer, or it has ended
         self.ended = trio.Event()
-        self.first_said: float | None = None  # when it said its first word
         self.headers: dict[str, str] = {}  # of the upstream's, for our response
         # How it ended
         self.problem: Problem | None = None
@@ -1679,7 +1690,7 @@ class Member(Reader):
         if now - self.pinged_at < PING_EVERY or self.outlet.rest:
             return  # we do not listen while a wire is full: that has its own deadline
         if self.pings and self.wire.waiting_since <= self.pinged_at:
-            self.drop("it answered no ping")
+            self.drop("silent")
         else:
             self.pings, self.pinged_at = self.pings + 1, now
             self.write_aside(PING_FRAME)
@@ -1923,10 +1934,10 @@ class Request:
         if absolute := re.match("(?i)https?://([^/?#]*)", text):
             # RFC 9112, section 3.2.2: its host counts, and not that of the Host header.
             self.headers["host"] = absolute[1]
-            text = text[absolute.end() :]
+            text = text[absolute.end() :] or "/"
         path, _, query = text.partition("?")
-        path = re.sub("/+", "/", f"/{unquote(path)}" if path != "*" else path)
-        self.path = path.rstrip("/") or "/"
+        self.path = re.sub("/+", "/", unquote(path))
+        self.path = self.path.rstrip("/") or "/"
         self.query = parse_query(query)
         self.body = b""
         self.extra: dict[str, str] = {}  # headers for the response, such as CORS
@@ -2175,6 +2186,8 @@ class Metrics:
     def count_reader(self, reader: Reader) -> None:
         self.count("events_delivered_total", reader.delivered)
         self.count("gaps_total", reader.gaps)
+        if reader.dropped:
+            self.count("readers_dropped_total", cause=reader.dropped)
 
     def first_token(self, seconds: float) -> None:
         self.first_tokens[bisect.bisect_left(self.FIRST_TOKEN, seconds)] += 1
@@ -2390,7 +2403,7 @@ class App:
 
     async def post_short(self, request: Request, path: str) -> None:
         """Passed through, with nothing to follow: embeddings, count_tokens."""
-        body, headers = check_json(request.body), self.passed(request)
+        body, headers = JsonBody(request.body), self.passed(request)
         await self.respond_soon(request, lambda: self.model.post(path, headers, body))
 
     async def respond_soon(self, request: Request, ask: Callable[[], Awaitable[Reply]]) -> None:
@@ -2493,9 +2506,9 @@ class App:
 
     def read_question(self, request: Request, api: Api) -> Question:
         self.model.check(api)
-        body = check_json(request.body)
+        body = JsonBody(request.body)
         check_question(body.fields, api)
-        body.model = self.model.choose(body.model)
+        body.choose(self.model.choose(body.model))
         key = request.headers.get("idempotency-key", "")
         question = api.ask(api, body, self.passed(request))
         if key:
@@ -2647,7 +2660,7 @@ class App:
                 await self.attend_room(member)
             await member.goodbye()
         finally:
-            self.count_dropped(member)
+            self.metrics.count_reader(member)
         return f"closed {member.close.code} {member.close.reason}".rstrip()
 
     async def attend_room(self, member: Member) -> None:
@@ -2681,11 +2694,6 @@ class App:
             return Member(wire, log, self.plain, now, name)
         start = self.room.history() if place is None else place
         return Member(wire, log, WS_JSON, start, name)
-
-    def count_dropped(self, reader: Reader) -> None:
-        self.metrics.count_reader(reader)
-        if reader.dropped:
-            self.metrics.count("readers_dropped_total", cause="silent")
 
 
 async def ignore(said: Said) -> None:
@@ -2795,10 +2803,9 @@ class Server:
         try:
             await self.converse(wire)
         except* QUIET_ENDS as group:
-            logger.debug("%s ended: %s", wire.peer, why(group))
-            if wire.stuck:
-                logger.info("%s dropped: %s", wire.peer, STUCK)
-                self.app.metrics.count("readers_dropped_total", cause="stuck")
+            logger.log(
+                logging.INFO if wire.stuck else logging.DEBUG, "%s ended: %s", wire.peer, why(group)
+            )
         except* Exception:
             logger.exception("a connection failed in a way that nobody thought of")
         finally:
@@ -2814,8 +2821,11 @@ class Server:
         scheme = "http"
         if isinstance(wire.socket, ssl.SSLSocket):
             scheme = "https"
-            with trio.fail_after(HEAD_TIMEOUT):
-                await wire.when_ready(wire.socket.do_handshake)
+            try:
+                with trio.fail_after(HEAD_TIMEOUT):
+                    await wire.when_ready(wire.socket.do_handshake)
+            except trio.BrokenResourceError:
+                return await wire.finish()  # with an alert that says why
             if wire.socket.selected_alpn_protocol() == "h2":
                 handle = functools.partial(self.handle, wire)
                 return await serve_http2(wire, handle, self.stopped)
@@ -2920,9 +2930,9 @@ def why(group: BaseException) -> str:
 
 
 # ─── What the upstream says ──────────────────────────────────────────────────────────
-# The upstream's stream is read by the standard's rules, bytes first and text second,
-# and passed on as it came. It has said everything only when it has said its end:
-# whatever ends before that is a cut.
+# The upstream's stream is read by the standard's rules, bytes first and text second, and
+# passed on as it came. It has said everything only when it has said its end: whatever ends
+# before that is a cut.
 
 EVENT_BYTES, WHOLE_BYTES = 16 * MiB, 16 * MiB
 WORDS_BYTES, WORDS_CHARACTERS = 64 * KiB, 500  # of the upstream's reasons
@@ -2936,11 +2946,11 @@ class ServerSentEvent(NamedTuple):
 class SSEParser:
     """Reads an event stream (HTML standard 9.2.6), however its bytes were split.
 
-    Lines are cut as bytes and decoded one by one, so that a character that arrives in
-    two pieces is whole again. An event larger than `max_bytes` raises ValueError.
+    Lines are cut as bytes and decoded one by one, so that a character that arrives in two
+    pieces is whole again. An event larger than `max_bytes` raises ValueError.
 
-    An unfinished line is a list of its pieces, joined when its end is there: adding
-    each piece to one growing string would take time that grows with its square.
+    An unfinished line is a list of its pieces, joined when its end is there: adding each
+    piece to one growing string would take time that grows with its square.
     """
 
     _LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -2982,41 +2992,33 @@ class SSEParser:
 
     def _line(self, raw: bytes) -> ServerSentEvent | None:
         if self._first_line:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-            self._first_line = False
-        if not raw:
-            return self._dispatch()
-        name, _, value = raw.decode(errors="replace").partition(":")
-        value = value.removeprefix(" ")
-        if name == "data":
-            self._data.append(value)
-        elif name == "event":
-            self._type = value
-        return None
-
-    def _dispatch(self) -> ServerSentEvent | None:
-        """At a blank line. Without data it is not an event, and its type is lost."""
-        event = None
-        if self._data:
-            event = ServerSentEvent("\n".join(self._data), self._type or "message")
+            raw, self._first_line = raw.removeprefix(b"\xef\xbb\xbf"), False
+        if raw:
+            name, _, value = raw.decode(errors="replace").partition(":")
+            if name == "data":
+                self._data.append(value.removeprefix(" "))
+            elif name == "event":
+                self._type = value.removeprefix(" ")
+            return None
+        # A blank line. Without data it does not end an event, and the type is lost.
+        data, type = self._data, self._type
         self._data, self._type, self._size = [], "", len(self._tail[0])
-        return event
+        return ServerSentEvent("\n".join(data), type or "message") if data else None
 
 
-def upstream_problem(message: str, status: int = 502, **more: Any) -> Problem:
-    return Problem(status, message, "upstream_error", **more)
+def upstream_problem(message: str, status: int = 502, code: str | None = None) -> Problem:
+    return Problem(status, message, "upstream_error", code)
 
 
 def find_words(said: Any) -> str:
     """The reason in an error, wherever it stands; "" if there is none."""
     if isinstance(said, str):
         return said
-    if isinstance(said, list):
-        return next((words for item in said[:5] if (words := find_words(item))), "")
     if isinstance(said, dict):
         places = ("error", "message", "detail", "errors", "msg", "title", "reason")
-        found = (find_words(said[name]) for name in places if said.get(name))
-        return next(filter(None, found), "")
+        said = [said[name] for name in places if said.get(name)]
+    if isinstance(said, list):
+        return next((words for item in said[:5] if (words := find_words(item))), "")
     return ""
 
 
@@ -3030,19 +3032,18 @@ def reason_given(status: int, said: Any, secrets: Iterable[str]) -> Problem:
     for name in ("type", "param", "code"):
         value = error.get(name) if isinstance(error, dict) else None
         if isinstance(value, str | int) and value not in ("", "error"):
-            clean = clean_words(value, secrets) if isinstance(value, str) else value
-            problem.error[name] = clean
+            problem.error[name] = clean_words(value, secrets) if isinstance(value, str) else value
     return problem
 
 
 def clean_words(text: str, secrets: Iterable[str]) -> str:
     """In this order: strip tags, hide the key, cut to length.
 
-    A key with a tag inside would be put together by stripping, and one that is cut in
-    half could not be found.
+    A key with a tag inside would be put together by stripping, and a key that is cut in half
+    could not be found.
     """
-    text = re.sub("(?is)<(script|style)[^<>]*>.*?</\\1>", " ", text)
-    text = html.unescape(re.sub("</?[A-Za-z!][^<>]*>", " " if "  " in text else "", text))
+    text = re.sub(r"(?is)<(script|style)\b[^<>]*>.*?</\1>", " ", text)
+    text = html.unescape(re.sub("</?[A-Za-z!][^<>]*>", "", text))
     text = " ".join(hide(text, secrets).split())
     return text if len(text) <= WORDS_CHARACTERS else text[:WORDS_CHARACTERS] + "..."
 
@@ -3057,11 +3058,10 @@ def hide(text: str, secrets: Iterable[str]) -> str:
 
 @functools.lru_cache(100)
 def key_pattern(secret: str) -> re.Pattern[str]:
-    forms = (
-        rf"\\*(?:{re.escape(c)}|(?i:u00{ord(c):02x}|x{ord(c):02x}|%(?:25)*{ord(c):02x}))"
-        for c in secret
+    codes = ((re.escape(c), f"{ord(c):02x}") for c in secret)
+    return re.compile(
+        "".join(rf"\\*(?:{c}|(?i:u00{code}|x{code}|%(?:25)*{code}))" for c, code in codes)
     )
-    return re.compile("".join(forms))
 
 
 # ─── The four protocols ──────────────────────────────────────────────────────────────
@@ -3070,30 +3070,38 @@ def key_pattern(secret: str) -> re.Pattern[str]:
 # messages.
 
 RESPONSE_ENDS = {"response.completed", "response.incomplete", "response.failed"}
-WHOLE_PREFIX = '{"type":"response.completed","sequence_number":0,"response":'
 
 
 class JsonBody:
-    """A question as JSON: parsed once, to be checked, and changed only where it must.
+    """A question as JSON: parsed once, to be checked, and changed only where it must be.
 
-    What need not change goes on byte for byte.
+    What need not change goes on byte for byte. Raises Problem 400, 413.
     """
 
-    def __init__(self, raw: bytes, fields: JSON) -> None:
+    def __init__(self, raw: bytes) -> None:
+        brackets = raw.count(b"{") + raw.count(b"[")
+        if brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS:
+            raise Problem(413, "the body has too many brackets or commas: send less")
+        try:
+            self.fields = CHECKER.decode(raw.decode())
+        except RecursionError:
+            raise Problem(400, "the body is not JSON: nested too deeply") from None
+        except ValueError as error:
+            raise Problem(400, f"the body is not JSON: {error}"[:300]) from None
+        if not isinstance(self.fields, dict):
+            raise Problem(400, 'send a JSON object, such as {"messages": [...]}')
         self._raw = raw
-        self.fields = fields
         self._changes: JSON = {}
 
     @property
     def model(self) -> str:
         return str(self._changes.get("model") or self.fields.get("model") or "")
 
-    @model.setter
-    def model(self, name: str) -> None:
+    def choose(self, model: str) -> None:
         # A second "model" may be the one that counts for the upstream.
         twice = self._raw.count(b'"model"') > 1 or b"\\u00" in self._raw
-        if name and (name != self.fields.get("model") or twice):
-            self._changes["model"] = name
+        if model and (model != self.fields.get("model") or twice):
+            self._changes["model"] = model
 
     def change(self, name: str, value: object) -> None:
         """None takes the field out."""
@@ -3102,31 +3110,9 @@ class JsonBody:
     def raw(self) -> bytes:
         if not self._changes:
             return self._raw
-        if not self._changes.keys() & self.fields.keys() and self.fields:
-            added = to_json(self._changes).encode()[1:-1]
-            return self._raw.replace(b"{", b"{" + added + b",", 1)
         fields = from_json(self._raw) | self._changes
-        kept = {k: v for k, v in fields.items() if v is not None or k in self.fields}
-        for name, value in self._changes.items():
-            if value is None:
-                kept.pop(name, None)
-        return to_json(kept).encode()
-
-
-def check_json(raw: bytes) -> JsonBody:
-    """A body as a JSON object. Raises Problem 400, 413."""
-    brackets = raw.count(b"{") + raw.count(b"[")
-    if brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS:
-        raise Problem(413, "the body has too many brackets or commas: send less")
-    try:
-        fields = CHECKER.decode(raw.decode())
-    except RecursionError:
-        raise Problem(400, "the body is not JSON: nested too deeply") from None
-    except ValueError as error:
-        raise Problem(400, f"the body is not JSON: {error}"[:300]) from None
-    if not isinstance(fields, dict):
-        raise Problem(400, "send a JSON object")
-    return JsonBody(raw, fields)
+        gone = [name for name, value in self._changes.items() if value is None]
+        return to_json({k: v for k, v in fields.items() if k not in gone}).encode()
 
 
 def check_question(fields: JSON, api: Api) -> None:
@@ -3134,34 +3120,34 @@ def check_question(fields: JSON, api: Api) -> None:
 
     All else is the upstream's to judge, and passed on: it may be newer than we are.
     """
-    if api.needs_messages:
-        messages = fields.get("messages")
-        if not isinstance(messages, list) or not messages:
-            wanted = "messages must be a list of at least one {role, content}"
-            raise Problem(400, wanted, param="messages")
-        for n, message in enumerate(messages):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise Problem(400, "each message needs a role", param=f"messages[{n}]")
-            if not isinstance(message.get("content"), str | list | None):
-                wanted = "content must be text, or a list of parts"
-                raise Problem(400, wanted, param=f"messages[{n}].content")
-    for name, kind in (("stream", bool), ("background", bool), ("model", str),
-                       ("stream_options", dict), ("previous_response_id", str)):  # fmt: skip
-        if fields.get(name) is not None and not isinstance(fields[name], kind):
+    messages = fields.get("messages")
+    if api.has_messages and (not isinstance(messages, list) or not messages):
+        wanted = "messages must be a list of at least one {role, content}"
+        raise Problem(400, wanted, param="messages")
+    for n, message in enumerate(cast(list[Any], messages) if api.has_messages else ()):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Problem(400, "each message needs a role", param=f"messages[{n}]")
+        if not isinstance(message.get("content"), str | list | None):
+            wanted = "content must be text, or a list of parts"
+            raise Problem(400, wanted, param=f"messages[{n}].content")
+    kinds = {"stream": bool, "background": bool, "model": str, "stream_options": dict}
+    for name, kind in {**kinds, "previous_response_id": str}.items():
+        if not isinstance(fields.get(name), kind | None):
             raise Problem(400, f"{name} has the wrong type", param=name)
 
 
 class Relay:
     """What the upstream says, event by event, into one answer."""
 
-    def __init__(self, answer: Answer, metrics: Metrics, secrets: Iterable[str]) -> None:
+    def __init__(self, answer: Answer, metrics: Metrics, secrets: Iterable[str] = ()) -> None:
         self.answer = answer
         self.api = answer.question.api
         self.metrics = metrics
         self.secrets = secrets
         self.began = False  # it has said something
+        self.spoke = False  # a word of its answer
+        self.choices: dict[str, bool] = {}  # those begun; True: has its finish_reason
         self.sequence = -1  # the last sequence_number
-        self.choices: dict[int, bool] = {}  # those begun; True: has its finish_reason
         self.response_id = ""  # as we name it
 
     def take(self, event: ServerSentEvent) -> None:
@@ -3176,27 +3162,15 @@ class Relay:
         try:
             chunk = from_json(data)
         except ValueError:
-            if type == "error":
-                raise reason_given(502, data, self.secrets) from None
-            raise upstream_problem("the upstream sent a chunk that is not JSON") from None
+            if type != "error":
+                raise upstream_problem("the upstream sent a chunk that is not JSON") from None
+            chunk = data
         if type == "error" or is_error(chunk):
             raise reason_given(502, chunk, self.secrets)
         if not isinstance(chunk, dict):
             raise upstream_problem("the upstream sent a chunk that is not an object")
         self.began = True
         self.api.take(self, type, data, chunk)
-
-    def end(self) -> None:
-        """The body has ended cleanly. Raises Problem if the answer has not."""
-        if not self.answer.closed:
-            if not self.began or not self.choices or not all(self.choices.values()):
-                raise upstream_problem("the upstream stopped in mid-answer", code="cut")
-            self.finish()
-
-    def finish(self) -> None:
-        if not self.began:
-            raise upstream_problem("the upstream ended without an answer", code="cut")
-        self.answer.finish()
 
     def take_whole(self, text: str) -> None:
         """A body that is not a stream. Raises Problem."""
@@ -3207,59 +3181,62 @@ class Relay:
         if is_error(whole) or not isinstance(whole, dict) or self.api.says not in whole:
             raise reason_given(502, whole, self.secrets)
         if self.answer.question.stream:
-            for type, chunk in self.api.split(whole):
-                self.take(ServerSentEvent(to_json(chunk), type))
+            for chunk in self.api.split(whole):
+                self.take(ServerSentEvent(to_json(chunk), "message"))
         else:
-            self.write(*self.api.keep_whole(self, text, whole))
+            self.write(*self.api.keep(self, text, whole))
         self.answer.finish()
 
-    def write(self, data: str, type: str = "message", says: bool = True) -> None:
-        if says and self.answer.first_said is None:
-            self.answer.first_said = trio.current_time()
-            self.metrics.first_token(self.answer.first_said - self.answer.begun)
+    def end(self) -> None:
+        """The body has ended cleanly. Raises Problem if the answer has not."""
+        if not self.answer.closed:
+            if self.began and not (self.choices and all(self.choices.values())):
+                raise upstream_problem("the upstream stopped in mid-answer", code="cut")
+            self.finish()
+
+    def finish(self) -> None:
+        if not self.began:
+            raise upstream_problem("the upstream ended without an answer", code="cut")
+        self.answer.finish()
+
+    def write(self, data: str, type: str = "message", speaks: bool = True) -> None:
+        if speaks and not self.spoke:
+            self.spoke = True
+            self.metrics.first_token(trio.current_time() - self.answer.begun)
         self.answer.write(data, type)
-
-    def note_choices(self, chunk: JSON) -> None:
-        for choice in chunk.get("choices") or ():
-            if isinstance(choice, dict):
-                index = choice.get("index", 0)
-                if isinstance(index, int):
-                    ended = choice.get("finish_reason") is not None
-                    self.choices[index] = ended or self.choices.get(index, False)
-
-    def rename_response(self, response: JSON) -> None:
-        """Its id with our secret: it cannot be guessed, and it cannot be repeated."""
-        if not self.response_id:
-            named = str(response.get("id") or f"resp_{secrets.token_hex(16)}")
-            self.response_id = f"{named}.{self.answer.name}"
-        response["id"] = self.response_id
-        if self.answer.question.previous and response.get("previous_response_id"):
-            response["previous_response_id"] = self.answer.question.previous
 
 
 def is_error(chunk: Any) -> bool:
-    """Whatever of the usual forms it has; a null in `error` is not one."""
+    """Whichever of the usual forms it has; a null in `error` is not one."""
     if isinstance(chunk, list):
         return bool(chunk) and is_error(chunk[0])
     return isinstance(chunk, dict) and (
-        chunk.get("object") == "error"
-        or chunk.get("type") == "error"
+        "error" in (chunk.get("object"), chunk.get("type"))
         or (chunk.get("error") is not None and chunk.get("object") != "response")
     )
 
 
 def take_chat(relay: Relay, type: str, data: str, chunk: JSON) -> None:
-    relay.note_choices(chunk)
+    note_choices(relay, chunk)
     relay.write(data, type)
+
+
+def note_choices(relay: Relay, chunk: JSON) -> Any:
+    """Which choices have begun, and which have ended. Returns the first one's delta."""
+    delta = None
+    choices = chunk.get("choices")
+    for n, choice in enumerate(choices if isinstance(choices, list) else ()):
+        if isinstance(choice, dict):
+            index = choice.get("index", n)
+            ended = choice.get("finish_reason") is not None
+            relay.choices[str(index)] = ended or relay.choices.get(str(index), False)
+            delta = delta or choice
+    return delta
 
 
 def take_chat_page(relay: Relay, type: str, data: str, chunk: JSON) -> None:
     """Text, reasoning, and an end that is not an ordinary one, each as an event."""
-    relay.note_choices(chunk)
-    choices = chunk.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
-        return
+    choice = note_choices(relay, chunk) or {}
     delta = choice.get("delta")
     delta = delta if isinstance(delta, dict) else {}
     if text := text_of(delta.get("content")):
@@ -3281,34 +3258,40 @@ def text_of(content: Any) -> str:
 
 def take_response(relay: Relay, type: str, data: str, chunk: JSON) -> None:
     """As it came, but for our id, and a sequence_number where there is none."""
-    type = str(chunk.get("type") or type)
-    changed = False
+    type, before = str(chunk.get("type") or type), dict(chunk)
     if isinstance(response := chunk.get("response"), dict):
-        relay.rename_response(response)
-        changed = True
+        chunk["response"] = rename_response(relay, response)
     if "response_id" in chunk and relay.response_id:
         chunk["response_id"] = relay.response_id
-        changed = True
     if not isinstance(chunk.get("sequence_number"), int):
         chunk["sequence_number"] = relay.sequence + 1
-        changed = True
     relay.sequence = chunk["sequence_number"]
-    text = to_json(chunk) if changed else data
+    text = data if chunk == before else to_json(chunk)
     if type == "response.failed":
         text = hide(text, relay.secrets)
-    relay.write(text, type, says=type.endswith(".delta"))
+    relay.write(text, type, type.endswith(".delta"))
     if type in RESPONSE_ENDS:
         relay.answer.finish()
 
 
+def rename_response(relay: Relay, response: JSON) -> JSON:
+    """Its id with our secret: it cannot be guessed, and it cannot be repeated."""
+    if not relay.response_id:
+        named = response.get("id") or f"resp_{secrets.token_hex(16)}"
+        relay.response_id = f"{named}.{relay.answer.name}"
+    previous = relay.answer.question.previous or response.get("previous_response_id")
+    renamed = {**response, "id": relay.response_id}
+    return renamed | ({"previous_response_id": previous} if previous else {})
+
+
 def take_message(relay: Relay, type: str, data: str, chunk: JSON) -> None:
     type = str(chunk.get("type") or type)
-    relay.write(data, type, says=type == "content_block_delta")
+    relay.write(data, type, type == "content_block_delta")
     if type == "message_stop":
         relay.answer.finish()
 
 
-def split_chat(whole: JSON) -> list[tuple[str, JSON]]:
+def split_chat(whole: JSON) -> list[JSON]:
     """A whole completion as one chunk; the end follows by itself."""
     choices = []
     for choice in whole["choices"]:
@@ -3317,60 +3300,45 @@ def split_chat(whole: JSON) -> list[tuple[str, JSON]]:
             delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
         rest = {name: value for name, value in choice.items() if name != "message"}
         choices.append({**rest, "delta": delta})
-    return [("message", {**whole, "object": "chat.completion.chunk", "choices": choices})]
+    return [{**whole, "object": "chat.completion.chunk", "choices": choices}]
 
 
-def split_completion(whole: JSON) -> list[tuple[str, JSON]]:
-    return [("message", whole)]
+def split_completion(whole: JSON) -> list[JSON]:
+    return [whole]
 
 
-def split_response(whole: JSON) -> list[tuple[str, JSON]]:
+def split_response(whole: JSON) -> list[JSON]:
     begun = {**whole, "status": "in_progress", "output": []}
-    status = whole.get("status")
-    end = "response.completed" if status in (None, "completed") else f"response.{status}"
-    return [
-        (type, {"type": type, "response": dict(response)})
-        for type, response in (("response.created", begun), (end, whole))
-    ]
+    end = f"response.{whole.get('status') or 'completed'}"
+    return [{"type": "response.created", "response": begun}, {"type": end, "response": whole}]
 
 
-def split_message(whole: JSON) -> list[tuple[str, JSON]]:
+def split_message(whole: JSON) -> list[JSON]:
     """Each block whole; of its text, one delta."""
     events: list[JSON] = [{"type": "message_start", "message": {**whole, "content": []}}]
-    for n, block in enumerate(whole.get("content") or ()):
-        empty = {**block, "text": ""} if "text" in block else block
-        events.append({"type": "content_block_start", "index": n, "content_block": empty})
-        if text := block.get("text"):
-            delta = {"type": "text_delta", "text": text}
-            events.append({"type": "content_block_delta", "index": n, "delta": delta})
-        events.append({"type": "content_block_stop", "index": n})
-    ends = {name: whole.get(name) for name in ("stop_reason", "stop_sequence")}
+    for n, block in enumerate(whole["content"]):
+        begun = {**block, "text": ""} if "text" in block else block
+        delta = {"type": "text_delta", "text": block.get("text", "")}
+        events += [
+            {"type": "content_block_start", "index": n, "content_block": begun},
+            {"type": "content_block_delta", "index": n, "delta": delta},
+            {"type": "content_block_stop", "index": n},
+        ]
+    end = {name: whole.get(name) for name in ("stop_reason", "stop_sequence")}
     usage = whole.get("usage") or {}
-    events.append({"type": "message_delta", "delta": ends, "usage": usage})
-    events.append({"type": "message_stop"})
-    return [(event["type"], event) for event in events]
+    return [*events, {"type": "message_delta", "delta": end, "usage": usage},
+            {"type": "message_stop"}]  # fmt: skip
 
 
-def keep_whole(relay: Relay, text: str, whole: JSON) -> tuple[str, str]:
+def keep_as_is(relay: Relay, text: str, whole: JSON) -> tuple[str, str]:
     return text, "message"
 
 
-def keep_whole_response(relay: Relay, text: str, whole: JSON) -> tuple[str, str]:
+def keep_response(relay: Relay, text: str, whole: JSON) -> tuple[str, str]:
     """As the last event of a stream, so that it can be retrieved like one."""
-    relay.rename_response(whole)
-    status = whole.get("status")
-    type = "response.completed" if status in (None, "completed") else f"response.{status}"
-    prefix = WHOLE_PREFIX.replace("response.completed", type)
-    return f"{prefix}{to_json(whole)}}}", type
-
-
-def whole_body(answer: Answer) -> str:
-    return answer[answer.start].data
-
-
-def whole_response(answer: Answer) -> str:
-    data = answer[answer.start].data
-    return data[data.index('"response":') + len('"response":') : -1]
+    type = f"response.{whole.get('status') or 'completed'}"
+    response = rename_response(relay, whole)
+    return to_json({"type": type, "sequence_number": 0, "response": response}), type
 
 
 def error_event(answer: Answer, problem: Problem, **more: object) -> Event:
@@ -3397,11 +3365,11 @@ def close_response(answer: Answer, problem: Problem | None) -> list[Event]:
     """The error, then the end of a response, with the status that retrieve tells."""
     if problem is None:
         return []
-    now = response_now(answer)
-    now["status"] = "cancelled" if problem.type == "stopped" else "failed"
-    now["error"] = {"code": "server_error", "message": str(problem)}
+    status = "cancelled" if problem.type == "stopped" else "failed"
+    error = {"code": "server_error", "message": str(problem)}
     number = next_sequence(answer) + 1
-    last = {"type": "response.failed", "sequence_number": number, "response": now}
+    response = {**response_now(answer), "status": status, "error": error}
+    last = {"type": "response.failed", "sequence_number": number, "response": response}
     return [error_event(answer, problem), Event(to_json(last), "response.failed")]
 
 
@@ -3418,8 +3386,8 @@ def next_sequence(answer: Answer) -> int:
 def place_of_sequence(answer: Answer, number: int) -> int:
     """The place of the first event after this sequence_number. They only grow."""
     places = range(answer.start, answer.end)
-    numbers = functools.partial(sequence_of, answer)
-    return answer.start + bisect.bisect_right(places, number, key=numbers)
+    key = functools.partial(sequence_of, answer)
+    return answer.start + bisect.bisect_right(places, number, key=key)
 
 
 def response_now(answer: Answer) -> JSON:
@@ -3428,27 +3396,26 @@ def response_now(answer: Answer) -> JSON:
     for place in range(answer.end - 1, answer.start - 1, -1):
         event = answer[place]
         if event.type == "response.output_item.done":
-            items.append(from_json(event.data).get("item"))
-        elif event.type in RESPONSE_ENDS or place <= answer.start + 1:
+            items.insert(0, from_json(event.data).get("item"))
+        elif event.type in RESPONSE_ENDS:
+            return cast(JSON, from_json(event.data)["response"])
+        elif place <= answer.start + 1:
             response = from_json(event.data).get("response")
             if isinstance(response, dict):
-                if event.type not in RESPONSE_ENDS:
-                    response["output"] = items[::-1]
-                return response
-    name = f"resp_{answer.name}.{answer.name}"
+                return {**response, "output": items}
     return {
-        "id": name, "object": "response", "created_at": int(time.time()),
-        "status": "in_progress", "model": answer.question.model, "output": [],
-        "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+        "id": f"resp_{answer.name}.{answer.name}", "object": "response", "output": items,
+        "created_at": int(time.time()), "status": "in_progress", "tools": [],
+        "model": answer.question.model, "parallel_tool_calls": True, "tool_choice": "auto",
     }  # fmt: skip
 
 
-def question_as_is(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
+def ask_as_is(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
     stream = body.fields.get("stream") is True
     return Question(api, body.raw(), stream, body.model, headers)
 
 
-def question_of_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
+def ask_for_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
     """{messages} is all that the chat page's protocol knows, and perhaps a model."""
     asked: JSON = {"messages": from_json(body.raw())["messages"], "stream": True}
     if body.model:
@@ -3456,24 +3423,23 @@ def question_of_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Quest
     return Question(api, to_json(asked).encode(), True, body.model, headers)
 
 
-def question_of_response(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
+def ask_for_response(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
     """`background` is ours: a log needs nobody there, and upstreams seldom know it.
 
     So that there is something to poll, the upstream is then asked for a stream.
     """
-    wants_stream = body.fields.get("stream") is True
+    stream = body.fields.get("stream") is True
     background = body.fields.get("background") is True
     if "background" in body.fields:
         body.change("background", None)
-    if background and not wants_stream:
+    if background and not stream:
         body.change("stream", True)
     previous = body.fields.get("previous_response_id") or ""
-    if found := re.fullmatch(r"(.+)\.[0-9a-f]{32}", previous):
-        body.change("previous_response_id", found[1])
+    if ours := re.fullmatch(r"(.+)\.[0-9a-f]{32}", previous):
+        body.change("previous_response_id", ours[1])
     return Question(
-        api, body.raw(), wants_stream or background, body.model, headers,
-        background=background, polled=background and not wants_stream,
-        previous=previous,
+        api, body.raw(), stream or background, body.model, headers,
+        background=background, polled=background and not stream, previous=previous,
     )  # fmt: skip
 
 
@@ -3485,31 +3451,26 @@ class Api:
     says: str  # the field of a whole answer that has what it says
     take: Callable[[Relay, str, str, JSON], None]  # an event
     closing: Callable[[Answer, Problem | None], list[Event]]  # our last events
-    split: Callable[[JSON], list[tuple[str, JSON]]]  # JSON where a stream was wanted
-    ask: Callable[[Api, JsonBody, dict[str, str]], Question] = question_as_is
-    keep_whole: Callable[[Relay, str, JSON], tuple[str, str]] = keep_whole
-    whole: Callable[[Answer], str] = whole_body
+    split: Callable[[JSON], list[JSON]]  # JSON where a stream was wanted
+    ask: Callable[[Api, JsonBody, dict[str, str]], Question] = ask_as_is
+    keep: Callable[[Relay, str, JSON], tuple[str, str]] = keep_as_is  # a whole answer
+    whole: Callable[[Answer], str] = lambda answer: answer[answer.start].data
     adds_done: bool = False  # `data: [DONE]` is its end, and ours
-    needs_messages: bool = False
+    has_messages: bool = False
 
 
-CHAT = Api(
-    "/chat/completions", "choices", take_chat, close_chat, split_chat,
-    adds_done=True, needs_messages=True,
-)  # fmt: skip
+CHAT = Api("/chat/completions", "choices", take_chat, close_chat, split_chat,
+           adds_done=True, has_messages=True)  # fmt: skip
 CHAT_PAGE = dataclasses.replace(
-    CHAT, take=take_chat_page, closing=close_chat_page, ask=question_of_page
+    CHAT, take=take_chat_page, closing=close_chat_page, ask=ask_for_page
 )
-COMPLETIONS = Api(
-    "/completions", "choices", take_chat, close_chat, split_completion, adds_done=True
-)
-RESPONSES = Api(
-    "/responses", "output", take_response, close_response, split_response,
-    question_of_response, keep_whole_response, whole_response,
-)  # fmt: skip
-MESSAGES = Api(
-    "/messages", "content", take_message, close_message, split_message, needs_messages=True
-)
+COMPLETIONS = Api("/completions", "choices", take_chat, close_chat, split_completion,
+                  adds_done=True)  # fmt: skip
+RESPONSES = Api("/responses", "output", take_response, close_response, split_response,
+                ask_for_response, keep_response,
+                lambda answer: to_json(response_now(answer)))  # fmt: skip
+MESSAGES = Api("/messages", "content", take_message, close_message, split_message,
+               has_messages=True)  # fmt: skip
 
 
 # ─── The upstream ────────────────────────────────────────────────────────────────────
@@ -3545,7 +3506,7 @@ class Exchange:
     def __init__(self, wire: Wire, on_bytes: Callable[[], None] = lambda: None) -> None:
         self.wire = wire
         self.on_bytes = on_bytes
-        self.conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=128 * KiB)
+        self.conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=64 * KiB)
         self.heard = False  # a byte of a response
         self.response: h11.Response
         self.headers: dict[str, str] = {}
@@ -3829,8 +3790,8 @@ class Upstream(Model):
 
     async def ask_question(self, question: Question, alive: Callable[[], None]) -> Exchange:
         if not question.model:
-            body = check_json(question.body)
-            body.model = await self.first_model(question.headers)
+            body = JsonBody(question.body)
+            body.choose(await self.first_model(question.headers))
             question.body, question.model = body.raw(), body.model
         path, headers = question.api.path, question.headers
         return await self.ask("POST", path, headers, question.body, alive)
@@ -3902,7 +3863,7 @@ class Upstream(Model):
 
     async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
         if path != "/embeddings":
-            body.model = self.choose(body.model)
+            body.choose(self.choose(body.model))
         return await self.short("POST", path, headers, body.raw())
 
     async def models(self, headers: dict[str, str]) -> Reply:
@@ -4342,6 +4303,7 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
 # each event wakes a task for each reader, as in the usual design.
 
 HTTP2_STREAMS = 100
+GOODBYE = 0.5  # seconds, for a client that may be stuck
 
 
 class Http2Stream:
@@ -4486,7 +4448,7 @@ class Http2(H2Protocol):
             if len(buffer.buffer) < left:
                 left, since = len(buffer.buffer), trio.current_time()
             elif trio.current_time() - since >= STUCK_TIMEOUT:
-                raise trio.BrokenResourceError(STUCK)
+                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
 
     def _reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
@@ -4494,9 +4456,9 @@ class Http2(H2Protocol):
 
     async def goodbye(self) -> None:
         """GOAWAY (RFC 9113, section 6.8)."""
-        with contextlib.suppress(h2.exceptions.ProtocolError):
+        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
             self.connection.close_connection()
-        await self._flush()
+            await self._flush()
 
 
 async def serve_http2(
@@ -4538,7 +4500,7 @@ async def serve_http2(
         try:
             await read_http2(protocol, wire, stopped)
         finally:
-            with trio.move_on_after(LINGER_CLOSE, shield=True):
+            with trio.move_on_after(GOODBYE, shield=True):
                 await protocol.goodbye()
                 await protocol.handle(Closed())
                 await wire.finish()
@@ -5194,7 +5156,8 @@ def to_base_url(text: str) -> str:
     text = text.strip()
     if not text:
         return ""
-    wrong = "it is not a base URL, such as http://host:port/v1"
+    shown = "this" if set(text) & set("@?") else repr(text)  # it may have a key inside
+    wrong = f"{shown} is not a base URL, such as http://host:port/v1"
     if not (text.isascii() and text.isprintable() and " " not in text):
         raise ValueError(f"{wrong}: it has characters that cannot be sent")
     try:

@@ -49,8 +49,8 @@ def test_the_start_line_names_the_real_addresses_once(serve):
     server = serve()
     assert 0 < server.port != server.room_port > 0
     line = (
-        f"chatstream: http://127.0.0.1:{server.port}"
-        f"  ws://127.0.0.1:{server.room_port}  model: demo\n"
+        f"chatstream: http://localhost:{server.port}"
+        f"  ws://localhost:{server.room_port}  model: demo\n"
     )
     assert server.log().count("chatstream: http") == 1
     assert line in server.log()
@@ -347,7 +347,9 @@ async def test_a_reader_that_leaves_is_gone_at_once(serve):
 
     async with AsyncExitStack() as stack:
         for _ in range(5):
-            clock = await stack.enter_async_context(stream("GET", server.http + "/clock"))
+            clock = await stack.enter_async_context(
+                stream("GET", server.http + "/clock")
+            )
             assert clock.status == 200
         assert await readers() == 5
     await trio.sleep(0.5)
@@ -533,7 +535,9 @@ async def test_a_stopped_curl_does_not_hold_up_a_stop(stopping, upstream):
     prompt = upstream.script(*sse(delta("Hel"), gate, *much, HOLD))
     body, url = json.dumps(asking(prompt)), stopping.http + CHAT
     curl = need("curl", "apt-get install curl")
-    with paused(curl, "-sN", "-d", body, "-H", "Content-Type: application/json", url) as c:
+    with paused(
+        curl, "-sN", "-d", body, "-H", "Content-Type: application/json", url
+    ) as c:
         await until(lambda: upstream.asked(prompt))
         c.send_signal(signal.SIGSTOP)
         gate.open()
@@ -554,7 +558,7 @@ async def test_a_stop_waits_no_longer_than_its_answers(serve, upstream):
 
 async def test_an_answer_that_is_not_streamed_is_told_of_the_stop(serve, upstream):
     server = serve("--grace", "0.2", env={"OPENAI_BASE_URL": upstream.url})
-    prompt = upstream.script(*sse(delta("Hel"), HOLD))
+    prompt = upstream.script(HOLD)
     url = server.http + "/v1/chat/completions"
     async with trio.open_nursery() as nursery:
         nursery.start_soon(signal_when_asked, server, upstream, prompt)

@@ -55,9 +55,7 @@ CASES += [(name, streamed) for name in PROTOCOLS for streamed in (True, False)]
 
 
 @pytest.mark.parametrize(("name", "streamed"), CASES)
-async def test_the_same_question_again_gets_the_same_answer(
-    open_relay, upstream, name, streamed
-):
+async def test_the_same_question_again_gets_the_same_answer(open_relay, upstream, name, streamed):
     prompt = upstream.script(*steps_for(name, streamed))
     path, body = question(name, prompt, streamed)
     url, head = open_relay.http + path, keyed(f"again {name} {streamed}")
@@ -134,14 +132,10 @@ async def test_another_callers_key_is_another(open_relay, upstream):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_a_question_that_was_refused_frees_its_key(
-    open_relay, upstream, streamed
-):
+async def test_a_question_that_was_refused_frees_its_key(open_relay, upstream, streamed):
     good = steps_for("chat", streamed)
     bad = [plain(429, {"error": {"message": "Slower."}})]
-    prompt = upstream.script(
-        lambda heard: bad if len(upstream.asked(prompt)) == 1 else good
-    )
+    prompt = upstream.script(lambda heard: bad if len(upstream.asked(prompt)) == 1 else good)
     path, body = question("chat", prompt, streamed)
     url, head = open_relay.http + path, keyed(f"refused {streamed}")
     assert (await fetch("POST", url, head, body)).status == 429
@@ -179,9 +173,7 @@ async def test_a_key_is_known_to_every_process(serve, redis, upstream):
     assert len(upstream.asked(prompt)) == 1
 
 
-async def test_an_answer_that_was_not_streamed_is_known_to_every_process(
-    serve, redis, upstream
-):
+async def test_an_answer_that_was_not_streamed_is_known_to_every_process(serve, redis, upstream):
     flags = ("--redis", redis.url, "--upstream", upstream.url, "--model", "scripted")
     prompt = upstream.script(plain(200, chat_whole()))
     path, body = question("chat", prompt, False)

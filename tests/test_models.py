@@ -281,7 +281,7 @@ async def test_a_short_request_fails_like_any_other(free, library, path):
 
 @pytest.mark.parametrize("path", [*SHORT, MESSAGES, "/v1/completions"])
 async def test_the_demo_says_what_it_cannot_do(demo, path):
-    body = {"model": "demo", "messages": [], "input": "x", "prompt": "x"}
+    body = asking("Hello", model="demo", input="Hello") | {"prompt": "Hello"}
     response = await fetch("POST", demo.http + path, None, body)
     assert 400 <= response.status < 500
     assert "demo" in response.error["message"].lower()

@@ -23,7 +23,7 @@ from kit import (
     text_of,
 )
 
-KEY = "sk-behind-a-proxy-7f3a"
+KEY = "sk-behind-a-proxy-q7xw"
 NOWHERE = "http://models.example/v1"  # has no address: only the proxy can get there
 
 
@@ -123,16 +123,16 @@ async def test_the_proxy_of_the_other_scheme_is_not_asked(serve, upstream, proxy
 
 async def test_the_proxys_login_is_the_proxys_alone(serve, upstream, proxy):
     env = behind(proxy)
-    env["HTTP_PROXY"] = proxy.url.replace("//", "//me:p%40ss-7f3a@")
+    env["HTTP_PROXY"] = proxy.url.replace("//", "//me:p%40ss-q7xw@")
     server = serve("--log-level", "debug", "--model", "m", env=env)
     heard = await says_hello(server, upstream)
-    assert "proxy-authorization: basic bwu6cebzcy03zjnh" in proxy.heads[0].lower()
+    assert "proxy-authorization: basic bwu6cebzcy1xn3h3" in proxy.heads[0].lower()
     assert heard.headers["authorization"] == f"Bearer {KEY}"
-    assert "7f3a" not in server.log()
+    assert "q7xw" not in server.log()
 
 
 NOT_BY_PROXY = ["127.0.0.1", "*", "other.example, 127.0.0.1", "127.0.0.1:{port}"]
-BY_PROXY = ["other.example", "127.0.0.2", "27.0.0.1", "127.0.0.1:1", ""]
+BY_PROXY = ["other.example", "127.0.0.2", "27.0.0.1", ""]
 
 
 @pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
@@ -168,9 +168,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "refusal", REFUSALS, ids=["407", "503", "rubbish", "an empty line"]
-)
+@pytest.mark.parametrize("refusal", REFUSALS, ids=["407", "503", "rubbish", "an empty line"])
 async def test_a_tunnel_that_is_refused_is_a_clear_error(serve, refusal):
     with ForwardProxy(0, refusal) as proxy:
         env = behind(proxy, "HTTPS_PROXY", OPENAI_BASE_URL="https://models.example/v1")
@@ -192,24 +190,16 @@ async def test_a_proxy_that_is_not_there_is_named(serve, scheme):
     assert "proxy" in response.error["message"].lower()
 
 
-@pytest.mark.parametrize(
-    "value", ["socks5://127.0.0.1:9", "ftp://127.0.0.1", "http://"]
-)
-async def test_a_proxy_that_cannot_be_used_matters_only_where_it_is_needed(
-    serve, upstream, value
-):
+@pytest.mark.parametrize("value", ["socks5://127.0.0.1:9", "ftp://127.0.0.1", "http://"])
+async def test_a_proxy_that_cannot_be_used_matters_only_where_it_is_needed(serve, upstream, value):
     """One line at the start, else nothing."""
     done = run_to_exit(
-        *("--port", "0", "--room-port", "0"),
-        env={"HTTP_PROXY": value, "OPENAI_BASE_URL": NOWHERE},
+        *("--port", "0", "--room-port", "0"), env={"HTTP_PROXY": value, "OPENAI_BASE_URL": NOWHERE}
     )
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "proxy" in done.stderr.lower()
-    for env in (
-        {"HTTPS_PROXY": value},
-        {"HTTP_PROXY": value, "NO_PROXY": "127.0.0.1"},
-    ):
+    for env in ({"HTTPS_PROXY": value}, {"HTTP_PROXY": value, "NO_PROXY": "127.0.0.1"}):
         env = env | {"OPENAI_BASE_URL": upstream.url}
         await says_hello(serve("--model", "m", env=env), upstream)
     serve(env={"HTTP_PROXY": value})  # the demo needs none

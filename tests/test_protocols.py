@@ -103,6 +103,14 @@ def test_each_sdk_gets_a_whole_answer_at_once(sdks, relay, upstream, call):
     assert said["text"] == SENTENCE
 
 
+@CALL
+def test_each_sdk_gets_what_came_as_json_for_a_stream(sdks, relay, upstream, call):
+    prompt = upstream.script(plain(200, protocol_of(call).whole()))
+    said = sdks(call, relay, prompt)
+    assert "error" not in said
+    assert said["text"] == SENTENCE
+
+
 @MANNER
 @pytest.mark.parametrize("name", PROTOCOLS)
 async def test_each_event_is_passed_on_as_it_came(relay, upstream, name, manner):
@@ -156,20 +164,13 @@ def test_a_response_may_end_in_other_ways(responses, upstream, end):
 
 
 @MANNER
-def test_cut_after_any_event_the_rest_is_exactly_the_rest(
-    openai, relay, upstream, manner
-):
+def test_cut_after_any_event_the_rest_is_exactly_the_rest(openai, relay, upstream, manner):
     count = len(response_stream())
-    with (
-        EventProxy(relay.port) as proxy,
-        openai_client(proxy.url) as client,
-    ):
+    with EventProxy(relay.port) as proxy, openai_client(proxy.url) as client:
         for after in range(1, count):
             prompt = upstream.script(*told(MANNERS[manner], response_stream()))
             proxy.cut_after(after)
-            seen = until_it_breaks(
-                openai, create(client.responses, prompt, stream=True)
-            )
+            seen = until_it_breaks(openai, create(client.responses, prompt, stream=True))
             assert len(seen) == after
             name = seen[0].response.id
             last = seen[-1].sequence_number
@@ -221,8 +222,7 @@ def test_the_rest_of_an_answer_that_is_not_there_yet(openai, relay, upstream):
 def test_numbers_are_looked_for_where_the_upstream_counts_oddly(responses, upstream):
     """It begins at 7 and leaves some out; 15 was never given."""
     numbered = [
-        payload | {"sequence_number": 7 + 3 * n}
-        for n, payload in enumerate(response_stream())
+        payload | {"sequence_number": 7 + 3 * n} for n, payload in enumerate(response_stream())
     ]
     prompt = upstream.script(*told(MANNERS["data alone"], numbered))
     name, events = read(create(responses, prompt, stream=True))
@@ -297,6 +297,17 @@ def test_another_process_resumes_polls_and_cancels(two, upstream):
         assert one.responses.retrieve(name).status == "cancelled"
 
 
+def test_another_process_knows_a_response_at_once(two, upstream):
+    here, there = two
+    with openai_client(here.http) as one, openai_client(there.http) as other:
+        for _ in range(10):
+            prompt = upstream.script(*told(BOOK, [*response_stream()[:2], HOLD]))
+            running = create(one.responses, prompt, stream=True)
+            name = next(running).response.id
+            assert other.responses.retrieve(name).status == "in_progress"
+            assert other.responses.cancel(name).status == "cancelled"
+
+
 # -------------------------------------------------------- polling, cancel, background
 
 
@@ -312,9 +323,11 @@ def poll(responses, name, status):
     return seen[-1]
 
 
-def test_retrieve_polls_from_in_progress_to_the_end(responses, upstream):
+@MANNER
+def test_retrieve_polls_from_in_progress_to_the_end(responses, upstream, manner):
     gate, events = Gate(), response_stream()
-    prompt = upstream.script(*told(BOOK, [*events[:6], gate, *events[6:]]))
+    steps = [*events[:6], gate, *events[6:]]
+    prompt = upstream.script(*told(MANNERS[manner], steps))
     running = create(responses, prompt, stream=True)
     name = next(running).response.id
     assert responses.retrieve(name).status == "in_progress"
@@ -355,6 +368,19 @@ async def test_cancel_tells_the_readers(relay, upstream):
     assert numbers == [6, 7]
 
 
+def test_what_is_done_can_be_seen_while_the_rest_is_under_way(responses, upstream):
+    """A poll shows the items that are whole."""
+    *begun, last = response_stream()
+    prompt = upstream.script(*told(BOOK, [*begun, HOLD, last]))
+    running = create(responses, prompt, stream=True)
+    name = next(running).response.id
+    for _ in begun[1:]:
+        next(running)
+    now = responses.retrieve(name)
+    assert (now.status, now.output_text) == ("in_progress", SENTENCE)
+    running.close()
+
+
 def test_cancel_after_the_end_changes_nothing(responses, upstream):
     prompt = upstream.script(*told(BOOK, response_stream()))
     name, _ = read(create(responses, prompt, stream=True))
@@ -381,6 +407,16 @@ def test_in_the_background_nobody_has_to_attend(responses, upstream, streamed):
     assert heard.json["stream"] is True
 
 
+def test_in_the_background_an_id_stays_what_it_was(responses, upstream):
+    """Though the upstream takes its time to give its own."""
+    events = response_stream()
+    prompt = upstream.script(*told(BOOK, [b": soon\n\n", 0.5, *events]))
+    begun = create(responses, prompt, background=True)
+    assert begun.status == "in_progress"
+    assert responses.retrieve(begun.id).id == begun.id
+    assert poll(responses, begun.id, "completed").output_text == SENTENCE
+
+
 def test_in_the_background_of_an_upstream_that_refuses(openai, responses, upstream):
     prompt = upstream.script(plain(400, {"error": {"message": "Too long."}}))
     with pytest.raises(openai.BadRequestError, match=r"Too long\."):
@@ -402,19 +438,14 @@ IN_BAND = {
     "chat": {"error": {"message": "Overloaded.", "type": "t", "code": 529}},
     "completions": {"error": {"message": "Overloaded.", "type": "t", "code": 529}},
     "responses": {"type": "error", "code": "busy", "message": "Overloaded."},
-    "messages": {
-        "type": "error",
-        "error": {"type": "overloaded_error", "message": "Overloaded."},
-    },
+    "messages": {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded."}},
 }
 
 
 @pytest.mark.parametrize("end", ["an error", "no end", FIN, RST])
 @pytest.mark.parametrize("manner", ["by the book", "data alone"])
 @CALL
-def test_no_sdk_takes_half_an_answer_for_whole(
-    sdks, relay, upstream, call, manner, end
-):
+def test_no_sdk_takes_half_an_answer_for_whole(sdks, relay, upstream, call, manner, end):
     protocol = protocol_of(call)
     name = next(name for name, known in PROTOCOLS.items() if known is protocol)
     last = {"an error": [IN_BAND[name]], "no end": []}.get(end, [end])
@@ -465,13 +496,23 @@ def test_a_refusal_reads_as_words(sdks, relay, upstream, call, streamed):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
+async def test_json_for_a_stream_is_the_answer_or_an_error(relay, upstream, name):
+    """Never a success without a word."""
+    protocol = PROTOCOLS[name]
+    for whole in (protocol.whole(), {}, [], {"detail": "No."}):
+        body = protocol.ask(upstream.script(plain(200, whole))) | {"stream": True}
+        response = await fetch("POST", relay.http + protocol.path, None, body)
+        said = response.body.decode()
+        failed = response.status >= 400 or "event: error" in said
+        assert failed or (whole and WORDS[0] in said), whole
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
 async def test_a_whole_answer_that_is_cut_is_not_paid_for_twice(relay, upstream, name):
     protocol = PROTOCOLS[name]
     half = plain(200, protocol.whole())[:-20]
     prompt = upstream.script(half, FIN)
-    response = await fetch(
-        "POST", relay.http + protocol.path, None, protocol.ask(prompt)
-    )
+    response = await fetch("POST", relay.http + protocol.path, None, protocol.ask(prompt))
     assert response.status == 502
     assert response.headers["x-should-retry"] == "false"
     assert response.json["type"] == "error"
@@ -496,29 +537,19 @@ def test_a_guessed_id_is_unknown(openai, responses, upstream):
 def test_no_two_responses_share_an_id(responses, upstream):
     """The upstream gives each of them the same."""
     names = {
-        read(
-            create(
-                responses, upstream.script(*told(BOOK, response_stream())), stream=True
-            )
-        )[0]
+        read(create(responses, upstream.script(*told(BOOK, response_stream())), stream=True))[0]
         for _ in range(3)
     }
     assert len(names) == 3
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_the_upstream_never_sees_our_part_of_an_id(
-    relay, responses, upstream, streamed
-):
+def test_the_upstream_never_sees_our_part_of_an_id(relay, responses, upstream, streamed):
     first = upstream.script(*told(BOOK, response_stream()))
     name, _ = read(create(responses, first, stream=True))
     forgotten = "resp_9." + "ab" * 16
     for previous, known in ((name, "resp_1"), (forgotten, "resp_9"), ("resp_5",) * 2):
-        steps = (
-            told(BOOK, response_stream())
-            if streamed
-            else [plain(200, response_whole())]
-        )
+        steps = told(BOOK, response_stream()) if streamed else [plain(200, response_whole())]
         prompt = upstream.script(*steps)
         got = create(responses, prompt, previous_response_id=previous, stream=streamed)
         list(got if streamed else [])
@@ -527,6 +558,20 @@ def test_the_upstream_never_sees_our_part_of_an_id(
         assert previous.partition(".")[2] == "" or previous.partition(".")[2] not in (
             heard.body.decode() + str(heard.headers)
         )
+
+
+def test_ids_pass_through_two_relays(serve, relay, upstream):
+    """Each adds its own secret, and takes it off again."""
+    outer = serve("--upstream", relay.http + "/v1", "--model", "scripted")
+    with openai_client(outer.http) as client:
+        first = upstream.script(*told(BOOK, response_stream()))
+        name, events = read(create(client.responses, first, stream=True))
+        assert re.fullmatch(r"resp_1(\.[0-9a-f]{32}){2}", name)
+        rest = client.responses.retrieve(name, stream=True, starting_after=4)
+        assert list(rest) == events[5:]
+        prompt = upstream.script(plain(200, response_whole()))
+        create(client.responses, prompt, previous_response_id=name)
+    assert upstream.asked(prompt)[0].json["previous_response_id"] == "resp_1"
 
 
 def test_what_the_relay_cannot_do_it_says(openai, relay, responses, upstream):
@@ -577,9 +622,7 @@ def test_the_servers_key_takes_the_place_of_the_sdks(sdks, relay, upstream, call
     sdks(call, relay, prompt, key="the-clients-own")
     sent = upstream.asked(prompt)[0].headers
     assert sent["authorization"] == f"Bearer {SECRET}"
-    assert sent.get("x-api-key") == (
-        SECRET if protocol.path == "/v1/messages" else None
-    )
+    assert sent.get("x-api-key") == (SECRET if protocol.path == "/v1/messages" else None)
     assert "the-clients-own" not in str(sent)
 
 

@@ -93,9 +93,7 @@ STREAMED = {
     "500": [plain(500, b"<h1>No.</h1>", content_type="text/html")],
     "503, no body": [plain(503, b"")],
     "529": [plain(529, NO)],
-    "400 in gzip": [
-        plain(400, gzip.compress(json.dumps(NO).encode()), "Content-Encoding: gzip")
-    ],
+    "400 in gzip": [plain(400, gzip.compress(json.dumps(NO).encode()), "Content-Encoding: gzip")],
     "goodbye": [FIN],
     "not HTTP": [b"SSH-2.0-OpenSSH_9\r\n", FIN],
     # where chatstream differs
@@ -201,9 +199,7 @@ DIFFERENT = {
         ("Hello", None),
     ),
 }
-SAME = [
-    case for case in UPSTREAMS if all(case not in row[0] for row in DIFFERENT.values())
-]
+SAME = [case for case in UPSTREAMS if all(case not in row[0] for row in DIFFERENT.values())]
 
 
 @pytest.fixture(scope="module")

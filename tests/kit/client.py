@@ -233,11 +233,16 @@ class Response:
 
 def make_event(block):
     """Check the order of lines that real clients need (an empty block is dispatched
-    by some; an id that stands before its data is remembered too early by others)."""
+    by some; an id that stands before its data is remembered too early by others).
+
+    But an answer's first block, or a resumed one's, opens with the id after which it
+    begins: that is what a client is to remember until there is more.
+    """
     names = [name for name, _ in block]
     assert "data" in names, f"a blank line that ends no data: {block}"
     assert set(names) <= {"data", "id", "event"}, block
-    assert "id" not in names or names.index("id") > names.index("data"), block
+    later = names[1:] if names[0] == "id" else names
+    assert "id" not in later or later.index("id") > later.index("data"), block
     fields = dict(block)
     data = "\n".join(value for name, value in block if name == "data")
     return Event(data, fields.get("id"), fields.get("event", "message"))

@@ -9,11 +9,13 @@ Line        between a page and a server: cut, stalled, down, byte by byte; and i
 import threading
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
 from .background import Background
 from .client import reset
+from .common import until
 
 
 class Proxy(Background):
@@ -55,25 +57,47 @@ class Proxy(Background):
 
 
 class EventProxy(Proxy):
-    """Passes bytes on, and resets one connection after so many events."""
+    """Passes bytes on, and resets a connection after so many more events."""
 
     def __init__(self, port):
         super().__init__(port)
-        self._after = None
+        self._after, self._seen = None, b""
 
     def cut_after(self, count):
-        self._after = count
+        self._after, self._seen = count, b""
 
     async def _down(self, server, client):
-        seen = b""
         async for piece in server:
-            seen += piece
-            if self._after is not None and seen.count(b"\n\n") >= self._after:
-                place = len(b"\n\n".join(seen.split(b"\n\n")[: self._after])) + 2
-                self._after, self.cuts = None, self.cuts + 1
-                await client.send_all(piece[: place - (len(seen) - len(piece))])
+            place = self._place_in(piece)
+            await client.send_all(piece[:place])
+            if place is not None:
+                await until(lambda: not unread(client))
                 return reset(client)
-            await client.send_all(piece)
+
+    def _place_in(self, piece):
+        """Where in this piece the connection is to be cut, if it is."""
+        if self._after is None:
+            return None
+        before, self._seen = self._seen, self._seen + piece
+        *events, _ = self._seen.split(b"\n\n")
+        if len(events) < self._after:
+            return None
+        place = sum(len(event) + 2 for event in events[: self._after])
+        self._after, self.cuts = None, self.cuts + 1
+        return place - len(before)
+
+
+def unread(transport):
+    """How many bytes the peer, a process on this machine, has not read yet.
+
+    A reset would take them away from it.
+    """
+    port = transport.socket.getpeername()[1]
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[1].rpartition(":")[2], 16) == port:
+            return int(fields[4].rpartition(":")[2], 16)
+    return 0
 
 
 @dataclass

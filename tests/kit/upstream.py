@@ -57,10 +57,9 @@ def prompt_of(body):
     """The last thing said in a question, in whichever protocol it is asked."""
     said = next((body[k] for k in ("messages", "input", "prompt") if body.get(k)), None)
     while isinstance(said, list | dict):
-        if isinstance(said, list):
-            said = said[-1]
-        else:
-            said = said.get("content") or said.get("text")
+        part = said[-1] if isinstance(said, list) else said
+        is_part = isinstance(part, dict)
+        said = part.get("content") or part.get("text") if is_part else part
     return said
 
 

@@ -1019,9 +1019,10 @@ class Answer(EventLog):
         A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a
         question that is repeated before its answer has a name is paid for twice.
         """
-        whole = not self.question.stream
-        with trio.move_on_after(inf if whole else HEAD_WAIT):
-            await (self.ended if whole else self.accepted).wait()
+        question = self.question
+        patient = question.polled or not question.stream
+        with trio.move_on_after(inf if patient else HEAD_WAIT):
+            await (self.accepted if question.stream else self.ended).wait()
 
     async def run(self) -> None:
         """The writer, from the first word to the end, whatever happens."""
@@ -2603,6 +2604,7 @@ class App:
     async def find_response(self, id: str) -> Answer:
         """By the id that we gave it: the upstream's, and our secret behind a dot."""
         answer = await self.find_answer(id.rpartition(".")[2])
+        await self.reach(answer, answer.id(0))
         if answer.question.api is not RESPONSES or response_now(answer).get("id") != id:
             raise Problem(404, "there is no such response", code="not_found")
         return answer
@@ -2611,8 +2613,10 @@ class App:
         answer = await self.find_response(id)
         if request.query.get("stream", "").lower() != "true":
             return await request.respond_json(to_json(response_now(answer)))
-        after = request.query.get("starting_after", "")
-        start = place_of_sequence(answer, int(after)) if after.isdecimal() else 0
+        start, after = 0, request.query.get("starting_after", "")
+        if re.fullmatch("[0-9]{1,15}", after):
+            await self.reach(answer, answer.id(int(after)))
+            start = place_of_sequence(answer, int(after))
         last = request.last_event_id or answer.name
         await self.follow(request, answer, last, start)
 
@@ -3169,7 +3173,9 @@ class Relay:
             raise reason_given(502, chunk, self.secrets)
         if not isinstance(chunk, dict):
             raise upstream_problem("the upstream sent a chunk that is not an object")
-        self.began = True
+        if not self.began:
+            self.began = True
+            self.answer.accepted.set()
         self.api.take(self, type, data, chunk)
 
     def take_whole(self, text: str) -> None:
@@ -3180,6 +3186,8 @@ class Relay:
             raise upstream_problem("the upstream sent what is not JSON") from None
         if is_error(whole) or not isinstance(whole, dict) or self.api.says not in whole:
             raise reason_given(502, whole, self.secrets)
+        if whole[self.api.says] == [] and self.api.adds_done:
+            raise upstream_problem("the upstream ended without an answer", code="cut")
         if self.answer.question.stream:
             for chunk in self.api.split(whole):
                 self.take(ServerSentEvent(to_json(chunk), "message"))
@@ -3308,14 +3316,39 @@ def split_completion(whole: JSON) -> list[JSON]:
 
 
 def split_response(whole: JSON) -> list[JSON]:
-    begun = {**whole, "status": "in_progress", "output": []}
-    end = f"response.{whole.get('status') or 'completed'}"
-    return [{"type": "response.created", "response": begun}, {"type": end, "response": whole}]
+    return response_events(whole, lambda text: [text])
+
+
+def response_events(whole: JSON, cut: Callable[[str], list[str]]) -> list[JSON]:
+    """The events of a stream that ends in this response; `cut` makes deltas of a text."""
+    status = whole.get("status") or "completed"
+    begun = {**whole, "status": "in_progress", "output": [], "usage": None}
+    events: list[JSON] = [
+        {"type": f"response.{name}", "response": begun} for name in ("created", "in_progress")
+    ]
+    for n, item in enumerate(whole["output"]):
+        content = item.get("content") if item.get("type") == "message" else None
+        empty = {**item, "status": "in_progress"} | ({"content": []} if content else {})
+        events.append({"type": "response.output_item.added", "output_index": n, "item": empty})
+        for m, part in enumerate(content or ()):
+            at = {"item_id": item.get("id"), "output_index": n, "content_index": m}
+            text, says = part.get("text", ""), "response.output_text"
+            first = {**part, "text": ""} if "text" in part else part
+            events.append({"type": "response.content_part.added", **at, "part": first})
+            if text:
+                deltas = ({"delta": delta, "logprobs": []} for delta in cut(text))
+                events += [{"type": f"{says}.delta", **at, **delta} for delta in deltas]
+                events.append({"type": f"{says}.done", **at, "text": text, "logprobs": []})
+            events.append({"type": "response.content_part.done", **at, "part": part})
+        events.append({"type": "response.output_item.done", "output_index": n, "item": item})
+    return [*events, {"type": f"response.{status}", "response": whole}]
 
 
 def split_message(whole: JSON) -> list[JSON]:
     """Each block whole; of its text, one delta."""
-    events: list[JSON] = [{"type": "message_start", "message": {**whole, "content": []}}]
+    events: list[JSON] = [
+        {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
+    ]
     for n, block in enumerate(whole["content"]):
         begun = {**block, "text": ""} if "text" in block else block
         delta = {"type": "text_delta", "text": block.get("text", "")}
@@ -3517,7 +3550,8 @@ class Exchange:
         self.headers: dict[str, str] = {}
         self.done = False  # the body has been read to its end
         self.broken: Exception | None = None  # raised after what came before it
-        self._decoder: Any = None
+        self.coded = self.decodes = False  # it is compressed, though we ask for none
+        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
         """Send it, and read the head of the response."""
@@ -3536,10 +3570,8 @@ class Exchange:
                 raise trio.BrokenResourceError("it was closed without an answer")
         self.status, self.headers = event.status_code, fold_headers(event.headers)
         coding = self.headers.get("content-encoding", "identity").lower()
-        if coding in ("gzip", "x-gzip", "deflate"):
-            self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        elif coding not in ("identity", ""):
-            raise upstream_problem("the upstream compresses in a way that nobody asked for")
+        self.coded = coding not in ("identity", "")
+        self.decodes = coding in ("gzip", "x-gzip", "deflate")
 
     def receive(self, data: bytes) -> None:
         self.heard = self.heard or bool(data)
@@ -3567,16 +3599,24 @@ class Exchange:
                 raise
             self.broken = error
         data = b"".join(found)
-        return self._decode(data) if self._decoder else data
+        return self._decode(data) if self.coded else data
 
     def _decode(self, data: bytes) -> bytes:
-        try:
-            plain = self._decoder.decompress(data, WHOLE_BYTES)
-        except zlib.error:
-            raise upstream_problem("the upstream sent what is not gzip") from None
-        if self._decoder.unconsumed_tail:
-            raise upstream_problem("the upstream sent too much, compressed")
-        return bytes(plain)
+        """gzip, also in several members (RFC 1952, section 2.2). Raises Problem."""
+        plain = b""
+        while data and self.decodes:
+            try:
+                plain += self._decoder.decompress(data, WHOLE_BYTES)
+            except zlib.error:
+                raise upstream_problem("the upstream sent what is not gzip") from None
+            if self._decoder.unconsumed_tail:
+                raise upstream_problem("the upstream sent too much, compressed")
+            data = self._decoder.unused_data
+            if self._decoder.eof:
+                self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        if data:
+            raise upstream_problem("the upstream compresses in a way that nobody asked for")
+        return plain
 
     async def more(self) -> bytes:
         """The next bytes of the body, awaited; b"" at its end."""
@@ -3782,7 +3822,8 @@ class Upstream(Model):
         answer.headers = exchange.passed_back(secrets)
         relay = Relay(answer, self.metrics, secrets)
         kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if (kind == "text/event-stream") == answer.question.stream:
+        polled = answer.question.polled  # then a name is what it is answered with
+        if (kind == "text/event-stream") == answer.question.stream and not polled:
             answer.accepted.set()
         first = b""
         while not first.strip() and not exchange.done:
@@ -3792,7 +3833,6 @@ class Upstream(Model):
         if streams and not is_json:
             if not answer.question.stream:
                 raise upstream_problem("the upstream sent a stream where none was asked for")
-            answer.accepted.set()
             return await self.relay_stream(relay, exchange, first, limit)
         body = await exchange.read(WHOLE_BYTES, first)
         if kind == "text/html" or not (is_json or kind == "application/json"):
@@ -4019,9 +4059,11 @@ class Upstream(Model):
         """CONNECT (RFC 9110, section 9.3.6): what follows is between us and the host."""
         target = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         exchange = Exchange(wire)
-        await exchange.ask("CONNECT", target, {"host": target, **self.proxy_login()}, b"")
+        with contextlib.suppress(*CUT):
+            await exchange.ask("CONNECT", target, {"host": target, **self.proxy_login()}, b"")
         if exchange.status // 100 != 2:
-            raise upstream_problem(f"the proxy to the upstream answered {exchange.status}")
+            said = exchange.status or "what is not HTTP"
+            raise upstream_problem(f"the proxy to the upstream answered {said}")
 
     def proxy_login(self) -> dict[str, str]:
         if not self.proxy or not self.proxy.username:
@@ -4203,39 +4245,21 @@ def demo_chat(words: list[str], asked: JSON) -> Iterator[JSON]:
 
 def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
     """The events of a response; last, the whole of it."""
-    text = "".join(words)
-    item_id = f"msg_{secrets.token_hex(12)}"
-    place = {"item_id": item_id, "output_index": 0, "content_index": 0}
-    part = {"type": "output_text", "text": text, "annotations": []}
-    item = {"id": item_id, "type": "message", "role": "assistant"}
-    done = {**item, "status": "completed", "content": [part]}
-    begun = {**item, "status": "in_progress", "content": []}
-    response = {
-        "id": f"resp_{secrets.token_hex(12)}", "object": "response",
-        "created_at": int(time.time()), "status": "in_progress", "model": "demo",
-        "output": [], "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
-        "error": None, "incomplete_details": None, "instructions": None,
-        "metadata": {}, "temperature": 1.0, "top_p": 1.0, "usage": None,
-    }  # fmt: skip
+    part = {"type": "output_text", "text": "".join(words), "annotations": []}
+    item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
+            "status": "completed", "content": [part]}  # fmt: skip
     names = ("input_tokens", "output_tokens", "total_tokens")
     usage: JSON = dict(zip(names, demo_usage(words, asked), strict=True))
     usage |= {"input_tokens_details": {"cached_tokens": 0},
               "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
-    whole = {**response, "status": "completed", "output": [done], "usage": usage}
-    events: list[JSON] = [
-        {"type": "response.created", "response": dict(response)},
-        {"type": "response.in_progress", "response": dict(response)},
-        {"type": "response.output_item.added", "output_index": 0, "item": begun},
-        {"type": "response.content_part.added", **place, "part": {**part, "text": ""}},
-        *({"type": "response.output_text.delta", **place, "delta": word, "logprobs": []}
-          for word in words),
-        {"type": "response.output_text.done", **place, "text": text, "logprobs": []},
-        {"type": "response.content_part.done", **place, "part": part},
-        {"type": "response.output_item.done", "output_index": 0, "item": done},
-        {"type": "response.completed", "response": dict(whole)},
-    ]  # fmt: skip
-    for number, event in enumerate(events):
-        yield {**event, "sequence_number": number}
+    whole = {
+        "id": f"resp_{secrets.token_hex(12)}", "object": "response",
+        "created_at": int(time.time()), "status": "completed", "model": "demo",
+        "output": [item], "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+        "error": None, "incomplete_details": None, "instructions": None,
+        "metadata": {}, "temperature": 1.0, "top_p": 1.0, "usage": usage,
+    }  # fmt: skip
+    yield from response_events(whole, lambda text: words)
     yield whole
 
 

@@ -2543,7 +2543,8 @@ class App:
             raise problem.with_traceback(None)
         request.extra |= answer.headers
         if question.polled:
-            await request.respond_json(to_json(response_now(answer)))
+            begun = response_now(answer, answer.start + 1)
+            await request.respond_json(to_json(begun))
         elif question.stream:
             await self.stream(request, answer, 0, answer.name)
         else:
@@ -3423,10 +3424,13 @@ def place_of_sequence(answer: Answer, number: int) -> int:
     return answer.start + bisect.bisect_right(places, number, key=key)
 
 
-def response_now(answer: Answer) -> JSON:
-    """A response as it stands: the last one named, with the items that are done."""
+def response_now(answer: Answer, end: float = inf) -> JSON:
+    """A response as it stands: the last one named, with the items that are done.
+
+    Or as it stood when its log had that end.
+    """
     items: list[Any] = []
-    for place in range(answer.end - 1, answer.start - 1, -1):
+    for place in range(int(min(answer.end, end)) - 1, answer.start - 1, -1):
         event = answer[place]
         if event.type == "response.output_item.done":
             items.insert(0, from_json(event.data).get("item"))

@@ -21,6 +21,7 @@ from kit import (
     site,
     sse,
     wait_until,
+    whole_answer,
 )
 
 TALK = [{"role": "user", "content": "Hello"}]
@@ -114,7 +115,7 @@ def test_python_raises_in_mid_stream(openai, client, relay, upstream):
 
 
 def test_python_raises_when_a_whole_answer_is_cut(openai, client, relay, upstream):
-    prompt = upstream.script(*sse(delta("Hel"), FIN))
+    prompt = upstream.script(whole_answer("Hello")[:-5], FIN)
     with pytest.raises(openai.APIStatusError):
         client(relay).create(model="m", messages=talk(prompt))
 
@@ -132,12 +133,12 @@ def test_python_gets_tool_calls(client, relay, upstream):
     call = {"index": 0, "id": "call_1", "type": "function", "function": function}
     chunk = delta()
     chunk["choices"][0]["delta"] = {"role": "assistant", "tool_calls": [call]}
-    steps = list(sse(chunk, delta(finish="tool_calls"), DONE))
-    first, second = upstream.script(*steps), upstream.script(*steps)
+    first = upstream.script(*sse(chunk, delta(finish="tool_calls"), DONE))
+    second = upstream.script(whole_answer(finish="tool_calls", tool_calls=[call]))
     streamed = client(relay).create(model="m", messages=talk(first), stream=True)
     got = next(streamed).choices[0].delta.tool_calls[0].function
-    whole = client(relay).create(model="m", messages=talk(second))
-    (same,) = whole.choices[0].message.tool_calls
+    answered = client(relay).create(model="m", messages=talk(second))
+    (same,) = answered.choices[0].message.tool_calls
     assert got.arguments == same.function.arguments == function["arguments"]
 
 

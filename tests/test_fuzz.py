@@ -28,7 +28,6 @@ from wsproto.frame_protocol import FrameProtocol, ParseFailed
 
 import chatstream
 from chatstream import (
-    ChunkDecoder,
     Closing,
     FrameParser,
     Problem,
@@ -99,30 +98,6 @@ def test_an_event_that_is_too_large_is_a_value_error(data, limit):
         for byte in data:
             for event in parser.feed(bytes([byte])):
                 assert len(event.data) <= limit
-
-
-def decoded(pieces):
-    decoder, payload = ChunkDecoder(), b""
-    for piece in pieces:
-        part = decoder.feed(piece)
-        while part:
-            payload += part
-            part = decoder.feed(b"")
-    return payload, decoder.done
-
-
-@fuzz(300)
-@given(st.lists(st.binary(min_size=1, max_size=60), max_size=6), CUTS)
-def test_chunks_carry_what_was_put_in(payloads, cuts):
-    data = b"".join(map(chatstream.chunk, payloads)) + b"0\r\n\r\n"
-    assert decoded(cut(data, cuts)) == (b"".join(payloads), True)
-
-
-@fuzz(300)
-@given(st.lists(st.binary(max_size=9) | st.sampled_from([b"\r\n", b"5", b"0", b";"])))
-def test_chunks_that_are_none_are_a_value_error(pieces):
-    with suppress(ValueError):  # the one that its caller awaits
-        decoded(pieces)
 
 
 @st.composite
@@ -207,19 +182,6 @@ def test_a_question_is_sound_or_a_400(body):
     except Problem as problem:
         refused = problem
     assert refused is None or (refused.status == 400 and refused.error["message"])
-
-
-ODD = (TypeError, AttributeError, ValueError, LookupError)  # a 502 by whoever called it
-
-
-@fuzz(300)
-@given(st.lists(st.dictionaries(WORDS | TEXTS, JSON, max_size=4), max_size=4))
-def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(chunks):
-    chunks = json.loads(json.dumps(chunks))
-    for chunk in chunks:
-        assert isinstance(chatstream.content_of(chunk), str)
-    with suppress(*ODD):
-        chatstream.to_json(chatstream.join_chunks(chunks)).encode()
 
 
 @fuzz(300)

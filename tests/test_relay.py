@@ -34,6 +34,7 @@ from kit import (
     stream,
     text_of,
     until,
+    whole_answer,
 )
 
 CLIENTS_OWN = "sk-client-2b8e"
@@ -413,14 +414,6 @@ async def test_nothing_that_comes_after_a_failure_is_heard(relay, upstream, path
         assert "Overloaded." in error_of(events)["message"]
 
 
-@pytest.mark.parametrize("name", CUTS)
-async def test_a_cut_answer_that_is_not_streamed_is_an_error(relay, upstream, name):
-    prompt = upstream.script(*CUTS[name])
-    response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
-    assert response.status == 502
-    assert response.error["message"]
-
-
 @pytest.mark.parametrize(
     "shape", [{"choices": None}, {"choices": [None]}, {"choices": 5}, {}]
 )
@@ -509,55 +502,30 @@ async def test_an_upstream_that_nobody_vouches_for_is_not_asked(serve, secure_up
 # --------------------------------------------------------------------- not streamed
 
 
-async def test_an_answer_read_to_its_end_has_all_its_parts(relay, upstream):
-    prompt = upstream.script(*sse(*in_parts(), DONE))
-    whole = (await fetch("POST", relay.http + OPENAI, None, asking(prompt))).json
-    assert whole["object"] == "chat.completion"
-    (choice,) = whole["choices"]
-    assert choice["finish_reason"] == "tool_calls"
-    message = choice["message"]
-    assert (message["role"], message["content"]) == ("assistant", "Hello")
-    assert message["reasoning_content"] == "Let me see"
-    first, second = message["tool_calls"]
-    assert first["function"] == {"name": "weather", "arguments": '{"city": "Bonn"}'}
-    assert (first["id"], first["type"]) == ("call_1", "function")
-    assert second["function"] == {"name": "time", "arguments": "{}"}
-    assert whole["usage"]["total_tokens"] == 9
+async def test_a_whole_answer_comes_as_the_upstream_gave_it(relay, upstream):
+    step = whole_answer("Hello", new=[1, None])
+    prompt = upstream.script(step)
+    response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
+    assert response.status == 200
+    assert response.json == json.loads(step.partition(b"\r\n\r\n")[2])
 
 
-@pytest.mark.parametrize(
-    "odd", [{"choices": 5}, {"choices": [None]}, {"choices": ["a"]}]
-)
-async def test_chunks_that_do_not_fit_together_are_a_clear_error(relay, upstream, odd):
-    prompt = upstream.script(*sse(HELLO, odd, DONE))
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+CUT_WHOLE = {
+    "fin": [whole_answer("Hello")[:-5], FIN],
+    "rst": [whole_answer("Hello")[:-5], RST],
+    "fin before the body": [whole_answer("Hello").partition(b"{")[0], FIN],
+    "fin in a chunk": [CHUNKED + b"Content-Type: application/json\r\n\r\n9\r\n{", FIN],
+    "half of its json": [plain(200, b'{"choices": [')],
+}
+
+
+@pytest.mark.parametrize("name", CUT_WHOLE)
+async def test_a_whole_answer_that_is_cut_is_502(relay, upstream, name):
+    prompt = upstream.script(*CUT_WHOLE[name])
     response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
     assert response.status == 502
-    assert "fit together" in response.error["message"]
-
-
-def in_parts():
-    """A model that thinks, speaks and calls two tools, all of it in pieces."""
-    changes = [
-        {"role": "assistant", "content": ""},
-        {"reasoning_content": "Let me "},
-        {"reasoning_content": "see"},
-        {"content": "Hel"},
-        {"content": "lo"},
-        {"tool_calls": [TOOL]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": 'Bonn"}'}}]},
-        {"tool_calls": [part_of_the_second_tool()]},
-    ]
-    for change in changes:
-        chunk = delta()
-        chunk["choices"][0]["delta"] = change
-        yield chunk
-    yield delta(finish="tool_calls")
-    yield USAGE
-
-
-def part_of_the_second_tool():
-    function = {"name": "time", "arguments": "{}"}
-    return {"index": 1, "id": "call_2", "type": "function", "function": function}
+    assert response.error["message"]
 
 
 # ------------------------------------------------------------------- what is sent on

@@ -247,10 +247,25 @@ async def test_a_reader_that_is_back_in_time_keeps_an_answer_alive(server, upstr
 # ------------------------------------------------------------------ clients that wait
 
 
-async def test_a_head_must_be_there_within_10_seconds(server):
+UNFINISHED = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + (
+    b"Content-Type: application/json\r\nContent-Length: 999\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("began", "seconds"),
+    [
+        (b"GET /time HTTP/1.1\r\n", HEAD),
+        pytest.param(UNFINISHED, BODY_PIECE, marks=REBUILD),
+    ],
+    ids=["head", "body"],
+)
+async def test_a_request_that_brings_nothing_for_10_seconds_is_408(
+    server, began, seconds
+):
     async with connect(server.http) as connection:
-        await connection.send(b"GET /time HTTP/1.1\r\n")
-        await passes(server, HEAD - 2)
+        await connection.send(began)
+        await passes(server, seconds - 2)
         assert connection.silent
         await passes(server, 4)
         assert (await connection.response()).status == 408
@@ -265,21 +280,6 @@ async def test_an_idle_connection_is_kept_for_75_seconds(server):
         await passes(server, IDLE + 2)
         with pytest.raises(Cut):
             await connection.receive()
-
-
-UNFINISHED = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + (
-    b"Content-Type: application/json\r\nContent-Length: 999\r\n\r\n"
-)
-
-
-@REBUILD
-async def test_a_body_that_brings_nothing_for_10_seconds_is_408(server):
-    async with connect(server.http) as connection:
-        await connection.send(UNFINISHED)
-        await passes(server, BODY_PIECE - 2)
-        assert connection.silent
-        await passes(server, 4)
-        assert (await connection.response()).status == 408
 
 
 @REBUILD

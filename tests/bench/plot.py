@@ -2,8 +2,8 @@
 
 from math import log10
 
-WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 240, 60, 50, 90
-COLOURS = ["#0b6bcb", "#c2410c", "#6b7280"]
+WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 240, 60, 70, 90
+COLOURS = ["#0b6bcb", "#7c3aed", "#c2410c", "#6b7280"]
 TITLES = {"readers": "readers, at 5 events/s", "events": "events/s, to 100 readers"}
 STYLE = "font: 13px system-ui, sans-serif; background: white"
 
@@ -31,7 +31,7 @@ def text(x, y, words, anchor="middle", colour="#111"):
 
 def legend(names):
     for i, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
-        yield text(LEFT + 350 + i * 150, 20, name, "start", colour)
+        yield text(LEFT + i * 170, 45, name, "start", colour)
 
 
 def panel(left, title, lines, low, high):

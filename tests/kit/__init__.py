@@ -11,9 +11,13 @@
     answers     questions, and what their answers say
     attacks     all that clients do wrong
     upstream    a model's server that follows a script
+    protocols   what four protocols say, in several manners
+    sdks        the SDKs for Python and Node
     proxy       connections that break or stall
     site        pages of another origin
     browser     Chromium
+    checker     check_stream.py, as its users run it
+    network     machines whose packets can get lost
     npm         packages for a browser and for Node
     redis       a real redis-server
 
@@ -24,14 +28,18 @@ from .answers import *
 from .attacks import *
 from .background import *
 from .browser import *
+from .checker import *
 from .client import *
 from .clock import *
 from .common import *
 from .http2 import *
+from .network import *
 from .npm import *
+from .protocols import *
 from .proxy import *
 from .redis import *
 from .room import *
+from .sdks import *
 from .server import *
 from .site import *
 from .upstream import *

@@ -136,7 +136,8 @@ class Response:
         self.retry, self.comments = [], []
         self.ended = method == "HEAD" or status in (204, 304)
         self._left = int(headers.get("content-length", 0))
-        self._block, self._text = [], b""
+        self._block, self._text, self._opened = [], b"", False
+        self.opening_id = None
 
     @property
     def json(self):
@@ -205,12 +206,15 @@ class Response:
     def _line(self, line):
         if not line:
             event, self._block = make_event(self._block), []
+            self._opened = True
             return event
         name, _, value = line.partition(": ")
         if line.startswith(":"):
             self.comments.append(line)
         elif name == "retry":
             self.retry.append(int(value))
+        elif name == "id" and not self._opened and not self._block:
+            self.opening_id = value  # after which a resumed stream goes on
         else:
             self._block.append((name, value))
         return None

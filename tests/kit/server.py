@@ -22,8 +22,13 @@ running = pytest.StashKey[list]()
 
 
 def clean_environment(extra=None):
-    """The environment without anybody's real model account in it."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    """The environment without anybody's real model account, settings or proxy in it."""
+    ours = ("OPENAI_", "CHATSTREAM_")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ours) and not name.lower().endswith("_proxy")
+    }
     return kept | (extra or {})
 
 

@@ -7,7 +7,6 @@ from kit import (
     CHAT,
     HANDSHAKE,
     OPENAI,
-    REBUILD,
     Cut,
     answer,
     asking,
@@ -74,7 +73,6 @@ async def test_a_server_for_the_network_has_any_name(serve):
         assert response.status == 200
 
 
-@REBUILD
 async def test_a_name_is_not_believed_because_host_says_the_same(serve):
     """A name may be made to lead here by whoever owns it: an address may not."""
     server = serve("--host", "0.0.0.0", "--allow-origin", "https://chat.example")

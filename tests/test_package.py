@@ -119,7 +119,6 @@ def test_what_is_imported_later_is_there(installed, tmp_path):
     run(installed, "-c", "import hypercorn.protocol.h2, h2", cwd=tmp_path)
 
 
-@REBUILD
 def test_it_brings_no_more_than_it_says(installed, tmp_path):
     """Trio, trio-websocket, Hypercorn and what these need."""
     listed = run(installed, "-m", "pip", "list", "--format=freeze", cwd=tmp_path)

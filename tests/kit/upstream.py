@@ -57,10 +57,8 @@ def prompt_of(body):
     """The last thing said in a question, in whichever protocol it is asked."""
     said = next((body[k] for k in ("messages", "input", "prompt") if body.get(k)), None)
     while isinstance(said, list | dict):
-        if isinstance(said, list):
-            said = said[-1]
-        else:
-            said = said.get("content") or said.get("text")
+        whole = isinstance(said, dict)
+        said = said.get("content") or said.get("text") if whole else said[-1]
     return said
 
 

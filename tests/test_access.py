@@ -30,6 +30,7 @@ HELLO = asking("Hello", stream=True)
         ("LocalHost:{port}", 200),
         ("[::1]", 200),
         ("[::1]:{port}", 200),
+        ("192.168.0.1", 200),  # a name server cannot make an address ours
         ("evil.example", 421),
         ("evil.example:{port}", 421),
         ("localhost.evil.example", 421),
@@ -75,14 +76,16 @@ async def test_a_server_for_the_network_has_any_name(serve):
 
 async def test_a_name_is_not_believed_because_host_says_the_same(serve):
     """A name may be made to lead here by whoever owns it: an address may not."""
-    server = serve("--host", "0.0.0.0", "--allow-origin", "https://chat.example")
-    for origin, status in [
-        (f"http://evil.example:{server.port}", 403),
-        (f"http://127.0.0.1:{server.port}", 404),
-        (f"http://localhost:{server.port}", 404),
-        ("https://chat.example", 404),
+    server = serve("--host", "0.0.0.0", "--allow-origin", "https://my.site")
+    for origin, host, status in [
+        ("http://evil.example:{port}", "evil.example:{port}", 403),
+        ("http://127.0.0.1:{port}", "127.0.0.1:{port}", 404),
+        ("http://localhost:{port}", "localhost:{port}", 404),
+        ("http://10.0.0.7:{port}", "10.0.0.7:{port}", 404),
+        ("http://10.0.0.8:{port}", "10.0.0.7:{port}", 403),
+        ("https://my.site", "chat.my.site", 404),
     ]:
-        host = urlsplit(origin).netloc
+        origin, host = (text.format(port=server.port) for text in (origin, host))
         async with connect(f"http://127.0.0.1:{server.port}") as connection:
             response = await connection.request(
                 "DELETE", "/answers/x", {"Origin": origin}, host=host

@@ -21,6 +21,7 @@ from kit import (
     site,
     sse,
     wait_until,
+    whole_answer,
 )
 
 TALK = [{"role": "user", "content": "Hello"}]
@@ -113,7 +114,7 @@ def test_python_raises_in_mid_stream(openai, client, relay, upstream):
 
 
 def test_python_raises_when_a_whole_answer_is_cut(openai, client, relay, upstream):
-    prompt = upstream.script(*sse(delta("Hel"), FIN))
+    prompt = upstream.script(whole_answer("Hello")[:-5], FIN)
     with pytest.raises(openai.APIStatusError):
         client(relay).create(model="scripted", messages=talk(prompt))
 

@@ -9,7 +9,6 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import time
 from contextlib import AsyncExitStack, suppress
 
@@ -608,35 +607,6 @@ async def test_signals_during_the_stop_do_no_harm(serve, upstream):
             await trio.sleep(0.01)
         await server.exit_code(3)
     assert_no_fault(server.log())
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_during_start_ends_it_quietly(number):
-    """At any moment: before Python listens, that is the system's own way to end."""
-    async with trio.open_nursery() as nursery:
-        limit = trio.CapacityLimiter(2)
-        for n in range(200 if FULL else 16):
-            nursery.start_soon(start_and_signal, number, 0.02 + n % 16 * 0.045, limit)
-
-
-async def start_and_signal(number, delay, limit):
-    ports = ["--port", "0", "--room-port", "0"]
-    async with limit:
-        process = await trio.lowlevel.open_process(
-            command(*ports), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        try:
-            await trio.sleep(delay)
-            process.send_signal(number)
-            with trio.fail_after(30):
-                await process.wait()
-                said = await process.stderr.receive_some()
-        finally:
-            process.kill()
-        assert process.returncode in (0, -number, 1), said
-        if process.returncode != 0:  # Python was not yet that far
-            assert not re.search(rb'chatstream.py", line \d+, in main', said), said
-            assert number == signal.SIGINT or not said, said
 
 
 # ------------------------------------------------------------------------------ churn

@@ -7,7 +7,6 @@ import sys
 import pytest
 from kit import (
     CHAT,
-    REBUILD,
     ROOT,
     TAIL,
     answer,
@@ -22,8 +21,6 @@ from kit import (
     stream,
     text_of,
 )
-
-pytestmark = REBUILD
 
 # What the libraries need of Linux they have found before it is taken away; Trio looks
 # for epoll only when it runs, and so gets a `select` of its own.

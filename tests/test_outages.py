@@ -21,6 +21,7 @@ from kit import (
     PING,
     PONG,
     ROOM_PROTOCOL,
+    ROOT,
     TEXT,
     Cut,
     Network,

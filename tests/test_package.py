@@ -119,7 +119,6 @@ def test_what_is_imported_later_is_there(installed, tmp_path):
     run(installed, "-c", "import hypercorn.protocol.h2, h2", cwd=tmp_path)
 
 
-@REBUILD
 def test_it_brings_no_more_than_it_says(installed, tmp_path):
     """Trio, trio-websocket, Hypercorn and what these need."""
     listed = run(installed, "-m", "pip", "list", "--format=freeze", cwd=tmp_path)
@@ -153,5 +152,5 @@ def test_no_function_has_more_than_40_lines():
 def test_the_idea_takes_at_most_800_lines():
     """The log, framing, delivery, writers: they need nothing of what follows."""
     lines = enumerate(SOURCE.splitlines(), 1)
-    (end,) = [number for number, line in lines if "that is the idea" in line]
+    (end,) = [number for number, line in lines if "that is the idea" in line.lower()]
     assert end <= 800

@@ -13,7 +13,6 @@ from kit import (
     ROOT,
     TOGETHER,
     Gate,
-    Redis,
     answer,
     asked,
     asking,
@@ -26,7 +25,6 @@ from kit import (
     frozen,
     hear_of,
     hear_texts,
-    need,
     person,
     say,
     say_and_hear,
@@ -47,16 +45,10 @@ def two(start, redis, upstream):
 
 
 @pytest.fixture(scope="module")
-def both(request, tmp_path_factory, upstream):
+def both(request, quiet_redis, upstream):
     """Two processes that nothing happens to."""
-    need("redis-server", "apt-get install redis-server")
-    redis = Redis(tmp_path_factory.mktemp("redis"))
-    try:
-        redis.start()
-        with servers(request.config) as start:
-            yield two(start, redis, upstream)
-    finally:
-        redis.stop()
+    with servers(request.config) as start:
+        yield two(start, quiet_redis, upstream)
 
 
 @pytest.fixture

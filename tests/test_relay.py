@@ -34,6 +34,7 @@ from kit import (
     stream,
     text_of,
     until,
+    whole_answer,
 )
 
 CLIENTS_OWN = "sk-client-2b8e"
@@ -394,15 +395,9 @@ async def test_nothing_that_comes_after_a_failure_is_heard(relay, upstream, path
         assert "Overloaded." in error_of(events)["message"]
 
 
-@pytest.mark.parametrize("name", CUTS)
-async def test_a_cut_answer_that_is_not_streamed_is_an_error(relay, upstream, name):
-    prompt = upstream.script(*CUTS[name])
-    response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
-    assert response.status == 502
-    assert response.error["message"]
-
-
-@pytest.mark.parametrize("shape", [{"choices": None}, {"choices": [None]}, {"choices": 5}, {}])
+@pytest.mark.parametrize(
+    "shape", [{"choices": None}, {"choices": [None]}, {"choices": 5}, {}]
+)
 @FORMATS
 async def test_a_chunk_of_an_odd_shape_harms_nobody(relay, upstream, path, shape):
     prompt = upstream.script(*sse(HELLO, shape, delta(" you"), STOP, DONE))
@@ -477,6 +472,35 @@ async def test_an_upstream_that_nobody_vouches_for_is_not_asked(serve, secure_up
     assert response.status == 502
     assert "certificate" in response.error["message"].lower()
     assert not upstream.asked(prompt)
+
+
+# --------------------------------------------------------------------- not streamed
+
+
+async def test_a_whole_answer_comes_as_the_upstream_gave_it(relay, upstream):
+    step = whole_answer("Hello", new=[1, None])
+    prompt = upstream.script(step)
+    response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
+    assert response.status == 200
+    assert response.json == json.loads(step.partition(b"\r\n\r\n")[2])
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+CUT_WHOLE = {
+    "fin": [whole_answer("Hello")[:-5], FIN],
+    "rst": [whole_answer("Hello")[:-5], RST],
+    "fin before the body": [whole_answer("Hello").partition(b"{")[0], FIN],
+    "fin in a chunk": [CHUNKED + b"Content-Type: application/json\r\n\r\n9\r\n{", FIN],
+    "half of its json": [plain(200, b'{"choices": [')],
+}
+
+
+@pytest.mark.parametrize("name", CUT_WHOLE)
+async def test_a_whole_answer_that_is_cut_is_502(relay, upstream, name):
+    prompt = upstream.script(*CUT_WHOLE[name])
+    response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
+    assert response.status == 502
+    assert response.error["message"]
 
 
 # ------------------------------------------------------------------- what is sent on

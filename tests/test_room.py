@@ -4,7 +4,7 @@ import json
 import socket
 import time
 from contextlib import AsyncExitStack
-from urllib.parse import unquote
+from urllib.parse import quote
 
 import pytest
 import trio
@@ -115,10 +115,39 @@ async def test_a_message_has_a_name_a_time_and_an_id(open_room):
         assert second["id"] != heard["id"]
 
 
-@pytest.mark.parametrize("name", ["%E4%BD%A0%E5%A5%BD", "a%20b", "%3Cb%3E", "O'Neil"])
-async def test_a_name_is_told_as_it_was_given(open_room, name):
-    async with person(open_room, name) as member:
-        assert (await say_and_hear(member))["name"] == unquote(name)
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("你好", "你好"),
+        ("a b", "a b"),
+        ("<b>", "<b>"),
+        ("O'Neil", "O'Neil"),
+        ("  An  ", "An"),
+        ("x" * 33, "x" * 32),
+        ("A\u202en\x00\n", "An"),  # no turning round of text, no control character
+        ("\uff21n", "An"),  # NFKC: full width
+        ("A\u200dn\u3164", "An"),  # nothing invisible
+        ("e" + "\u0316" * 9, "e" + "\u0316" * 2),
+    ],
+)
+async def test_a_name_is_told_as_it_can_be_shown(serve, name, shown):
+    async with person(serve(), quote(name)) as member:
+        assert (await say_and_hear(member))["name"] == shown
+
+
+async def test_a_name_that_is_taken_gets_a_number(serve):
+    server = serve()
+    async with person(server, "Ann") as one, person(server, "Ann") as other:
+        names = [(await say_and_hear(member))["name"] for member in (one, other)]
+    assert names[0] == "Ann"
+    assert names[1].startswith("Ann")
+    assert names[1][3:].strip(" -()#").isdecimal()
+
+
+@pytest.mark.parametrize("name", ["", "   ", "\0", "\u200b"])
+async def test_a_guest_has_a_number(open_room, name):
+    async with person(open_room, quote(name)) as member:
+        assert (await say_and_hear(member))["name"].startswith("guest-")
 
 
 @pytest.mark.parametrize("query", ["", "?name=", "?name=%ff", "?name=" + "x" * 5000])

@@ -12,7 +12,6 @@ from kit import (
     OPENAI,
     PING,
     PONG,
-    REBUILD,
     ROOM_PROTOCOL,
     TEXT,
     Cut,
@@ -77,7 +76,6 @@ async def test_a_night_of_sleep_is_a_gap(server):
 # --------------------------------------------------------------------------- silence
 
 
-@REBUILD
 @FORMATS
 @pytest.mark.parametrize(
     ("seconds", "least", "most"),
@@ -106,7 +104,6 @@ async def test_a_clock_needs_no_keep_alive(server):
         assert clock.comments == []
 
 
-@REBUILD
 async def test_a_member_hears_a_heartbeat_every_4_seconds(server):
     protocol = {"Sec-WebSocket-Protocol": ROOM_PROTOCOL}
     async with raw_member(server.ws, protocol) as member:
@@ -123,7 +120,6 @@ async def test_a_member_hears_a_heartbeat_every_4_seconds(server):
 # ------------------------------------------------------------- an upstream that waits
 
 
-@REBUILD
 @FORMATS
 async def test_after_4_seconds_without_a_head_the_stream_starts_anyway(
     server, upstream, path
@@ -190,7 +186,6 @@ async def test_a_list_of_models_that_never_comes_is_504(serve):
 # ------------------------------------------------- answers that nobody needs any more
 
 
-@REBUILD
 async def test_an_ended_answer_is_kept_for_10_minutes(server, upstream):
     prompt = upstream.script(*sse(delta("Short.", "stop"), DONE))
     events = await fetch_events("POST", server.http + OPENAI, None, ask(prompt))
@@ -207,7 +202,6 @@ async def test_an_ended_answer_is_kept_for_10_minutes(server, upstream):
     assert (await health(server))["answers"] == 0
 
 
-@REBUILD
 @pytest.mark.parametrize("first", [[], [delta("One, ")]])
 async def test_an_answer_outlives_its_last_reader_by_a_minute(server, upstream, first):
     prompt = upstream.script(*sse(*first, HOLD))
@@ -229,7 +223,6 @@ async def nobody_reads(server):
             await trio.sleep(0.01)
 
 
-@REBUILD
 async def test_a_reader_that_is_back_in_time_keeps_an_answer_alive(server, upstream):
     gate = Gate()
     prompt = upstream.script(*sse(delta("One, "), gate, delta("two.", "stop"), DONE))
@@ -247,16 +240,30 @@ async def test_a_reader_that_is_back_in_time_keeps_an_answer_alive(server, upstr
 # ------------------------------------------------------------------ clients that wait
 
 
-async def test_a_head_must_be_there_within_10_seconds(server):
+UNFINISHED = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + (
+    b"Content-Type: application/json\r\nContent-Length: 999\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("began", "seconds"),
+    [
+        (b"GET /time HTTP/1.1\r\n", HEAD),
+        (UNFINISHED, BODY_PIECE),
+    ],
+    ids=["head", "body"],
+)
+async def test_a_request_that_brings_nothing_for_10_seconds_is_408(
+    server, began, seconds
+):
     async with connect(server.http) as connection:
-        await connection.send(b"GET /time HTTP/1.1\r\n")
-        await passes(server, HEAD - 2)
+        await connection.send(began)
+        await passes(server, seconds - 2)
         assert connection.silent
         await passes(server, 4)
         assert (await connection.response()).status == 408
 
 
-@REBUILD
 async def test_an_idle_connection_is_kept_for_75_seconds(server):
     async with connect(server.http) as connection:
         await (await connection.request("GET", "/time")).read()
@@ -267,22 +274,6 @@ async def test_an_idle_connection_is_kept_for_75_seconds(server):
             await connection.receive()
 
 
-UNFINISHED = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + (
-    b"Content-Type: application/json\r\nContent-Length: 999\r\n\r\n"
-)
-
-
-@REBUILD
-async def test_a_body_that_brings_nothing_for_10_seconds_is_408(server):
-    async with connect(server.http) as connection:
-        await connection.send(UNFINISHED)
-        await passes(server, BODY_PIECE - 2)
-        assert connection.silent
-        await passes(server, 4)
-        assert (await connection.response()).status == 408
-
-
-@REBUILD
 async def test_a_body_may_not_take_longer_than_2_minutes(server):
     async with connect(server.http) as connection:
         await connection.send(UNFINISHED)

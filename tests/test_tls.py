@@ -5,6 +5,9 @@ these tests have a client of their own (hostile.H2), besides Chromium.
 """
 
 import json
+import re
+import socket
+import ssl
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -21,6 +24,7 @@ from kit import (
     PATIENCE,
     TEXT,
     Cut,
+    answer,
     answer_pings,
     asking,
     assert_no_fault,
@@ -28,30 +32,29 @@ from kit import (
     connect,
     delta,
     descriptors,
+    drain,
     fetch,
     frame,
     health,
     http2,
-    make_certificate,
+    insecure,
     narrow,
+    need,
     program,
     raw_member,
     read_frame,
     reset,
     resident,
     sse,
+    stream,
     unharmed,
     until,
     wait_until,
 )
+from trio_websocket import open_websocket_url
 
 BROKEN = (Cut, trio.BrokenResourceError, trio.ClosedResourceError)
 LIMITS = {"HEAD_TIMEOUT": 1.5, "STUCK_TIMEOUT": 1.5}
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,61 @@ def impatient(serve, certificate):
 
 
 # ---------------------------------------------------------------------- what it is for
+
+
+async def test_tls_serves_pages_streams_and_the_room(secure):
+    assert secure.http.startswith("https://")
+    assert secure.ws.startswith("wss://")
+    for url in (secure.http, secure.ws):
+        async with stream("GET", url + "/clock") as clock:
+            assert (await clock.event()).data
+        options = {"ssl_context": insecure()}
+        async with open_websocket_url(url.replace("http", "ws"), **options) as member:
+            await member.send_message("hello")
+            with trio.fail_after(5):
+                assert await member.get_message() == "hello--返回数据"
+
+
+async def test_an_answer_over_tls_is_whole(serve, certificate, upstream):
+    secure = serve(*certificate, "--upstream", upstream.url, "--model", "scripted")
+    body = asking(upstream.script(*answer("Hel", 0.05, "lo")))
+    async with stream("POST", secure.http + CHAT, None, body) as response:
+        events = await response.events()
+    assert [event.data for event in events[:2]] == [
+        '{"content":"Hel"}',
+        '{"content":"lo"}',
+    ]
+    assert events[-1].data == "[DONE]"
+
+
+async def test_http_2_is_offered_and_ten_streams_share_a_connection(secure):
+    curl = need("curl", "apt-get install curl")
+    urls = [f"{secure.http}/clock?{n}" for n in range(10)]
+    watch = [curl, "-skN", "--http2", "--parallel", "--max-time", "2.5"]
+    watch += ["-w", "%{http_version} %{num_connects}\n", *urls]
+    done = await trio.run_process(watch, capture_stdout=True, check=False)
+    ends = re.findall(rb"^(\S+) (\d)$", done.stdout, re.MULTILINE)
+    assert {version for version, _ in ends} == {b"2"}
+    assert done.stdout.count(b"The server time is:") >= 20
+
+
+async def test_a_plain_client_on_the_tls_port_harms_nobody(secure):
+    async with stream("GET", secure.http + "/clock") as clock:
+        async with connect(secure.http.replace("https", "http")) as plain:
+            await plain.send(b"GET / HTTP/1.1\r\n\r\n")
+            await drain(plain)
+        await clock.events(1)
+
+
+def test_old_tls_is_refused(secure):
+    context = insecure()
+    context.minimum_version = ssl.TLSVersion.TLSv1
+    context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with (
+        socket.create_connection(("127.0.0.1", secure.port)) as plain,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+    ):
+        context.wrap_socket(plain)
 
 
 def test_eight_tabs_stream_at_once_on_one_http_2_connection(chromium, secure):

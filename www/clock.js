@@ -136,7 +136,7 @@
      not know when the ticks come, and its delay must be no accident of when it began. */
   function untilAfter(second) {
     const next = (second + 1) * EVERY + offset();
-    return next + EVERY * (0.05 + 0.9 * Math.random()) - Date.now();
+    return next + EVERY * (0.05 + 0.8 * Math.random()) - Date.now();
   }
 
   const secondNow = () => Math.floor((Date.now() - offset()) / EVERY);
@@ -195,7 +195,7 @@
     return Socket.open({
       url: () => socketAddress("clock", { after: last }),
       make(url) {
-        wire.record("wire-socket", "out", `GET ${url}\nUpgrade: websocket`);
+        wire.record("wire-socket", "out", `GET ${url}\nUpgrade: websocket`, "request");
         return countedSocket(way, url);
       },
       onmessage(text) {

@@ -1,27 +1,11 @@
 """Fixtures: servers that start on free ports and are gone after the test, whatever
 happens, and whose logs stand in the report of a test that failed."""
 
-import shutil
 import signal
 import sys
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from kit import ROOT, Redis, Server, Upstream, need, need_module
-
-SECRET = "sk-server-7f3a9c55e1"  # the server's own key, which nobody must ever see
-CHROMIUM_FLAGS = [
-    "--no-sandbox",  # Chromium refuses to run as root with it, as in most containers
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-running = pytest.StashKey[list]()
+from kit import ROOT, SECRET, Redis, Upstream, launched, need, running, servers
 
 
 def pytest_configure(config):
@@ -49,28 +33,6 @@ def pytest_runtest_makereport(item):
             end = "".join(server.log().splitlines(keepends=True)[-25:])
             report.sections.append((f"chatstream {server.http}", end[-4000:]))
     return report
-
-
-@contextmanager
-def servers(config):
-    """A way to start servers, all of which are stopped in the end."""
-    started, folder = [], Path(tempfile.mkdtemp(prefix="chatstream-test-"))
-
-    def start(*flags, env=None, program=None):
-        home = folder / str(len(started))
-        home.mkdir()
-        server = Server(home, *flags, env=env, program=program)
-        started.append(server)
-        config.stash[running].append(server)
-        return server
-
-    try:
-        yield start
-    finally:
-        for server in started:
-            server.stop()
-            config.stash[running].remove(server)
-        shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -138,12 +100,8 @@ def second_upstream():
 @pytest.fixture(scope="module")
 def chromium():
     """A real Chromium, driven by Playwright; for tests that are not async."""
-    path = need("chromium chromium-browser google-chrome", "apt-get install chromium")
-    api = need_module("playwright.sync_api", "pip install playwright")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

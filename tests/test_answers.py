@@ -10,53 +10,28 @@ from kit import (
     CHAT,
     DONE,
     FIN,
+    FORMATS,
     HOLD,
     OPENAI,
     PATIENCE,
     Gate,
     answer,
+    ask,
     asking,
     connect,
     delta,
+    error_of,
     fetch,
     fetch_events,
     sse,
     stream,
+    text_of,
     until,
 )
 
-FORMATS = pytest.mark.parametrize("path", [CHAT, OPENAI])
 WORDS = ["Long ", "connections ", "are ", "\u4f60\u597d ", "fun."]
 SOON = 1.0  # seconds: "at once", and the 0.5 s after the linger, on a busy machine
 LINGER = 0.4  # the relay's
-
-
-def ask(prompt, **fields):
-    """A body that both paths take; the first ignores that it shall stream."""
-    return asking(prompt, stream=True, **fields)
-
-
-def text_of(events):
-    """What an answer says, in either wire format."""
-    return "".join(content_of(event.json) for event in events if event.data != "[DONE]")
-
-
-def content_of(payload):
-    choices = payload.get("choices") or []
-    said = [payload, *(choice["delta"] for choice in choices)]
-    return "".join(part.get("content") or "" for part in said)
-
-
-def error_of(events):
-    """The error that the last event tells, after making sure that it is the last word:
-    no [DONE], and no finish_reason that nobody gave."""
-    *others, last = events
-    assert all(event.data != "[DONE]" for event in events)
-    for event in others:
-        for choice in event.json.get("choices", []):
-            assert choice["finish_reason"] is None
-    assert last.type == "error"
-    return last.json["error"]
 
 
 # -------------------------------------------------------------------------- the demo

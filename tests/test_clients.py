@@ -1,10 +1,7 @@
 """Clients as they are: the OpenAI SDKs, fetch-event-source, a browser's own, curl."""
 
 import json
-import os
 import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 from kit import (
@@ -19,6 +16,7 @@ from kit import (
     delta,
     need,
     need_module,
+    npm_packages,
     plain,
     site,
     sse,
@@ -26,7 +24,6 @@ from kit import (
 )
 
 TALK = [{"role": "user", "content": "Hello"}]
-PACKAGES = ["openai", "@microsoft/fetch-event-source"]
 
 
 def talk(prompt):
@@ -149,17 +146,10 @@ def test_python_gets_tool_calls(client, relay, upstream):
 
 @pytest.fixture(scope="session")
 def packages():
-    """A folder with the npm packages, kept from one run to the next."""
-    npm = need("npm", "apt-get install nodejs npm")
-    need("node", "apt-get install nodejs")
-    cache = Path(tempfile.gettempdir()) / f"chatstream-test-npm-{os.getuid()}"
-    if not cache.exists():
-        folder = Path(tempfile.mkdtemp())
-        install = [npm, "install", "--no-audit", "--no-fund", "--silent", *PACKAGES]
-        subprocess.run(install, cwd=folder, check=True, timeout=120)
-        (folder / "page.html").write_text("<!doctype html><title>page</title>")
-        folder.rename(cache)  # at once whole, for other runs that look for it
-    return cache
+    """A folder with the npm packages and an empty page."""
+    folder = npm_packages("openai", "@microsoft/fetch-event-source")
+    (folder / "page.html").write_text("<!doctype html><title>page</title>")
+    return folder
 
 
 NODE = """

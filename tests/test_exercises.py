@@ -13,7 +13,7 @@ EXERCISES = re.findall(r"^\d\. \*\*(\w+)\*\* (?:A|An) ", README, re.M)
 
 def check(names, program=""):
     """How the checks of these exercises end."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/exercises.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/exercises/exercises.py"]
     return subprocess.run(
         [*command, "-k", names, "-p", "no:cacheprovider"],
         check=False,
@@ -33,5 +33,5 @@ def test_none_of_the_five_is_done_yet():
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_an_exercise_can_be_done(name):
-    done = check(name, f"{ROOT}/tests/solutions.py {name}")
+    done = check(name, f"{ROOT}/tests/exercises/solutions.py {name}")
     assert "1 passed" in done.stdout, done.stdout + done.stderr

@@ -14,53 +14,54 @@ from contextlib import AsyncExitStack, suppress
 
 import pytest
 import trio
-from hostile import (
-    FULL,
-    answer_pings,
-    assert_no_fault,
-    descriptors,
-    drain,
-    health,
-    narrow,
-    program,
-    raw_connection,
-    resident,
-    tasks,
-    unharmed,
-)
 from kit import (
+    BODIES,
+    BROKEN,
     CHAT,
     CLOSE,
+    FULL,
     HANDSHAKE,
     HOLD,
     OPENAI,
     PING,
     PONG,
     ROOM_PROTOCOL,
+    SHAPES,
+    TAIL,
     TEXT,
-    Cut,
     Gate,
     answer,
+    answer_pings,
     asking,
+    assert_no_fault,
     close_code,
     command,
     connect,
     delta,
+    descriptors,
+    drain,
     fetch,
     frame,
+    head,
+    health,
+    narrow,
     plain,
+    program,
+    raw_connection,
     raw_member,
     read_frame,
     reset,
+    resident,
     sse,
     stream,
+    tasks,
+    unharmed,
     until,
+    visit,
 )
 
 import chatstream
 
-TAIL = "--返回数据"
-BROKEN = (Cut, trio.BrokenResourceError, trio.ClosedResourceError)
 LIMITS = {"HEAD_TIMEOUT": 1.5, "STUCK_TIMEOUT": 1.5, "BODY_TIMEOUT": 2}
 
 
@@ -86,13 +87,6 @@ NAMES = """
     sec-websocket-extensions x-forwarded-for x-anything
 """
 HEADERS = NAMES.split()
-
-
-def head(method, path, *headers):
-    """A request as bytes, exactly these."""
-    lines = [f"{method} {path} HTTP/1.1".encode()]
-    lines += [h.encode("latin-1") if isinstance(h, str) else h for h in headers]
-    return b"\r\n".join([*lines, b"\r\n"])
 
 
 async def said_to(url, request, eof=True):
@@ -125,25 +119,6 @@ async def test_odd_bytes_in_any_header_harm_nobody(demo, port):
 
 
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
-SHAPES = {
-    "length and chunked": ["Content-Length: 4", "Transfer-Encoding: chunked"],
-    "chunked and length": ["Transfer-Encoding: chunked", "Content-Length: 4"],
-    "two lengths": ["Content-Length: 4", "Content-Length: 0"],
-    "a list of lengths": ["Content-Length: 4, 0"],
-    "a signed length": ["Content-Length: +4"],
-    "a negative length": ["Content-Length: -4"],
-    "a hexadecimal length": ["Content-Length: 0x4"],
-    "an endless length": ["Content-Length: " + "9" * 30],
-    "a length of letters": ["Content-Length: four"],
-    "chunked twice": ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
-    "chunked and more": ["Transfer-Encoding: chunked, identity"],
-    "not quite chunked": ["Transfer-Encoding: xchunked"],
-    "chunked after a tab": ["Transfer-Encoding:\x0bchunked"],
-    "a space before the colon": ["Transfer-Encoding : chunked"],
-    "a folded line": ["X: y", " Transfer-Encoding: chunked"],
-    "a nul": ["Transfer-Encoding: chun\0ked"],
-    "a bare cr": ["X: y\rTransfer-Encoding: chunked"],
-}
 
 
 async def test_a_request_with_two_readings_is_refused(demo):
@@ -155,18 +130,6 @@ async def test_a_request_with_two_readings_is_refused(demo):
             assert re.match(rb"HTTP/1.1 (4..|501) ", said), (name, said)
             assert not re.search(rb"HTTP/1.1 (2|404)", said), (name, said)
             assert b"smuggled" not in said, (name, said)
-
-
-BODIES = {
-    "a size of letters": b"zz\r\nab\r\n",
-    "a signed size": b"+2\r\nab\r\n",
-    "a negative size": b"-2\r\nab\r\n",
-    "a size with 0x": b"0x2\r\nab\r\n",
-    "an endless size": b"f" * 40 + b"\r\nab",
-    "more than its size": b"2\r\nabcd\r\n0\r\n\r\n",
-    "an endless extension": b"2;" + b"x" * 30_000,
-    "an endless trailer": b"0\r\nX: " + b"y" * 30_000,
-}
 
 
 async def test_a_body_in_bad_chunks_is_refused(demo):
@@ -584,57 +547,6 @@ async def start_and_signal(number, delay, limit):
 
 
 # ------------------------------------------------------------------------------ churn
-
-
-async def visit(server, n):
-    """One connection that ends in one of all the ways there are."""
-    ways = [leave_reading, leave_answer, leave_room, leave_head, leave_body, garbage]
-    with suppress(*BROKEN, OSError):
-        async with connect(
-            server.http if n % 2 else plain_url(server.ws)
-        ) as connection:
-            with trio.move_on_after(5):
-                await ways[n % len(ways)](connection)
-            if n // len(ways) % 3 == 0:
-                reset(connection.transport)
-            elif n // len(ways) % 3 == 1:
-                await connection.transport.send_eof()
-
-
-def plain_url(url):
-    return url.replace("ws", "http", 1)
-
-
-async def leave_reading(connection):
-    response = await connection.request("GET", "/clock")
-    await response.piece()
-
-
-async def leave_answer(connection):
-    response = await connection.request("POST", CHAT, None, asking("Hello"))
-    await response.piece()
-    await response.piece()
-
-
-async def leave_room(connection):
-    response = await connection.request("GET", "/room", HANDSHAKE)
-    assert response.status == 101
-    await connection.send(frame(TEXT, b"hello") + frame(TEXT, b"and")[:5])
-
-
-async def leave_head(connection):
-    await connection.send(b"GET /clock HTTP/1.1\r\nHo")
-
-
-async def leave_body(connection):
-    await connection.send(
-        head("POST", CHAT, "Host: localhost", "Content-Length: 99") + b'{"me'
-    )
-
-
-async def garbage(connection):
-    await connection.send(random.Random(1).randbytes(300))
-    await connection.receive()
 
 
 async def crowd(server, count):

@@ -7,10 +7,23 @@ from urllib.parse import quote_from_bytes
 
 import pytest
 import trio
-from hostile import FULL, assert_no_fault, drain, raw_connection, unharmed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kit import CHAT, CLOSE, OPENAI, ROOM_PROTOCOL, TEXT, frame, raw_member, read_frame
+from kit import (
+    CHAT,
+    CLOSE,
+    FULL,
+    OPENAI,
+    ROOM_PROTOCOL,
+    TEXT,
+    assert_no_fault,
+    drain,
+    frame,
+    raw_connection,
+    raw_member,
+    read_frame,
+    unharmed,
+)
 from wsproto.frame_protocol import FrameProtocol, ParseFailed
 
 import chatstream

@@ -2,11 +2,28 @@
 
 import pytest
 import trio
-from conftest import servers
-from kit import Gate, Redis, answer, delta, fetch, fetch_events, need, sse, until
-from redis_kit import TOGETHER, asked, at
-from test_answers import error_of, text_of
-from test_room import hear_of, hear_texts, person, say, say_and_hear
+from kit import (
+    TOGETHER,
+    Gate,
+    Redis,
+    answer,
+    asked,
+    at,
+    delta,
+    error_of,
+    fetch,
+    fetch_events,
+    hear_of,
+    hear_texts,
+    need,
+    person,
+    say,
+    say_and_hear,
+    servers,
+    sse,
+    text_of,
+    until,
+)
 
 
 @pytest.fixture(scope="module", params=["plain", "redis", "workers"])

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import trio
-from hostile import health, narrow, program
 from kit import (
     CHAT,
     HOLD,
@@ -21,6 +20,9 @@ from kit import (
     fetch,
     fetch_events,
     frame,
+    health,
+    narrow,
+    program,
     raw_member,
     read_frame,
     sse,

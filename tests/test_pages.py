@@ -15,6 +15,8 @@ from kit import (
     HOLD,
     ROOT,
     Gate,
+    Line,
+    Scripted,
     answer,
     delta,
     free_port,
@@ -24,7 +26,6 @@ from kit import (
     sse,
     wait_until,
 )
-from pages.line import Line, Scripted
 
 WWW = ROOT / "www"
 VIEWS = ["chat", "clock", "room"]

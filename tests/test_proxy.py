@@ -17,6 +17,7 @@ from kit import (
     connect,
     delta,
     free_port,
+    launched,
     need,
     refused,
     sse,
@@ -187,18 +188,10 @@ def test_resuming_passes(proxy):
 @pytest.fixture
 def page_at(proxy, certificate):
     """A page in Chromium, which finds the name at this proxy and trusts it."""
-    from conftest import CHROMIUM_FLAGS
-    from kit import need_module
-
-    path = need("chromium chromium-browser google-chrome", "apt-get install chromium")
-    api = need_module("playwright.sync_api", "pip install playwright")
-    flags = [*CHROMIUM_FLAGS, f"--host-resolver-rules=MAP {NAME} 127.0.0.1"]
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
+    with launched(f"--host-resolver-rules=MAP {NAME} 127.0.0.1") as browser:
         page = browser.new_context(ignore_https_errors=True).new_page()
         page.goto(f"https://{NAME}:{proxy}/#room")
         yield page
-        browser.close()
 
 
 def test_a_page_joins_the_room_and_streams_over_http_2(page_at):

@@ -8,25 +8,34 @@ import sys
 
 import pytest
 import trio
-from conftest import servers
 from kit import (
     OPENAI,
     ROOT,
+    TOGETHER,
     Gate,
     Redis,
     answer,
+    asked,
     asking,
+    at,
     delta,
+    error_of,
+    event,
     fetch,
     fetch_events,
+    frozen,
+    hear_of,
+    hear_texts,
     need,
+    person,
+    say,
+    say_and_hear,
+    servers,
     sse,
     stream,
+    text_of,
     until,
 )
-from redis_kit import TOGETHER, asked, at, frozen
-from test_answers import error_of, text_of
-from test_room import event, hear_of, hear_texts, person, say, say_and_hear
 
 SOON = 1.0
 

@@ -5,32 +5,36 @@ import socket
 
 import pytest
 import trio
-from conftest import SECRET
-from hostile import make_certificate, program
 from kit import (
     CHAT,
     DONE,
     FIN,
+    FORMATS,
     HOLD,
     OPENAI,
     RST,
+    SECRET,
     SSE_HEAD,
     Gate,
     SecureUpstream,
     Upstream,
     answer,
+    ask,
     asking,
     data,
     delta,
+    error_of,
     fetch,
     fetch_events,
     free_port,
+    make_certificate,
     plain,
+    program,
     sse,
     stream,
+    text_of,
     until,
 )
-from test_answers import FORMATS, ask, error_of, text_of
 
 CLIENTS_OWN = "sk-client-2b8e"
 

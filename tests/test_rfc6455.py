@@ -9,8 +9,7 @@ import struct
 
 import pytest
 import trio
-from hostile import unharmed
-from kit import BINARY, CLOSE, PING, PONG, TEXT, Cut, raw_member, read_frame
+from kit import BINARY, CLOSE, PING, PONG, TEXT, Cut, raw_member, read_frame, unharmed
 
 MORE = 0  # the opcode of a continuation
 

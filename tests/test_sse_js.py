@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from kit import FIN, HOLD, ROOT, wait_until
-from pages.line import Scripted
+from kit import FIN, HOLD, ROOT, Scripted, wait_until
 
 SOURCE = (ROOT / "www" / "sse.js").read_bytes()
 

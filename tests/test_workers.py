@@ -8,9 +8,23 @@ from pathlib import Path
 
 import pytest
 import trio
-from kit import Gate, close_code, delta, fetch, raw_member, refused, sse, stream, until
-from redis_kit import TOGETHER, asked, at, worker_of, workers_of
-from test_answers import error_of
+from kit import (
+    TOGETHER,
+    Gate,
+    asked,
+    at,
+    close_code,
+    delta,
+    error_of,
+    fetch,
+    raw_member,
+    refused,
+    sse,
+    stream,
+    until,
+    worker_of,
+    workers_of,
+)
 
 
 @pytest.fixture

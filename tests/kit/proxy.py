@@ -1,16 +1,56 @@
-"""Lines that misbehave, for what a page does about it.
+"""Connections that break or stall where the test wants it.
 
-Line        between a page and a real server: cut, stalled, down, byte by byte; and it
-            counts what passes
-Scripted    a server that sends exactly the bytes a test gives it, to any request
+Proxy   resets the connection in the middle of each mark
+Line    between a page and a server: cut, stalled, down, byte by byte; and it counts
+        what passes
 """
 
 import threading
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
-from kit import FIN, HOLD, Background, Connection, Cut, Headers, reset
+
+from .background import Background
+from .client import reset
+
+
+class Proxy(Background):
+    """Passes bytes on, and resets the connection in the middle of each mark."""
+
+    def __init__(self, port):
+        self.server_port, self.marks, self.cuts = port, deque(), 0
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def cut_at(self, *marks):
+        """Cut once inside each of these, in their order, on the way to the client."""
+        self.marks.extend(marks)
+
+    async def handle(self, client):
+        server = await trio.open_tcp_stream("127.0.0.1", self.server_port)
+        async with client, server, trio.open_nursery() as nursery:
+            nursery.start_soon(self._up, client, server, nursery.cancel_scope)
+            await self._down(server, client)
+            nursery.cancel_scope.cancel()
+
+    async def _up(self, client, server, scope):
+        async for piece in client:
+            await server.send_all(piece)
+        scope.cancel()
+
+    async def _down(self, server, client):
+        seen = b""
+        async for piece in server:
+            seen += piece
+            if self.marks and (at := seen.find(self.marks[0])) >= 0:
+                half = at + len(self.marks.popleft()) // 2 - (len(seen) - len(piece))
+                self.cuts += 1
+                await client.send_all(piece[: max(half, 0)])
+                return reset(client)
+            await client.send_all(piece)
 
 
 @dataclass
@@ -92,70 +132,3 @@ class Line(Background):
     async def _until_flowing(self):
         while not self._flowing.is_set():  # noqa: ASYNC110 (set by another thread)
             await trio.sleep(0.01)
-
-
-@dataclass
-class Asked:
-    method: str
-    target: str
-    headers: Headers
-    body: bytes
-    ended: threading.Event = field(default_factory=threading.Event)
-
-
-class Scripted(Background):
-    """Answers each request, from whatever page, by the next of these scripts; the last
-    of them stands for all further ones. A script is bytes, seconds, FIN or HOLD."""
-
-    def __init__(self, *scripts, files=None):
-        self.scripts, self.files = deque(scripts), files or {}
-        self.asked = []  # without those for files
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
-
-    async def handle(self, transport):
-        connection = Connection(transport, float("inf"))
-        async with transport:
-            while asked := await self._request(connection):
-                if asked.target in self.files:
-                    await transport.send_all(document(*self.files[asked.target]))
-                    continue
-                return await self._answer(transport, connection, asked)
-
-    async def _request(self, connection):
-        lines = (await connection.up_to(b"\r\n\r\n")).split(b"\r\n")[:-2]
-        method, target, _ = lines[0].decode().split()
-        headers = Headers.parse(lines[1:])
-        body = await connection.exactly(int(headers.get("content-length", 0)))
-        return Asked(method, target, headers, body)
-
-    async def _answer(self, transport, connection, asked):
-        self.asked.append(asked)
-        script = self.scripts.popleft() if len(self.scripts) > 1 else self.scripts[0]
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch, connection, asked)
-            for step in script:
-                if step is FIN:
-                    break
-                if step is HOLD:
-                    await trio.sleep_forever()
-                elif isinstance(step, bytes):
-                    await transport.send_all(step)
-                else:
-                    await trio.sleep(step)
-            nursery.cancel_scope.cancel()
-
-    async def _watch(self, connection, asked):
-        """Whether the reader went away by itself."""
-        try:
-            await connection.receive()
-        except Cut:
-            asked.ended.set()
-            raise
-
-
-def document(content_type, body):
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -1,6 +1,6 @@
 """The checks of the README's "Things to try": each fails until you have done it.
 
-    pytest tests/exercises.py -k typing
+    pytest tests/exercises/exercises.py -k typing
 
 Without -k all five run. They start chatstream.py as you have changed it.
 """

@@ -1,4 +1,4 @@
-"""Everything at once, for as long as you like: `python tests/soak.py --minutes 20`.
+"""Everything at once, as long as you like: `python tests/bench/soak.py --minutes 20`.
 
 Steady clients that must lose nothing (clock readers, members, answers read to their
 end and resumed) share one server with those of the fault tests: floods, resets, stuck
@@ -16,25 +16,34 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import trio
-from hostile import descriptors, health, narrow, processor, program, resident, tasks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from kit import (
+    BODIES,
     CHAT,
     HANDSHAKE,
-    ROOT,
+    SHAPES,
     TEXT,
     Cut,
     Server,
     asking,
     connect,
+    descriptors,
     frame,
+    head,
+    health,
+    narrow,
+    processor,
+    program,
     raw_member,
     read_frame,
     reset,
+    resident,
     stream,
+    tasks,
+    visit,
 )
-
-sys.path.insert(0, str(ROOT))
-from test_faults import BODIES, SHAPES, head, visit
 
 GONE = (
     Cut,

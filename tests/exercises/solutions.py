@@ -1,6 +1,6 @@
 """One way to do each of the exercises: try it yourself first.
 
-python tests/solutions.py typing
+python tests/exercises/solutions.py typing
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import chatstream
 from chatstream import WS_JSON, Demo, EventLog, Member, Problem, Service

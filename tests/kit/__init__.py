@@ -1,0 +1,37 @@
+"""What the tests share: real sockets, real processes, no mocks.
+
+    common      waiting, and what is installed
+    server      chatstream.py as a process of its own
+    vitals      what that process holds; that an attack harmed nobody else
+    client      HTTP/1.1, byte for byte
+    websocket   frames, which may break the protocol
+    http2       a client that may break that one
+    room        members of the room
+    answers     questions, and what their answers say
+    attacks     all that clients do wrong
+    upstream    a model's server that follows a script
+    proxy       connections that break or stall
+    site        pages of another origin
+    browser     Chromium
+    npm         packages for a browser and for Node
+    redis       a real redis-server
+
+Servers of the kit run in a thread each: a browser or a blocking SDK can use them, too.
+"""
+
+from .answers import *
+from .attacks import *
+from .background import *
+from .browser import *
+from .client import *
+from .common import *
+from .http2 import *
+from .npm import *
+from .proxy import *
+from .redis import *
+from .room import *
+from .server import *
+from .site import *
+from .upstream import *
+from .vitals import *
+from .websocket import *

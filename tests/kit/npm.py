@@ -1,0 +1,26 @@
+"""npm packages that the tests drive, kept from one run to the next."""
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from .common import need
+
+
+def npm_packages(*names):
+    """A folder with `node_modules` in it, with all of these installed."""
+    npm = need("npm", "apt-get install nodejs npm")
+    need("node", "apt-get install nodejs")
+    names = sorted(names)
+    key = hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
+    cache = Path(tempfile.gettempdir()) / f"chatstream-test-npm-{os.getuid()}-{key}"
+    if not cache.exists():
+        folder = Path(tempfile.mkdtemp())
+        install = [npm, "install", "--no-audit", "--no-fund", "--silent", *names]
+        subprocess.run(install, cwd=folder, check=True, timeout=300)
+        with suppress(OSError):  # another run was faster
+            folder.rename(cache)  # at once whole, for other runs that look for it
+    return cache

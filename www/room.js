@@ -58,7 +58,7 @@
     last = "";
     store.set(NAME, name);
     name = "";
-    giveBack(say("room-cut"));
+    pending.clear();
     talk.replaceChildren();
     present.clear();
     showPresent(0);
@@ -147,7 +147,8 @@
       returned.set(key, text);
       field.value = [text, field.value].filter(Boolean).join(" ");
     }
-    $("room-state").textContent = say("room-returned", reason);
+    talk.append(note(say("room-returned", reason)));
+    stick();
   }
 
   // -------------------------------------------------------------------------- state

@@ -13,6 +13,7 @@
     proxy       connections that break or stall
     site        pages of another origin
     browser     Chromium
+    pages       the pages, as their users open them
     npm         packages for a browser and for Node
     redis       a real redis-server
 
@@ -27,6 +28,7 @@ from .client import *
 from .common import *
 from .http2 import *
 from .npm import *
+from .pages import *
 from .proxy import *
 from .redis import *
 from .room import *

@@ -472,11 +472,11 @@ def test_closing_ends_the_request_and_all_that_was_still_to_come(open_stream, pa
 def test_a_stream_that_is_done_is_left_to_its_server(open_stream, page):
     """An abort would be shown as a failure by the browser's network panel."""
     failed = []
-    page.on("requestfailed", failed.append)
+    page.on("requestfailed", lambda request: failed.append(request.url))
     server = Scripted([HEAD + b"data: a\n\n", 0.1, b": bye\n", FIN], files=FILES)
     with server:
         page.goto(server.url)
-        with page.expect_event("requestfinished"):
+        with page.expect_request_finished():
             page.evaluate("""() => {
               const stream = SSE.open('/stream', { onevent: () => stream.done() });
             }""")

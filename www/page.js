@@ -105,7 +105,7 @@ $("jump").addEventListener("click", toEnd);
 
 function show() {
   const wanted = location.hash.slice(1);
-  const name = wanted in views ? wanted : "chat";
+  const name = Object.hasOwn(views, wanted) ? wanted : "chat";
   if (name === shown) return;
   const before = shown;
   if (before) places[before] = { atEnd, top: scrollY };

@@ -104,7 +104,7 @@ addEventListener("resize", stick); // the keyboard of a phone, for one
 $("jump").addEventListener("click", toEnd);
 
 function show() {
-  const wanted = location.hash.slice(1);
+  const [wanted] = location.hash.slice(1).split("/"); // #answer/<id> is the chat's to read
   const name = Object.hasOwn(views, wanted) ? wanted : "chat";
   if (name === shown) return;
   const before = shown;

@@ -14,6 +14,7 @@ from kit import (
     answer,
     ask,
     asked,
+    check_axe,
     delta,
     free_port,
     from_disk,
@@ -116,6 +117,7 @@ def test_an_answer_can_be_copied(profile, model, upstream, expect):
     page = profile.open(from_http(model))
     text = "One.\n\n```\ncode\n```\n"
     ask(page, upstream.script(*answer(*text)))
+    expect(page.get_by_role("button", name="Copy")).to_have_count(2)
     code, whole = page.get_by_role("button", name="Copy").all()
     whole.click()
     expect(page.get_by_role("button", name="Copied")).to_be_visible()
@@ -209,7 +211,7 @@ def test_stop_before_the_first_token(profile, model, upstream, expect):
     expect(page.locator("#chat-state")).to_have_text("Waiting for the first token")
     wait_until(lambda: upstream.asked(prompt))
     page.keyboard.press("Escape")
-    expect(page.locator(".stats")).to_have_text("Stopped · scripted")
+    expect(page.locator(".stats")).to_contain_text("Stopped")
     expect(page.locator("#send")).to_be_visible()
     wait_until(lambda: upstream.asked(prompt)[0].closed_at, 5)
 
@@ -222,7 +224,7 @@ def test_stop_before_the_response(profile, model, upstream, expect):
     ask(page, prompt)
     wait_until(lambda: upstream.asked(prompt))
     page.click("#stop")
-    expect(page.locator(".stats")).to_have_text("Stopped · scripted")
+    expect(page.locator(".stats")).to_contain_text("Stopped")
     gate.open()
     wait_until(lambda: upstream.asked(prompt)[0].closed_at, 5)
     expect(last_answer(page)).to_have_text("")
@@ -461,3 +463,414 @@ def test_the_page_follows_only_a_reader_who_is_at_the_end(
     expect(page.locator("#jump")).to_be_hidden()
     rest.open()
     expect(page.get_by_text("the end", exact=True)).to_be_in_viewport()
+
+
+# ---------------------------------------------------------------- a network that is cut
+
+
+def test_an_answer_is_on_hold_while_the_network_is_cut(
+    profile, model, upstream, where, expect
+):
+    gate = Gate()
+    prompt = upstream.script(*answer("One ", gate, "two ", "three."))
+    page = profile.open(where(model))
+    expect(page.locator("#cut-chat")).to_be_hidden()
+    ask(page, prompt)
+    expect(last_answer(page)).to_have_text("One")
+    page.evaluate("network.cut(2)")
+    expect(page.locator(".answer .hold")).to_contain_text("On hold: ")
+    expect(page.locator("#chat-state")).to_contain_text("Connection lost")
+    expect(page.locator("#cut-chat")).to_contain_text("The network is cut.")
+    gate.open()
+    expect(last_answer(page)).to_have_text("One two three.", timeout=20_000)
+    expect(page.locator(".answer .hold")).to_be_hidden()
+    expect(page.locator(".stats")).to_contain_text("2 caught up")
+    assert len(upstream.asked(prompt)) == 1
+
+
+def test_the_chat_has_the_buttons_for_it(profile, model, upstream, expect):
+    page = profile.open(from_http(model))
+    ask(page, upstream.script(*sse(delta("One"), HOLD)))
+    expect(last_answer(page)).to_have_text("One")
+    page.evaluate("document.querySelector('#cut-chat [data-cut]').dataset.cut = 1")
+    page.locator("#cut-chat [data-cut]").first.click()
+    expect(page.locator("#cut-chat")).to_contain_text("The network is cut.")
+    expect(page.locator("#cut-chat")).to_contain_text("The network is back.")
+    expect(page.locator("#chat-state")).to_have_text("Receiving")
+
+
+# ------------------------------------------------------------------------ the last turn
+
+
+def test_an_answer_can_be_asked_for_again(profile, model, upstream, expect):
+    scripts = iter([answer("First."), answer("Second.")])
+    prompt = upstream.script(lambda heard: next(scripts))
+    page = profile.open(from_http(model))
+    ask(page, prompt)
+    expect(last_answer(page)).to_have_text("First.")
+    page.get_by_role("button", name="Ask again").click()
+    expect(last_answer(page)).to_have_text("Second.")
+    expect(page.locator("#log article")).to_have_count(2)
+    first, second = upstream.asked(prompt)
+    assert first.json["messages"] == second.json["messages"]
+    page.reload()
+    expect(last_answer(page)).to_have_text("Second.")
+    expect(page.locator("#log article")).to_have_count(2)
+
+
+def test_the_last_question_can_be_edited(profile, model, upstream, expect):
+    page = profile.open(from_http(model))
+    first = upstream.script(*answer("First."))
+    ask(page, first)
+    wrong = upstream.script(*answer("Wrong."))
+    ask(page, wrong)
+    expect(last_answer(page)).to_have_text("Wrong.")
+    expect(page.get_by_role("button", name="Edit")).to_have_count(1)
+    page.get_by_role("button", name="Edit").click()
+    expect(page.locator("#question")).to_have_value(wrong)
+    expect(page.locator("#question")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("#question")).to_have_value("")
+    page.get_by_role("button", name="Edit").click()
+    right = upstream.script(*answer("Right."))
+    ask(page, right)
+    expect(last_answer(page)).to_have_text("Right.")
+    expect(asked(page)).to_have_text([first, right])
+    said = upstream.asked(right)[0].json["messages"]
+    assert [message["content"] for message in said] == [first, "First.", right]
+
+
+def test_a_stopped_answer_can_be_tried_again(profile, model, upstream, expect):
+    scripts = iter([sse(delta("Half"), HOLD), answer("All of it.")])
+    page = profile.open(from_http(model))
+    ask(page, upstream.script(lambda heard: next(scripts)))
+    expect(last_answer(page)).to_have_text("Half")
+    expect(page.get_by_role("button", name="Try again")).to_have_count(0)
+    page.click("#stop")
+    page.get_by_role("button", name="Try again").click()
+    expect(last_answer(page)).to_have_text("All of it.")
+
+
+def test_abandoned_is_not_stopped(profile, serve, upstream, expect):
+    """Nobody had read the answer for a while: that is said, and there is a way on."""
+    profile.network_fails = True
+    server = serve("--upstream", upstream.url, "--model", "scripted", "--linger", "0.2")
+    scripts = iter([sse(delta("Half"), HOLD), answer("All of it.")])
+    prompt = upstream.script(lambda heard: next(scripts))
+    page = profile.open(from_http(server))
+    ask(page, prompt)
+    expect(last_answer(page)).to_have_text("Half")
+    page.evaluate("network.cut(2)")
+    wait_until(lambda: upstream.asked(prompt)[0].closed_at)
+    trouble = page.locator(".trouble")
+    expect(trouble).to_contain_text("nobody had read it", timeout=20_000)
+    expect(page.locator(".stats")).not_to_contain_text("Stopped")
+    trouble.get_by_role("button", name="Try again").click()
+    expect(last_answer(page)).to_have_text("All of it.")
+
+
+def test_a_conversation_that_was_cleared_comes_back(profile, model, upstream, expect):
+    page, other = profile.open(from_http(model)), profile.open(from_http(model))
+    prompt = upstream.script(*answer("Yes."))
+    ask(page, prompt)
+    expect(last_answer(page)).to_have_text("Yes.")
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(other.locator("#welcome")).to_be_visible()
+    expect(page.locator("#chat-state")).to_have_text("Conversation cleared")
+    page.get_by_role("button", name="Bring it back").click()
+    for tab in (page, other):
+        expect(asked(tab)).to_have_text(prompt)
+        expect(last_answer(tab)).to_have_text("Yes.")
+    expect(page.get_by_role("button", name="Bring it back")).to_be_hidden()
+
+
+def test_thoughts_are_folded_away(profile, model, upstream, expect):
+    gate = Gate()
+    thought = delta()
+    thought["choices"][0]["delta"]["reasoning_content"] = "Let me *see*."
+    page = profile.open(from_http(model))
+    ask(page, upstream.script(*answer(thought, gate, "Yes.")))
+    summary = page.locator(".thinking summary")
+    expect(summary).to_have_text("Thinking…")
+    expect(page.locator(".thinking .text")).to_be_hidden()
+    summary.click()
+    expect(page.locator(".thinking em")).to_have_text("see")
+    gate.open()
+    expect(summary).to_have_text("Thoughts")
+    expect(last_answer(page)).to_have_text("Yes.")
+    page.reload()
+    expect(page.locator(".thinking .text")).to_have_text("Let me see.")
+
+
+def test_an_answer_that_was_cut_short_says_so(profile, model, upstream, expect):
+    page = profile.open(from_http(model))
+    ask(page, upstream.script(*sse(delta("Half a sen"), delta(finish="length"), DONE)))
+    expect(page.locator(".stats")).to_contain_text("Cut short by the model’s limit")
+    expect(page.locator(".trouble")).to_have_count(0)
+
+
+def test_enter_while_an_answer_runs_says_why_nothing_happens(
+    profile, model, upstream, expect
+):
+    page = profile.open(from_http(model))
+    ask(page, upstream.script(*sse(delta("One"), HOLD)))
+    expect(last_answer(page)).to_have_text("One")
+    ask(page, "And then?")
+    expect(page.locator("#chat-state")).to_contain_text("An answer is under way")
+    expect(page.locator("#question")).to_have_value("And then?")
+    expect(asked(page)).to_have_count(1)
+
+
+def test_the_draft_and_the_focus_survive_a_reload(profile, demo, expect):
+    page = profile.open(from_http(demo))
+    expect(page.locator("#question")).not_to_be_focused()
+    page.fill("#question", "Half a thou")
+    page.reload()
+    expect(page.locator("#question")).to_have_value("Half a thou")
+    expect(page.locator("#question")).to_be_focused()
+
+
+# --------------------------------------------------------------------------- the model
+
+
+def test_the_model_is_named_and_can_be_chosen(profile, serve, upstream, expect):
+    server = serve(
+        "--upstream", upstream.url, "--model", "scripted", "--model", "other/two"
+    )
+    page = profile.open(from_http(server))
+    choice = page.get_by_role("combobox", name="Model")
+    expect(choice).to_have_value("scripted")
+    first = upstream.script(*answer("One."))
+    ask(page, first)
+    expect(last_answer(page)).to_have_text("One.")
+    choice.select_option("other/two")
+    second = upstream.script(*answer("Two."))
+    ask(page, second)
+    expect(page.locator(".model")).to_have_text(["scripted", "other/two"])
+    assert upstream.asked(second)[0].json["model"] == "other/two"
+    page.reload()
+    expect(choice).to_have_value("other/two")
+
+
+def test_there_is_no_choice_of_one(profile, demo, expect):
+    page = profile.open(from_http(demo))
+    expect(page.locator("#chat-state")).to_have_text("Ready. Model: demo")
+    expect(page.locator("#model")).to_be_hidden()
+
+
+# -------------------------------------------------------------- an answer's own address
+
+
+def test_an_answer_is_watched_on_two_screens(
+    chromium, profile, model, upstream, expect
+):
+    gate = Gate()
+    page = profile.open(from_http(model))
+    prompt = upstream.script(*answer("One ", gate, "two."))
+    ask(page, prompt)
+    wait_until(lambda: stored(page)[-1].get("id"))
+    link = f"{model.http}/#answer/{stored(page)[-1]['id']}"
+    context = chromium.new_context(locale="en-US")
+    phone = context.new_page()
+    phone.goto(link)
+    watched = phone.locator("#watched .answer > .text")
+    expect(watched).to_have_text("One")
+    expect(phone.locator("#log")).to_be_hidden()
+    expect(phone.locator("#ask")).to_be_hidden()
+    gate.open()
+    for text in (watched, last_answer(page)):
+        expect(text).to_have_text("One two.")
+    phone.get_by_role("link", name="To your conversation").click()
+    expect(phone.locator("#welcome")).to_be_visible()
+    assert stored(phone) == []
+    context.close()
+    page.get_by_role("link", name="Link", exact=True).click()
+    expect(page.locator("#watched .answer > .text")).to_have_text("One two.")
+    page.go_back()
+    expect(asked(page)).to_have_text(prompt)
+    assert len(upstream.asked(prompt)) == 1
+
+
+def test_an_address_of_no_answer(profile, demo, expect):
+    profile.network_fails = True
+    page = profile.open(from_http(demo, "answer/nobody-knows-it"))
+    expect(page.locator(".trouble")).to_contain_text("no longer has this answer")
+
+
+# ------------------------------------------------------------------------ conversations
+
+
+def test_two_tabs_that_ask_at_once_keep_both_questions(
+    profile, model, upstream, expect
+):
+    tabs = [profile.open(from_http(model)) for _ in range(2)]
+    gate = Gate()
+    prompts = [upstream.script(*answer(f"{n} ", gate, "end.")) for n in "AB"]
+    for tab, prompt in zip(tabs, prompts, strict=True):
+        tab.fill("#question", prompt)
+    for tab in tabs:  # neither has heard of the other's question
+        tab.evaluate("setTimeout(() => document.getElementById('ask').requestSubmit())")
+    for tab in tabs:
+        expect(tab.locator("#log .question")).to_have_count(2)
+    gate.open()
+    for tab in tabs:
+        expect(asked(tab)).to_contain_text(prompts)
+        expect(tab.locator("#log .answer > .text")).to_contain_text(
+            ["A end.", "B end."]
+        )
+        expect(tab.locator("#send")).to_be_visible()
+    assert [len(upstream.asked(prompt)) for prompt in prompts] == [1, 1]
+
+
+def test_each_server_has_a_conversation_of_its_own(profile, serve, demo, expect):
+    page = profile.open(from_disk(demo))
+    ask(page, "My secret")
+    expect(asked(page)).to_have_text("My secret")
+    page.goto(from_disk(serve()))
+    expect(page.locator("#welcome")).to_be_visible()
+    page.goto(from_disk(demo))
+    expect(asked(page)).to_have_text("My secret")
+
+
+@pytest.mark.parametrize("name", ["constructor", "__proto__", "nonsense"])
+def test_an_address_of_no_view_shows_the_chat(profile, demo, expect, name):
+    page = profile.open(from_http(demo, name))
+    expect(page.locator("#question")).to_be_visible()
+    expect(page.locator("nav [aria-current]")).to_have_text("Chat")
+
+
+def test_a_page_reloaded_before_it_heard_the_answers_id(
+    profile, model, upstream, expect
+):
+    """It asks once more, with the same key, and the model is asked once."""
+    gate = Gate()
+    prompt = upstream.script(gate, *answer("Yes."))
+    page = profile.open(from_http(model))
+    ask(page, prompt)
+    wait_until(lambda: upstream.asked(prompt))
+    page.reload()
+    gate.open()
+    expect(last_answer(page)).to_have_text("Yes.")
+    assert len(upstream.asked(prompt)) == 1
+
+
+def test_a_stream_that_has_ended_is_no_failure(profile, model, upstream, expect):
+    page = profile.open(from_http(model))
+    failed = []
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    with page.expect_event("requestfinished", lambda r: "qa_stream" in r.url):
+        ask(page, upstream.script(*answer("Yes.")))
+    assert failed == []
+
+
+def test_a_state_does_not_contradict_what_is_said(profile, serve, expect):
+    profile.network_fails = True
+    server = serve()
+    page = profile.open(from_http(server))
+    expect(page.locator("#chat-state")).to_have_text("Ready. Model: demo")
+    server.stop()
+    ask(page, "Hello?")
+    expect(page.locator(".trouble")).to_contain_text("could not be reached")
+    expect(page.locator("#chat-state")).to_contain_text("No server at ")
+
+
+# ---------------------------------------------------------------------------- the token
+
+
+def test_a_protected_server_is_opened_once(profile, serve, expect):
+    profile.network_fails = True  # 401 is written to the console
+    server = serve(env={"CHATSTREAM_TOKEN": "open sesame"})
+    page = profile.open(from_http(server, "room"))
+    token = page.get_by_label("Token")
+    expect(token).to_be_focused()
+    token.fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#token-state")).to_have_text("That is not the server’s token.")
+    token.fill("open sesame")
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"{server.http}/#room")
+    expect(token).to_be_hidden()
+    page.click("#join button")
+    expect(page.locator("#room-state")).to_have_text("Connected")
+    page.click("nav a[href='#chat']")
+    ask(page, "Hello?")
+    expect(last_answer(page)).to_contain_text("demo")
+    assert "sesame" not in page.evaluate(
+        "document.cookie + JSON.stringify(localStorage)"
+    )
+
+
+def test_an_open_server_asks_for_no_token(profile, demo, expect):
+    page = profile.open(from_http(demo))
+    expect(page.locator("#chat-state")).to_have_text("Ready. Model: demo")
+    expect(page.locator("#token")).to_be_hidden()
+
+
+# -------------------------------------------------------------------------------- looks
+
+
+def test_text_from_right_to_left(profile, model, demo, upstream, expect):
+    arabic = "مرحبا **بك**.\n\n- واحد\n- اثنان\n"
+    page = profile.open(from_http(model))
+    ask(page, upstream.script(*answer(arabic)))
+    expect(page.locator("#send")).to_be_visible()
+    sides = (
+        last_answer(page)
+        .locator("p, ul")
+        .evaluate_all("all => all.map((part) => getComputedStyle(part).direction)")
+    )
+    assert sides[0] == sides[1] == "rtl"
+    page = profile.open(from_http(demo))
+    ask(page, "שלום")
+    direction = "(e) => getComputedStyle(e).direction"
+    assert asked(page).last.evaluate(direction) == "rtl"
+
+
+EVERYTHING = """# One
+Text with [a link](https://x.example), `code` and **bold**.
+## Two
+1. item
+   ```py
+   code
+   ```
+| a | b |
+|---|---|
+| 1 | 2 |
+> quote
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_in_the_chat(chromium, serve, upstream, axe, expect, scheme):
+    server = serve(
+        "--upstream", upstream.url, "--model", "scripted", "--model", "other"
+    )
+    context = chromium.new_context(color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(from_http(server))
+    thought = delta()
+    thought["choices"][0]["delta"]["reasoning_content"] = "Hm."
+    end = delta(finish="length")
+    ask(page, upstream.script(*sse(thought, delta(EVERYTHING), end, DONE)))
+    expect(page.locator("#send")).to_be_visible()
+    page.click(".thinking summary")
+    check_axe(page, axe, "an answer with everything in it")
+    page.get_by_role("button", name="Edit").click()
+    check_axe(page, axe, "editing")
+    page.keyboard.press("Escape")
+    ask(page, upstream.script(*sse(delta("One"), HOLD)))
+    expect(last_answer(page)).to_have_text("One")
+    page.evaluate("network.cut(1)")
+    expect(page.locator(".answer .hold").last).to_be_visible()
+    check_axe(page, axe, "on hold")
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="Link", exact=True).first.click()
+    expect(page.locator("#watched .text").last).to_contain_text("quote")
+    check_axe(page, axe, "an answer by its address")
+    page.goto(from_http(server))
+    page.click("#fresh")
+    check_axe(page, axe, "cleared")
+    page.evaluate("askForToken()")
+    check_axe(page, axe, "asking for the token")
+    context.close()

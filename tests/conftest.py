@@ -8,9 +8,15 @@ import pytest
 from kit import (
     ROOT,
     SECRET,
+    Line,
+    Profile,
     Upstream,
+    from_disk,
+    from_http,
     launched,
     make_certificate,
+    need_module,
+    npm_packages,
     running,
     running_redis,
     servers,
@@ -139,3 +145,48 @@ def quiet_redis(tmp_path_factory):
     """The same for the tests of a file, which let it be."""
     with running_redis(tmp_path_factory.mktemp("redis")) as server:
         yield server
+
+
+# ------------------------------------------------------------------------- the pages
+
+
+@pytest.fixture(scope="module")
+def expect(chromium):
+    return need_module("playwright.sync_api", "pip install playwright").expect
+
+
+@pytest.fixture
+def profile(chromium, serve):  # so that it is closed before the servers are
+    """A browser's profile, whose pages must have nothing to complain of."""
+    context = chromium.new_context(locale="en-US")
+    profile = Profile(context)
+    yield profile
+    context.close()
+    assert profile.problems == []
+
+
+@pytest.fixture(scope="module")
+def model(shared, upstream):
+    """A server whose model says what a test tells it to, also to a page from disk."""
+    flags = ["--upstream", upstream.url, "--model", "scripted"]
+    return shared(*flags, "--allow-origin", "null")
+
+
+@pytest.fixture(params=[from_http, from_disk], ids=["http", "disk"])
+def where(request):
+    return request.param
+
+
+@pytest.fixture
+def line(model, profile):
+    """Between the page and its server, a line that the test can break."""
+    with Line(model.port) as line:
+        yield line
+        profile.network_fails = True  # that it ends now is no problem of the page's
+
+
+@pytest.fixture(scope="session")
+def axe():
+    """The source of axe-core."""
+    folder = npm_packages("axe-core@4") / "node_modules" / "axe-core"
+    return (folder / "axe.min.js").read_text()

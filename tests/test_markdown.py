@@ -98,9 +98,7 @@ BLOCKS = {
     )
     + "<p>end</p>",
     "Text\na|b\n-|-:\n1|2": "<p>Text</p>"
-    + table(
-        '<th>a</th><th class="end">b</th>', '<td>1</td><td class="end">2</td>'
-    ),
+    + table('<th>a</th><th class="end">b</th>', '<td>1</td><td class="end">2</td>'),
     "| no | table |\nat all": "<p>| no | table |\nat all</p>",
     "a | b\nc": "<p>a | b\nc</p>",
     "- [ ] to do": "<ul><li><p>[ ] to do</p></li></ul>",
@@ -144,7 +142,8 @@ INLINE = {
     + LINK.format("https://x.example/%E4%B8%80%E9%A1%B5", "https://x.example/一页")
     + "。后文",
     "<https://x.example/>": LINK.format("https://x.example/", "https://x.example/"),
-    "![alt](https://x.example/i.png)": "!" + LINK.format("https://x.example/i.png", "alt"),
+    "![alt](https://x.example/i.png)": "!"
+    + LINK.format("https://x.example/i.png", "alt"),
     r"\(a_1 * b_2\) and \[ x_* y_* \] $$a*b*c$$ $x_{*}$ but $5 and *$6*": r"\(a_1 * b_2\) "
     r"and \[ x_* y_* \] $$a*b*c$$ $x_{*}$ but $5 and <em>$6</em>",
 }
@@ -187,9 +186,12 @@ LONG = {
     "code": "```py\n" + "".join(f"line {n}\n\n" for n in range(15_000)) + "```\nend",
     "line": "```\n" + "x" * 200_000 + "\n```",
     "list": "".join(f"- item {n}\n  - inner `{n}`\n" for n in range(8_000)),
-    "table": "| a | b |\n|---|---|\n" + "".join(f"| {n} | *x* |\n" for n in range(15_000)),
+    "table": "| a | b |\n|---|---|\n"
+    + "".join(f"| {n} | *x* |\n" for n in range(15_000)),
     "quote": "".join(f"> line {n}\n" for n in range(15_000)),
-    "nested code": "- a\n  ```\n" + "".join(f"  line {n}\n" for n in range(15_000)) + "  ```",
+    "nested code": "- a\n  ```\n"
+    + "".join(f"  line {n}\n" for n in range(15_000))
+    + "  ```",
     "stars": "*a " * 60_000 + "`b " * 10_000,
     "brackets": "[" * 100_000 + "](" * 50_000,
 }

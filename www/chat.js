@@ -56,7 +56,7 @@
   const isOurServer = () => SERVER.origin === location.origin;
 
   function follow(answer, turn, url, options) {
-    const run = { answer, turn, at: Date.now(), now: "connecting" };
+    const run = { answer, turn, now: "connecting" };
     runs.set(answer.key, run);
     run.stream = SSE.open(url, {
       ...options,
@@ -111,8 +111,8 @@
       finish_reason: finish === "stop" ? null : finish };
   }
 
-  function count({ answer, at, resumed }) {
-    answer.latest = Date.now() - (answer.at ?? at);
+  function count({ answer, resumed }) {
+    answer.latest = Date.now() - answer.at;
     answer.first ??= answer.latest;
     answer.events = (answer.events ?? 0) + 1;
     if (resumed && Date.now() - resumed < AT_ONCE) answer.caught = (answer.caught ?? 0) + 1;
@@ -143,6 +143,10 @@
     if (status === 401) askForToken();
     if (status === 404 && run.answer.id) return end(run, "failed", say("trouble-lost"));
     if (status) return end(run, "failed", say("trouble-refused", status, reason));
+    setTimeout(() => isRead(run) && unreachable(run)); // a page that is left is gone by then
+  }
+
+  function unreachable(run) {
     server.look();
     end(run, "failed", say("trouble-network", SERVER.host));
   }
@@ -150,7 +154,8 @@
   async function end(run, state, trouble) {
     const { answer, turn } = run;
     runs.delete(answer.key);
-    Object.assign(answer, { state, trouble, took: Date.now() - (answer.at ?? run.at) });
+    Object.assign(answer, { state, trouble, took: Date.now() - answer.at });
+    answer.model ??= server.model;
     if (!run.stopped) run.stream.done();
     if (turn !== watched) conversation.save();
     const spoken = turn.end();
@@ -284,7 +289,7 @@
     $("watched").replaceChildren();
     if (id) {
       const answer = { role: "assistant", content: "", state: "waiting", id };
-      Object.assign(answer, { key: `watched ${id}`, at: Date.now(), isWatched: true });
+      Object.assign(answer, { key: `watched ${id}`, at: Date.now(), isWatched: true, model: "" });
       watched = new Turn(answer, {});
       $("watched").append(watched.article);
       follow(answer, watched, address(`answers/${id}`));

@@ -86,7 +86,7 @@ function toEnd() {
 }
 
 function stick() {
-  if (atEnd) window.scrollTo(0, pageEnd());
+  if (atEnd && views[shown]?.grows?.()) window.scrollTo(0, pageEnd());
   offerJump();
 }
 
@@ -104,8 +104,8 @@ addEventListener("resize", stick); // the keyboard of a phone, for one
 $("jump").addEventListener("click", toEnd);
 
 function show() {
-  const wanted = location.hash.slice(1);
-  const name = wanted in views ? wanted : "chat";
+  const [wanted] = location.hash.slice(1).split("/"); // #answer/<id> is the chat's to read
+  const name = Object.hasOwn(views, wanted) ? wanted : "chat";
   if (name === shown) return;
   const before = shown;
   if (before) places[before] = { atEnd, top: scrollY };

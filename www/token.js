@@ -14,8 +14,11 @@ function askForToken() {
   const field = $("token-field");
 
   /* `/time` is refused for the token only; elsewhere a 401 may be the model's. */
-  const fits = async (headers = {}) =>
-    (await fetch(address("time"), { method: "HEAD", headers })).status !== 401;
+  async function fits(headers = {}) {
+    const response = await fetch(address("time"), { method: "HEAD", headers });
+    await response.text(); // what is not read looks like a failure
+    return response.status !== 401;
+  }
 
   $("token").addEventListener("submit", async (event) => {
     event.preventDefault();

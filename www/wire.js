@@ -1,7 +1,8 @@
 "use strict";
 
-/* On the wire: the last frames of each connection, as they came. Recorded always, drawn
-   only while somebody looks, and ten times a second at most. */
+/* On the wire: the last frames of each connection, as they came, and the heads of its last
+   request and response, however long ago they were. Recorded always, drawn only while
+   somebody looks, and ten times a second at most. */
 
 const wire = (() => {
   const KEPT = 40; // frames of each connection
@@ -11,16 +12,19 @@ const wire = (() => {
     "wire-socket": "clock", "wire-room": "room",
   };
   const MARKS = { in: "←", out: "→", note: "·" };
-  const connections = new Map(); // name -> rows not drawn yet, and its section
+  const connections = new Map(); // name -> {rows, list, follows}
   const panel = $("wire");
   let drawing = 0;
 
-  /* One row: what came "in", what went "out", or a "note" about the connection itself. */
-  function record(name, direction, text) {
-    if (!connections.has(name)) connections.set(name, { rows: [], part: null });
+  /* One row: what came "in", what went "out", or a "note" about the connection itself. A
+     `head` ("request", "response") stays until the next of its kind. */
+  function record(name, direction, text, head = "") {
+    if (!connections.has(name)) connections.set(name, { rows: [], list: null, follows: true });
     const { rows } = connections.get(name);
-    rows.push({ at: Date.now(), direction, text: text.slice(0, LONGEST) });
-    if (rows.length > KEPT) rows.shift();
+    const before = head && rows.find((row) => row.head === head);
+    if (before) before.head = "";
+    rows.push({ at: Date.now(), direction, text: text.slice(0, LONGEST), head, item: null });
+    if (rows.length > KEPT) rows.splice(rows.findIndex((row) => !row.head), 1)[0].item?.remove();
     plan();
   }
 
@@ -32,29 +36,32 @@ const wire = (() => {
     drawing = 0;
     $("wire-empty").hidden = [...connections.keys()].some((name) => VIEWS[name] === shown);
     for (const [name, connection] of connections) {
-      connection.part ??= section(name);
-      connection.part.hidden = VIEWS[name] !== shown;
-      if (!connection.part.hidden) fill(connection.part.lastChild, connection.rows);
+      connection.list ??= section(name, connection);
+      connection.list.parentNode.hidden = VIEWS[name] !== shown;
     }
+    for (const connection of connections.values()) fill(connection);
   }
 
-  function fill(list, rows) {
-    const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
-    list.append(...rows.splice(0).map(row));
-    while (list.children.length > KEPT) list.firstChild.remove();
-    if (atEnd) list.scrollTop = list.scrollHeight;
+  function fill({ rows, list, follows }) {
+    for (const row of rows) {
+      if (!row.item) list.append((row.item = itemOf(row)));
+    }
+    if (follows) list.scrollTop = list.scrollHeight;
   }
 
-  function section(name) {
+  function section(name, connection) {
     const list = element("ol", { tabIndex: 0 });
+    list.addEventListener("scroll", () => { // one who reads further up is left there
+      const below = list.scrollHeight - list.scrollTop - list.clientHeight;
+      if (list.clientHeight) connection.follows = below < 40;
+    });
     list.setAttribute("aria-label", say(name));
     list.setAttribute("role", "list");
-    const part = element("section", {}, element("h2", {}, say(name)), list);
-    $("wire-body").append(part);
-    return part;
+    $("wire-body").append(element("section", {}, element("h2", {}, say(name)), list));
+    return list;
   }
 
-  function row({ at, direction, text }) {
+  function itemOf({ at, direction, text }) {
     const mark = element("span", { className: "mark", title: say(`wire-${direction}`) });
     mark.textContent = MARKS[direction];
     mark.setAttribute("role", "img");
@@ -80,17 +87,18 @@ const wire = (() => {
      fetch that does it. */
   function recordedFetch(name, through = network.fetch) {
     return async (url, init) => {
-      record(name, "out", request(url, init));
+      record(name, "out", request(url, init), "request");
       const response = await through(url, init);
       const head = [...response.headers].map((pair) => pair.join(": "));
-      record(name, "in", [`HTTP ${response.status}`, ...head].join("\n"));
+      record(name, "in", [`HTTP ${response.status}`, ...head].join("\n"), "response");
       return response;
     };
   }
 
   function request(url, { method = "GET", headers = {}, body = "" } = {}) {
     const head = Object.entries(headers).map((pair) => pair.join(": "));
-    return [`${method} ${new URL(url).pathname}`, ...head, ...(body ? ["", body] : [])].join("\n");
+    const { pathname, search } = new URL(url);
+    return [`${method} ${pathname}${search}`, ...head, ...(body ? ["", body] : [])].join("\n");
   }
 
   panel.addEventListener("toggle", plan);

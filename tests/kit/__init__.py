@@ -18,6 +18,7 @@
     browser     Chromium
     checker     check_stream.py, as its users run it
     network     machines whose packets can get lost
+    pages       the pages, as their users open them
     npm         packages for a browser and for Node
     redis       a real redis-server
 
@@ -35,6 +36,7 @@ from .common import *
 from .http2 import *
 from .network import *
 from .npm import *
+from .pages import *
 from .protocols import *
 from .proxy import *
 from .redis import *

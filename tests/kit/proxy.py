@@ -115,6 +115,7 @@ class Line(Background):
     def __init__(self, port=None):
         self.server_port = port
         self.is_down = False  # no connection is accepted
+        self.is_deaf = False  # what the client sends is lost
         self.byte_by_byte = False
         self.requests = []  # every one there was, as Passed
         self._open = set()
@@ -167,7 +168,8 @@ class Line(Background):
                 passing.append(Passed(piece.decode("latin-1")))
                 self.requests.append(passing[-1])
             passing[-1].up += len(piece)
-            await server.send_all(piece)
+            if not self.is_deaf:
+                await server.send_all(piece)
         scope.cancel()
 
     async def _deliver(self, client, piece):

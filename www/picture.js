@@ -1,0 +1,159 @@
+"use strict";
+
+/* The picture of the clock view. Time runs to the right; each way of being told has two
+   lines, the server's above and the page's below.
+
+     ●   ●   ○   ○   ●     the server's ticks: told, or not (yet)
+     |   |    \___\__|     how each one came: all that was missed comes at one instant
+     ●───●───────────●     the page
+
+   It is a few SVG paths: a dot is a line of no length with round ends. They are written
+   anew a few times a second; from frame to frame the sheet that they are on only moves. */
+
+const picture = (() => {
+  const SECOND = 20; // all lengths are px where a letter has 16
+  const GUTTER = 46; // for "server" and "page"
+  const TOP = 20; // for what is said of a cut
+  const LANE = 82;
+  const [SERVER_Y, PAGE_Y] = [34, 68]; // in a lane
+  const SLANT = 4; // of a question and of its answer, over what they took
+  const EDGE = 8; // right of now
+  const NARROWEST = 270; // else the words of a lane would meet
+  const NAMES = ["polling", "stream", "socket"];
+  const BOTTOM = TOP + NAMES.length * LANE + 20;
+  const PARTS = ["cut", "bar", "line", "call", "drop", "told", "untold", "hole"];
+
+  const reduced = matchMedia("(prefers-reduced-motion: reduce)");
+  const svg = make("svg", { role: "img" });
+  const verdicts = {}; // "polling" -> its text
+  const parts = {}; // "drop" -> its path, for all three lanes
+  let sheet, viewport, times, labels, cutWords;
+  let origin = 0; // ms: x is 0 there
+  let [width, unit] = [0, 1]; // of the sheet's window; px of a length of 1
+
+  function make(tag, attributes = {}, ...children) {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  }
+
+  const text = (className, x, y, ...said) => make("text", { class: className, x, y }, ...said);
+
+  function build(place) {
+    const hatch = make("pattern", {
+      id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse",
+      patternTransform: "rotate(45)",
+    }, make("path", { d: "M0 0h6v6h-6z", class: "hatch-ground" }),
+    make("path", { d: "M0 0v6", class: "hatch-stroke" }));
+    for (const part of PARTS) parts[part] = make("path", { class: part });
+    times = make("g");
+    labels = make("g");
+    sheet = make("g", {}, ...Object.values(parts), times, labels);
+    viewport = make("svg", { x: GUTTER }, sheet); // what has not happened yet is clipped
+    svg.append(make("defs", {}, hatch), viewport, cutWords = text("cut-words", 0, TOP - 5));
+    NAMES.forEach((name, lane) => {
+      const y = TOP + lane * LANE;
+      svg.append(
+        text("who", 0, y + SERVER_Y + 4, say("picture-server")),
+        text("who", 0, y + PAGE_Y + 4, say("picture-page")),
+        text("title", 0, y + 16, say(name)),
+        verdicts[name] = text("verdict", 0, y + 16),
+      );
+    });
+    place.prepend(svg);
+  }
+
+  /* `ways`: name -> a Way of clock.js; `cuts`: [{from, to}], in ms of
+     this page's clock, in which the server's second begins at tickAt(second). */
+  function draw({ ways, cuts, tickAt, cutSays }, now) {
+    measure();
+    if (now - origin > 600000) origin = now; // small numbers, whatever the date
+    const since = now - ((width + SECOND) / SECOND) * 1000;
+    const until = now + 5000; // what is open goes on past the edge, where it is clipped
+    const d = Object.fromEntries(PARTS.map((part) => [part, ""]));
+    NAMES.forEach((name, lane) => {
+      const way = ways[name];
+      const [up, down] = [SERVER_Y, PAGE_Y].map((y) => TOP + lane * LANE + y);
+      for (const { from, to } of cuts) d.cut += box(from, to ?? until, up - 9, down + 9);
+      for (const { from, to } of way.spans) d.bar += box(from, to ?? until, up, down);
+      for (const y of [up, down]) d.line += `M${x(since)} ${y}H${x(until)}`;
+      for (const call of way.calls) d.call += zigzag(call, up, down);
+      const ticks = secondsOf(way).filter((second) => tickAt(second) >= since);
+      for (const second of ticks) {
+        const [at, tick] = [way.arrivals.get(second)?.at, x(tickAt(second))];
+        if (at === undefined) {
+          if (now - tickAt(second) > 1000) d.untold += dot(tick, up); // before, it may still come
+          continue;
+        }
+        const asked = way.calls.length > 0;
+        d.told += dot(tick, up) + dot(x(at) + (asked ? SLANT : 0), down);
+        if (!asked) d.drop += `M${tick} ${up}L${x(at)} ${down}`;
+      }
+      write(verdicts[name], way.verdict);
+      set(verdicts[name], "class", way.missed ? "verdict lost" : "verdict");
+    });
+    d.hole = d.untold;
+    for (const part of PARTS) set(parts[part], "d", d[part]);
+    write(cutWords, cutSays);
+    const told = NAMES.map((name) => `${say(name)}: ${ways[name].verdict}`);
+    set(svg, "aria-label", [cutSays, ...told].filter(Boolean).join("; "));
+    label(since, now, cuts);
+    move(now);
+  }
+
+  /* Those of the last minute that there were since the first one that was told. */
+  function secondsOf({ first, newest }) {
+    if (first === null) return [];
+    const from = Math.max(first, newest - 60);
+    return Array.from({ length: Math.max(0, newest - from + 1) }, (_, n) => from + n);
+  }
+  const x = (at) => Math.round((at - origin) / 100 * SECOND) / 10;
+  const dot = (left, top) => `M${left} ${top}h0`;
+  const box = (from, to, top, bottom) => `M${x(from)} ${top}H${x(to)}V${bottom}H${x(from)}z`;
+
+  /* A question and its answer; a question that finds no server ends half way. */
+  function zigzag({ from, to, failed }, up, down) {
+    if (failed) return `M${x(from) - SLANT} ${down}L${x(from)} ${(up + down) / 2}`;
+    const turn = Math.max((x(from) + x(to)) / 2, x(from));
+    return `M${x(from) - SLANT} ${down}L${turn} ${up}L${x(to) + SLANT} ${down}`;
+  }
+
+  function label(since, now, cuts) {
+    const first = Math.ceil(since / 5000);
+    const fives = Array.from({ length: Math.floor(now / 5000) - first + 1 }, (_, n) => first + n);
+    times.replaceChildren(...fives.map((five) => text("time", x(five * 5000), BOTTOM - 6,
+      time.format(five * 5000))));
+    labels.replaceChildren(...cuts.filter(({ to }) => to).map(({ from, to }) => text("time",
+      x((from + to) / 2), TOP - 5, say("picture-cut", Math.round((to - from) / 1000)))));
+  }
+
+  function measure() {
+    const letter = parseFloat(getComputedStyle(svg).fontSize);
+    unit = Math.min(letter / 16, svg.clientWidth / NARROWEST) || 1;
+    const all = svg.clientWidth / unit;
+    width = Math.max(0, all - GUTTER);
+    set(svg, "viewBox", `0 0 ${all} ${BOTTOM}`);
+    set(svg, "height", BOTTOM * unit);
+    set(viewport, "width", width);
+    set(viewport, "height", BOTTOM);
+    for (const part of [cutWords, ...Object.values(verdicts)]) set(part, "x", all);
+  }
+
+  /* Now is at the right edge. Where motion is not wanted, it moves once a second. */
+  function move(now) {
+    const shown = reduced.matches ? Math.floor((now - 200) / 1000) * 1000 + 200 : now;
+    const left = Math.round((width - EDGE - x(shown)) * unit * devicePixelRatio);
+    set(sheet, "transform", `translate(${left / unit / devicePixelRatio})`);
+  }
+
+  function write(part, words) {
+    if (part.textContent !== words) part.textContent = words;
+  }
+
+  function set(part, name, value) {
+    if (part.getAttribute(name) !== String(value)) part.setAttribute(name, value);
+  }
+
+  return { build, draw, move };
+})();

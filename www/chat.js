@@ -238,6 +238,7 @@
       }
       const { article } = turns.get(message.key);
       if (log.children[n] !== article) log.insertBefore(article, log.children[n] ?? null);
+      article.classList.toggle("latest", n >= messages.length - 2);
     });
     refresh();
   }
@@ -315,6 +316,7 @@
     log.classList.toggle("busy", isRunning);
     $("chat-state").textContent = words();
     $("cut-chat").hidden = runs.size === 0 && !network.left;
+    stick();
   }
 
   function words() {

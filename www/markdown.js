@@ -415,6 +415,7 @@ const Markdown = (() => {
       this.tail = lines.join("\n");
       this.drawTail(false);
       this.kept = this.root.lastChild;
+      this.kept.classList.add("goes-on");
       this.continued = midLine ? "continued mid-line" : "continued";
       this.tail = [...begin, ...rest].join("\n");
       return true;

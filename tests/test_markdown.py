@@ -2,9 +2,9 @@
 token by token, which must come to the same."""
 
 import pytest
-from kit import ROOT
+from kit import WWW
 
-INDEX = (ROOT / "www" / "index.html").as_uri()
+INDEX = (WWW / "index.html").as_uri()
 
 # What is drawn, without what is the same in every block.
 RENDER = """async ([text, step, finished]) => {
@@ -222,3 +222,8 @@ def test_the_work_for_a_token_does_not_grow(sheet, kind):
     most, longest = sheet.evaluate(WORK, LONG[kind])
     print(kind, most, longest)
     assert most < 9000
+
+
+def test_the_style_does_not_make_a_token_cost_as_much_as_the_page():
+    """With a rule like `:has(+ .x)`, each node that comes is a question to all others."""
+    assert ":has(" not in (WWW / "style.css").read_text()

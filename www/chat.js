@@ -47,13 +47,10 @@
       && (said.at < answer.at || (said.at === answer.at && said.role === "user")));
     const messages = before.map(({ role, content }) => ({ role, content }));
     const model = $("model").value ? { model: answer.model } : {};
-    const headers = { "Content-Type": "application/json" };
-    if (isOurServer()) headers["Idempotency-Key"] = answer.key;
+    const headers = { "Content-Type": "application/json", "Idempotency-Key": answer.key };
     const body = JSON.stringify({ messages, ...model });
     follow(answer, turns.get(answer.key), address(ASK), { method: "POST", headers, body });
   }
-
-  const isOurServer = () => SERVER.origin === location.origin;
 
   function follow(answer, turn, url, options) {
     const run = { answer, turn, now: "connecting" };
@@ -269,15 +266,8 @@
   /* At the start: no tab may be left that is asking this. */
   function repeat() {
     for (const answer of conversation.messages.filter(isUnderWay)) {
-      if (answer.id) continue;
-      if (isOurServer()) send(answer);
-      else interrupt(answer);
+      if (!answer.id) send(answer);
     }
-  }
-
-  function interrupt(answer) {
-    Object.assign(answer, { state: "failed", trouble: say("trouble-interrupted") });
-    turns.get(answer.key).end();
   }
 
   /* `#answer/<id>`: an answer by its own address, on whatever device. */

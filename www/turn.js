@@ -31,7 +31,7 @@ class Turn {
     this.thinking = null;
     const { reasoning, content } = this.message;
     if (reasoning) this.reason(reasoning);
-    this.text.append(content);
+    if (content) this.append(content);
     this.isGrowing = isUnderWay(this.message);
     this.article.classList.toggle("under-way", this.isGrowing);
     if (!this.isGrowing) this.end();
@@ -85,7 +85,7 @@ class Turn {
     if (message.trouble) article.append(this.trouble());
     else if (!message.isWatched) foot.append(this.button(message.state === "done" ? "regenerate" : "again"));
     if (message.content) foot.append(copyButton(() => message.content));
-    if (message.id) foot.append(this.link());
+    if (message.id && !message.isWatched) foot.append(this.link());
     this.thoughts?.finish();
     await this.text.finish();
     return this.spoken();
@@ -100,13 +100,13 @@ class Turn {
 
   trouble() {
     const words = element("p", { dir: "auto" }, this.message.trouble);
-    const ways = this.message.isWatched ? [] : [this.button("again")];
+    const ways = this.message.isWatched ? [] : [this.button("again", "turn")];
     return element("div", { className: "trouble" }, words, ...ways);
   }
 
   /* Those of the last turn only are seen. */
-  button(name) {
-    const button = element("button", { type: "button", className: "turn plain" }, say(name));
+  button(name, className = "turn plain") {
+    const button = element("button", { type: "button", className }, say(name));
     button.addEventListener("click", () => this.acts[name](this.message));
     return button;
   }

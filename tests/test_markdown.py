@@ -1,6 +1,8 @@
 """Markdown as models write it, drawn by www/markdown.js in real Chromium: whole, and
 token by token, which must come to the same."""
 
+import random
+
 import pytest
 from kit import WWW
 
@@ -161,6 +163,23 @@ def test_however_it_is_cut(sheet, step):
         assert drawn(sheet, text, step) == wanted, text
 
 
+# What Markdown is made of, in any order: that is what a model may come to write.
+PIECES = [
+    *"a * ** _ ` `` ``` ```py ~~~ - > # ## | --- *** [ ]( \\ \\( $ $$ < & ! 中文 ，".split(),
+    *("1. ", "2) ", "  ", "    ", "\t", "word ", "\n", "\n", "\n", "\n\n", "- "),
+    *("| a | b |\n|---|---|\n", "https://x.example/", "http://a.example/b)"),
+]
+
+
+def test_any_text_is_the_same_however_it_is_cut(sheet):
+    choice = random.Random(7)
+    for _ in range(300):
+        text = "".join(choice.choices(PIECES, k=choice.randint(1, 40)))
+        whole = drawn(sheet, text)
+        assert drawn(sheet, text, 1) == whole, text
+        assert drawn(sheet, text, choice.randint(2, 6)) == whole, text
+
+
 def test_what_is_unfinished_is_taken_for_what_it_will_be(sheet):
     begun = {
         "A **bo": "<p>A <strong>bo</strong></p>",
@@ -194,6 +213,8 @@ LONG = {
     + "  ```",
     "stars": "*a " * 60_000 + "`b " * 10_000,
     "brackets": "[" * 100_000 + "](" * 50_000,
+    "blank": "\n" * 100_000 + " " * 100_000,
+    "fence": "```" + "x" * 200_000,
 }
 # How many characters each draw puts on the page, of 200 KB in pieces of 200 characters.
 WORK = """(text) => {

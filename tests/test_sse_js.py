@@ -332,6 +332,52 @@ def test_a_post_goes_on_where_the_server_knows_what_it_goes_on_with(open_stream)
     assert server.asked[1].headers["last-event-id"] == "x-1"
 
 
+def test_a_post_repeated_before_its_first_event_names_its_answer(open_stream):
+    """By the bare id in the first block, whose data has not come."""
+    first = [HEAD + b"retry: 1\nid: x\n", FIN]
+    server, _ = open_stream(first, [HEAD, HOLD], method="POST", body="ask")
+    wait_until(lambda: len(server.asked) == 2)
+    assert [asked.method for asked in server.asked] == ["POST", "POST"]
+    assert server.asked[1].headers["last-event-id"] == "x"
+
+
+def test_elsewhere_an_id_without_its_event_counts_for_nothing(open_stream):
+    """The event that it belongs to would be skipped."""
+    server, _ = open_stream([HEAD + b"retry: 1\nid: 1\n", FIN], [HEAD, HOLD])
+    wait_until(lambda: len(server.asked) == 2)
+    assert "last-event-id" not in server.asked[1].headers
+
+
+def test_a_question_refused_for_a_while_is_asked_again(open_stream):
+    busy = status("503 Busy", "Retry-After: 0")
+    whole = [HEAD + b"data: a\n\n", HOLD]
+    server, look = open_stream(busy, whole, method="POST", body="ask")
+    until_seen(look, lambda seen: seen["events"] == ["a"])
+    assert [asked.body for asked in server.asked] == [b"ask", b"ask"]
+
+
+def test_but_not_for_ever(open_stream):
+    busy = status("503 Busy", "Retry-After: 0", body=b"too busy")
+    server, look = open_stream(busy, method="POST", body="ask")
+    seen = until_seen(look, lambda seen: seen["states"][-1] == "closed")
+    assert seen["reason"]["body"] == "too busy"
+    assert len(server.asked) == 4
+
+
+def test_what_would_be_paid_for_twice_is_not_asked_again(open_stream):
+    failed = status("503 Busy", "Retry-After: 0", "x-should-retry: false")
+    server, look = open_stream(failed, method="POST", body="ask")
+    until_seen(look, lambda seen: seen["states"][-1] == "closed")
+    assert len(server.asked) == 1
+
+
+def test_the_wait_that_the_server_asks_for_is_kept(open_stream, page):
+    page.add_init_script("Math.random = () => 1")
+    _, look = open_stream(status("503 Busy", "Retry-After: 7"))
+    seen = until_seen(look, lambda seen: seen["waits"])
+    assert seen["waits"] == [7001]
+
+
 def test_the_wait_doubles_until_an_event_comes_and_no_sooner(open_stream, page):
     page.add_init_script("Math.random = () => 1")
     empty = [HEAD, FIN]  # it opens: that alone says nothing
@@ -367,6 +413,45 @@ def test_a_server_that_never_answers_is_silent_too(open_stream):
     wait_until(lambda: len(server.asked) == 2)
 
 
+def test_a_retry_without_a_head_is_given_up_sooner(open_stream):
+    broken = [HEAD + b"data: a\nid: 1\n\n", FIN]
+    whole = [HEAD + b"data: b\nid: 2\n\n", HOLD]
+    server, look = open_stream(broken, [HOLD], whole, patience=150)
+    until_seen(look, lambda seen: seen["events"] == ["a", "b"])
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("event", ["online", "pageshow", "visibilitychange"])
+def test_waking_up_looks_again_at_once(open_stream, page, event):
+    """No wait, no silence of ten seconds: the page was away, and nothing has come."""
+    silent = [HEAD + b"data: a\nid: x-1\n\n", HOLD]
+    server, look = open_stream(silent, [HEAD, HOLD], stale=100, base=60000, cap=60000)
+    until_seen(look, lambda seen: seen["events"] == ["a"])
+    page.wait_for_timeout(150)
+    on = "document" if event == "visibilitychange" else "window"
+    page.evaluate(f"{on}.dispatchEvent(new Event('{event}'))")
+    wait_until(lambda: len(server.asked) == 2)
+    assert server.asked[1].headers["last-event-id"] == "x-1"
+    assert "waiting" not in look()["states"]
+
+
+def test_waking_up_leaves_a_question_that_cannot_be_repeated(open_stream, page):
+    server, look = open_stream([HOLD], method="POST", body="ask", stale=50)
+    wait_until(lambda: server.asked)
+    page.wait_for_timeout(100)
+    page.evaluate("dispatchEvent(new Event('online'))")
+    page.wait_for_timeout(100)
+    assert look()["states"] == ["connecting"]
+
+
+def test_a_sleep_of_the_computer_is_silence_too(open_stream, page):
+    """One of its clocks stands still meanwhile."""
+    server, look = open_stream([HEAD + b"data: a\n\n", HOLD], [HEAD, HOLD])
+    until_seen(look, lambda seen: seen["events"] == ["a"])
+    page.evaluate("{ const now = Date.now; Date.now = () => now() + 60000; }")
+    wait_until(lambda: len(server.asked) == 2)
+
+
 def test_keep_alives_are_no_silence(open_stream):
     alive = [step for _ in range(8) for step in (b": keep-alive\n", 0.1)]
     server, look = open_stream([HEAD, *alive, b"data: a\n\n", HOLD], silence=500)
@@ -382,6 +467,29 @@ def test_closing_ends_the_request_and_all_that_was_still_to_come(open_stream, pa
     seen = until_seen(look, lambda seen: seen["states"][-1] == "closed")
     assert server.asked[0].ended.wait(2)
     assert (seen["events"], len(server.asked)) == ([], 1)
+
+
+def test_a_stream_that_is_done_is_left_to_its_server(open_stream, page):
+    """An abort would be shown as a failure by the browser's network panel."""
+    failed = []
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    server = Scripted([HEAD + b"data: a\n\n", 0.1, b": bye\n", FIN], files=FILES)
+    with server:
+        page.goto(server.url)
+        with page.expect_request_finished():
+            page.evaluate("""() => {
+              const stream = SSE.open('/stream', { onevent: () => stream.done() });
+            }""")
+        assert failed == []
+        assert len(server.asked) == 1
+
+
+def test_and_closed_if_its_server_does_not_end_it(open_stream, page):
+    server, look = open_stream([HEAD + b"data: a\n\n", HOLD])
+    until_seen(look, lambda seen: seen["events"] == ["a"])
+    page.evaluate("stream.done()")
+    assert look()["states"][-1] == "closed"
+    wait_until(server.asked[0].ended.is_set)
 
 
 def test_closing_in_an_event_is_the_end_of_its_piece_too(open_stream, page):

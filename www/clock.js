@@ -7,6 +7,7 @@
 {
   const REMEMBERED = 120; // seconds of each way
   const LATE = 1500; // ms after its second: not delivered but caught up
+  const CLUMPS = 3; // within half a minute are no accident
   const EVERY = 1000; // ms: between two ticks, and on average between two polls
 
   // --------------------------------------------------------- what was seen of each way
@@ -14,9 +15,11 @@
   class Way {
     constructor() {
       Object.assign(this, { state: "connecting", connections: 0, requests: 0 });
-      Object.assign(this, { sent: 0, received: 0, seen: 0, late: 0, clumps: 0 });
+      Object.assign(this, { sent: 0, received: 0, seen: 0, late: 0 });
       this.first = this.last = null; // seconds
-      this.latest = 0; // ms: when the last tick came
+      this.latest = 0; // ms: when the last tick came ...
+      this.together = false; // ... and whether it came with the one before
+      this.clumps = []; // ms: when two or more came at once
       this.arrivals = new Map(); // second -> {at, delay, late}, ms
       this.spans = []; // {from, to}: when a connection was open
       this.calls = []; // {from, to, failed}: questions, and when their answers came
@@ -44,7 +47,9 @@
     lookForClump(at) {
       const settled = at - (this.spans.at(-1)?.from ?? at) > 3000;
       const together = at - this.latest < 300 && !document.hidden && at - drawnAt < 1000;
-      if (settled && together) this.clumps += 1;
+      if (settled && together && !this.together) this.clumps.push(at);
+      if (this.clumps.length > CLUMPS) this.clumps.shift();
+      this.together = together;
       this.latest = at;
     }
 
@@ -336,7 +341,8 @@
     const { polling, stream } = ways;
     const since = Math.max(stream.latest, stream.spans[0]?.from ?? now, cuts.at(-1)?.to ?? 0);
     const silent = now - since > 6000 && polling.last > (stream.last ?? 0) + 5;
-    return stream.clumps >= 3 || (silent && !network.left);
+    const clumped = stream.clumps.length === CLUMPS && now - stream.clumps[0] < 30000;
+    return clumped || (silent && !network.left);
   }
 
   /* Only what has changed, so that a screen reader or a selection is left in peace. */

@@ -86,7 +86,7 @@ function toEnd() {
 }
 
 function stick() {
-  if (atEnd) window.scrollTo(0, pageEnd());
+  if (atEnd && views[shown]?.grows?.()) window.scrollTo(0, pageEnd());
   offerJump();
 }
 

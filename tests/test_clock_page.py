@@ -1,0 +1,460 @@
+"""The clock view in real Chromium: the picture of three ways to be told the time, what
+a cut does to each of them, the numbers, and what is on the wire."""
+
+import re
+import signal
+
+import pytest
+from kit import (
+    HOLD,
+    WWW,
+    Gate,
+    Line,
+    Scripted,
+    answer,
+    ask,
+    check_axe,
+    fits,
+    from_http,
+    last_answer,
+    over,
+    wait_until,
+)
+
+WAYS = ["polling", "stream", "socket"]
+SIZES = {"phone": 320, "desk": 1280}
+
+
+def value(page, row, way):
+    """A number of the table of the three ways."""
+    cell = page.locator(f"tr.row-{row} td").nth(WAYS.index(way))
+    return int(re.sub(r"\D", "", cell.text_content()) or 0)
+
+
+def until_told(page, ticks=2):
+    for way in WAYS:
+        wait_until(lambda way=way: value(page, "seen", way) >= ticks)
+
+
+def verdict(page, way):
+    return page.locator("#picture .verdict").nth(WAYS.index(way))
+
+
+def cut(page, seconds):
+    page.evaluate(
+        f"document.querySelector('#clock-cut button').dataset.cut = {seconds}"
+    )
+    page.locator("#clock-cut button").first.click()
+
+
+def cut_and_back(page, expect, seconds=3):
+    until_told(page)
+    cut(page, seconds)
+    state = page.locator("#clock-cut [role=status]")
+    expect(state).to_have_text("The network is cut.")
+    expect(state).to_have_text("The network is back.", timeout=20_000)
+
+
+# ------------------------------------------------------------------------- the picture
+
+
+def points(page, part):
+    """The dots of one kind, or the lines of one kind, as [[x, y], ...] each."""
+    path = page.locator(f"#picture path.{part}").get_attribute("d") or ""
+    pieces = [piece for piece in path.split("M") if piece]
+    numbers = [re.findall(r"-?[\d.]+", piece) for piece in pieces]
+    return [[(float(x), float(y)) for x, y in pairs(found)] for found in numbers]
+
+
+def pairs(numbers):
+    return zip(numbers[::2], numbers[1::2], strict=False)
+
+
+def heights(page, part):
+    return {line[0][1] for line in points(page, part)}
+
+
+def test_each_tick_is_drawn_as_it_came(profile, demo, where, expect):
+    """A zigzag of questions and answers; two open connections with a drop for each."""
+    page = profile.open(where(demo, "clock"))
+    until_told(page, 3)
+    assert len(points(page, "call")) >= 2
+    assert all(len(call) == 3 for call in points(page, "call"))
+    assert len(points(page, "bar")) == 2
+    assert len(points(page, "drop")) >= 4
+    assert len(heights(page, "told")) == 6
+    assert points(page, "cut") == []
+
+
+def test_a_cut_grows_while_it_lasts_and_counts_down(profile, demo, expect):
+    page = profile.open(from_http(demo, "clock"))
+    until_told(page)
+    cut(page, 60)
+    words = page.locator("#picture .cut-words")
+    expect(words).to_have_text(re.compile("Network cut. Back in 5[0-9] s"))
+    before = words.text_content()
+    expect(words).not_to_have_text(before)
+    assert len(points(page, "cut")) == 3
+    band = "document.querySelector('#picture .cut').getBoundingClientRect().left"
+    left = page.evaluate(band)
+    wait_until(lambda: page.evaluate(band) < left - 10)
+    assert all(len(call) == 2 for call in points(page, "call")[-1:])  # half way
+    expect(page.locator("#picture-words")).to_contain_text("nothing reaches the page")
+
+
+def test_who_lost_ticks_in_a_cut_and_who_caught_up(profile, demo, expect):
+    page = profile.open(from_http(demo, "clock"))
+    cut_and_back(page, expect)
+    expect(verdict(page, "polling")).to_have_text(re.compile(r"\d lost for good"))
+    for way in ("stream", "socket"):
+        expect(verdict(page, way)).to_have_text(re.compile(r"none lost, \d caught up"))
+        assert value(page, "missed", way) == 0
+        assert value(page, "connections", way) == 2
+    hollow = heights(page, "untold")
+    assert len(hollow) == 1  # in the first lane alone, on the server's line
+    assert hollow == {min(heights(page, "told"))}
+    ends = [round(line[-1][0]) for line in points(page, "drop")]
+    assert max(ends.count(end) for end in ends) >= 4  # two or more in each lane fan in
+    sentence = page.locator("#picture-words")
+    said = (
+        r"Short connections: .*good: [1-9].*SSE and WebSocket: none lost, \d caught up"
+    )
+    expect(sentence).to_have_text(re.compile(said))
+    expect(page.locator("#announcer")).to_contain_text("none lost")
+
+
+def test_the_picture_says_the_same_in_words(profile, demo, expect):
+    page = profile.open(from_http(demo, "clock"))
+    cut_and_back(page, expect, 2)
+    name = re.compile(
+        r"Short connection: \d lost for good; SSE: none lost, \d caught up; WebSocket: "
+    )
+    expect(page.get_by_role("img", name=name)).to_be_visible()
+
+
+def test_motion_is_reduced_for_those_who_ask(chromium, demo):
+    places = """() => new Promise((resolve) => {
+      const found = new Set(), until = performance.now() + 1500;
+      const look = () => {
+        found.add(document.querySelector('#picture svg g').getAttribute('transform'));
+        if (performance.now() < until) requestAnimationFrame(look);
+        else resolve(found.size);
+      };
+      look();
+    })"""
+    counts = {}
+    for motion in ("reduce", "no-preference"):
+        context = chromium.new_context(reduced_motion=motion)
+        page = context.new_page()
+        page.goto(from_http(demo, "clock"))
+        until_told(page, 1)
+        counts[motion] = page.evaluate(places)
+        context.close()
+    assert counts["reduce"] <= 3
+    assert counts["no-preference"] >= 5
+
+
+# ------------------------------------------------------------------- what is measured
+
+
+def test_the_clock_ticks(profile, demo, where, expect):
+    page = profile.open(where(demo, "clock"))
+    face = page.locator("#face")
+    expect(face).to_have_text(re.compile(r"\d\d:\d\d:\d\d"))
+    before = face.inner_text()
+    expect(face).not_to_have_text(before)
+    expect(page.locator("#clock-words")).to_have_text("Connected.")
+    expect(page.locator("#clock-age")).to_have_text(
+        re.compile(r"Last tick [01]\.\d s ago\.")
+    )
+    until_told(page)
+    wait_until(lambda: value(page, "requests", "polling") >= 2)
+    assert value(page, "requests", "stream") == value(page, "requests", "socket") == 1
+
+
+def test_a_browser_without_the_newer_signals(profile, demo, expect):
+    """AbortSignal.any came with Safari 17.4."""
+    profile.context.add_init_script(
+        "delete AbortSignal.any; delete AbortSignal.timeout;"
+    )
+    page = profile.open(from_http(demo, "clock"))
+    cut_and_back(page, expect, 1)
+    for way in WAYS:
+        seen = value(page, "seen", way)
+        wait_until(lambda way=way, seen=seen: value(page, "seen", way) > seen)
+
+
+def test_the_table_is_folded_away_and_says_what_to_take(profile, demo, expect):
+    page = profile.open(from_http(demo, "clock"))
+    expect(page.locator("#ways")).to_be_hidden()
+    page.click("#numbers summary")
+    for row in ("Who speaks", "After a cut", "Take it for"):
+        expect(page.get_by_role("rowheader", name=row)).to_be_visible()
+
+
+def test_the_median_is_of_what_was_not_caught_up_on(profile, demo, expect):
+    """Else it says how long the cut was."""
+    page = profile.open(from_http(demo, "clock"))
+    cut_and_back(page, expect, 6)  # longer than all that was told before it
+    for way in ("stream", "socket"):
+        wait_until(lambda way=way: value(page, "late", way) >= 4)
+        assert value(page, "median", way) < 1000
+
+
+def test_polls_come_at_any_moment_of_a_second(profile, demo):
+    page = profile.open(from_http(demo, "clock"))
+    delays = set()
+    for seen in range(1, 8):
+        wait_until(lambda seen=seen: value(page, "seen", "polling") >= seen)
+        delays.add(value(page, "delay", "polling"))
+    assert max(delays) - min(delays) > 100
+
+
+def test_a_gap_is_told(profile, expect):
+    """A clock that was left for longer than it remembers."""
+    profile.network_fails = True  # it is no clock for the two others
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+        b"Access-Control-Allow-Origin: *\r\n\r\n"
+    )
+    gap = b'event: gap\ndata: {"missed": 12}\n\ndata: now\nid: clock-1700000000\n\n'
+    with Scripted([head + gap, HOLD]) as server:
+        page = profile.open(
+            f"{(WWW / 'index.html').as_uri()}?server={server.url}#clock"
+        )
+        expect(page.locator("#clock-age")).to_contain_text("12 missed.")
+
+
+TABLE = r"""() => Object.fromEntries(
+  [...document.querySelectorAll('#ways tbody tr')].map((row) => [
+    row.className.slice(4),
+    [...row.cells].slice(1).map((cell) => Number(cell.textContent.replace(/\D/g, ''))),
+  ]),
+)"""
+
+
+def test_the_bytes_shown_are_those_on_the_wire(profile, demo):
+    """They are computed. So they are compared with what a line really carries."""
+    with Line(demo.port) as line:
+        page = profile.open(f"{over(line)}#clock")
+        wait_until(lambda: value(page, "seen", "polling") >= 5)
+        table = page.evaluate(TABLE)
+        passed = [
+            line.passed("GET /time "),
+            line.passed("GET /clock ", "text/event-stream"),
+            line.passed("GET /clock ", "Upgrade: websocket"),
+        ]
+        page.close()
+    for n in range(3):
+        up, down = passed[n]
+        assert table["sent"][n] == pytest.approx(up, rel=0.1)
+        assert table["received"][n] == pytest.approx(down, rel=0.1)
+        assert table["connections"][n] == 1
+
+
+# ------------------------------------------------------------- lines that misbehave
+
+
+def test_a_stream_that_is_held_back_is_noticed(profile, demo, expect):
+    """By a proxy that buffers, say: ticks in clumps."""
+    with Line(demo.port) as line:
+        page = profile.open(f"{over(line)}#clock")
+        wait_until(lambda: value(page, "seen", "stream") >= 4)
+        notice = page.locator("#clumps")
+        expect(notice).to_be_hidden()
+        for _ in range(3):
+            line.stall()
+            page.wait_for_timeout(2500)
+            line.flow()
+            page.wait_for_timeout(500)
+        expect(notice).to_be_visible()
+        expect(notice).to_contain_text("holds the stream back")
+        page.close()
+
+
+def test_a_line_that_goes_silent_is_noticed_after_ten_seconds(profile, demo, expect):
+    """Nothing breaks, nothing comes: both kinds of stream look for another way."""
+    with Line(demo.port) as line:
+        page = profile.context.new_page()
+        page.clock.install()
+        page.goto(f"{over(line)}#clock")
+        wait_until(lambda: value(page, "seen", "stream") >= 2)
+        wait_until(lambda: value(page, "seen", "socket") >= 2)
+        line.stall()
+        page.clock.fast_forward(11_000)
+        expect(page.locator("#clock-words")).not_to_have_text("Connected.")
+        line.flow()
+        page.clock.fast_forward(5_000)
+        for way in ("stream", "socket"):
+            wait_until(lambda way=way: value(page, "connections", way) == 2)
+            assert value(page, "missed", way) == 0
+        page.close()
+
+
+@pytest.mark.parametrize("event", ["online", "pageshow", "visibilitychange"])
+def test_waking_up_looks_again_at_once(profile, demo, event):
+    with Line(demo.port) as line:
+        page = profile.context.new_page()
+        page.clock.install()
+        page.goto(f"{over(line)}#clock")
+        wait_until(lambda: value(page, "seen", "stream") >= 2)
+        wait_until(lambda: value(page, "seen", "socket") >= 2)
+        line.stall()
+        page.clock.fast_forward(6_000)  # no more than a pause, as far as one can tell
+        assert value(page, "connections", "stream") == 1
+        on = "document" if event == "visibilitychange" else "window"
+        page.evaluate(f"{on}.dispatchEvent(new Event('{event}'))")
+        line.flow()
+        for way in ("stream", "socket"):
+            wait_until(lambda way=way: value(page, "connections", way) == 2)
+        page.close()
+
+
+def test_the_server_started_again_under_the_clock(profile, serve, expect):
+    profile.network_fails = True
+    server = serve()
+    page = profile.open(from_http(server, "clock"))
+    for way in ("stream", "socket"):
+        wait_until(lambda way=way: value(page, "seen", way) >= 2)
+    server.signal(signal.SIGKILL)
+    expect(page.locator("#clock-words")).to_contain_text("Connection lost")
+    server.process.wait()
+    serve("--port", str(server.port))
+    expect(page.locator("#clock-words")).to_have_text("Connected.", timeout=20_000)
+    for way in ("stream", "socket"):
+        wait_until(lambda way=way: value(page, "connections", way) == 2, 20)
+        seen = value(page, "seen", way)
+        wait_until(lambda way=way, seen=seen: value(page, "seen", way) > seen)
+        assert value(page, "missed", way) == 0
+
+
+def test_the_clock_is_let_go_when_it_is_out_of_view(profile, serve, expect):
+    page = profile.open(from_http(serve(), "clock"))
+    readers = "fetch('healthz').then((r) => r.json()).then((health) => health.readers)"
+    wait_until(lambda: page.evaluate(readers) == 2)
+    page.click("nav a[href='#chat']")
+    wait_until(lambda: page.evaluate(readers) == 0)
+
+
+# ------------------------------------------------------------------------- on the wire
+
+
+def test_the_frames_can_be_seen(profile, model, upstream, expect):
+    page = profile.open(from_http(model))
+    page.click("#wire summary")
+    expect(page.locator("#wire-empty")).to_be_visible()
+    ask(page, upstream.script(*answer("One ", "two.")))
+    frames = page.locator("#wire-body")
+    for text in (
+        "POST /chatgptApi/",
+        "x-answer-id: ",
+        'data: {"content":"One "}',
+        "id: ",
+    ):
+        expect(frames).to_contain_text(text)
+    expect(frames).to_contain_text("data: [DONE]")
+    page.click("nav a[href='#clock']")
+    for name in ("Clock: short connections", "Clock: SSE", "Clock: WebSocket"):
+        expect(page.get_by_role("heading", name=name)).to_be_visible()
+    expect(page.get_by_role("list", name="Clock: SSE")).to_contain_text("retry: ")
+    expect(page.get_by_role("list", name="Clock: SSE")).to_contain_text("id: clock-")
+    expect(page.get_by_role("list", name="Clock: WebSocket")).to_contain_text(
+        '{"id":"clock-'
+    )
+    expect(page.get_by_role("heading", name="Chat: SSE over fetch")).to_be_hidden()
+
+
+def test_a_resume_can_be_seen(profile, line, upstream, expect):
+    profile.network_fails = True
+    gate = Gate()
+    page = profile.open(over(line))
+    ask(page, upstream.script(*answer("One ", gate, "two.")))
+    expect(last_answer(page)).to_have_text("One")
+    page.click("#wire summary")
+    line.cut()
+    gate.open()
+    expect(last_answer(page)).to_have_text("One two.", timeout=20_000)
+    expect(page.locator("#wire-body")).to_contain_text("Last-Event-ID: ")
+
+
+def frames(page, name):
+    return page.get_by_role("list", name=name)
+
+
+def is_at_its_end(frames):
+    return frames.evaluate(
+        "list => list.scrollHeight - list.scrollTop - list.clientHeight < 2"
+    )
+
+
+def test_the_panel_follows_and_leaves_its_reader_alone(profile, demo, expect):
+    page = profile.open(from_http(demo, "clock"))
+    page.click("#wire summary")
+    streamed = frames(page, "Clock: SSE")
+    wait_until(lambda: value(page, "seen", "socket") >= 8)
+    for name in ("Clock: SSE", "Clock: WebSocket", "Clock: short connections"):
+        assert is_at_its_end(frames(page, name)), name
+    streamed.evaluate("list => list.scrollTop = 0")
+    seen = value(page, "seen", "stream")
+    wait_until(lambda: value(page, "seen", "stream") >= seen + 2)
+    assert streamed.evaluate("list => list.scrollTop") == 0
+    assert is_at_its_end(frames(page, "Clock: WebSocket"))
+
+
+def test_the_heads_stay_however_much_has_come_since(profile, model, upstream, expect):
+    page = profile.open(from_http(model))
+    page.click("#wire summary")
+    pause = 0.01
+    words = [step for n in range(120) for step in (f"word{n} ", pause)]
+    ask(page, upstream.script(*answer(*words)))
+    rows = frames(page, "Chat: SSE over fetch")
+    expect(last_answer(page)).to_contain_text("word119")
+    expect(rows).to_contain_text("word119")
+    expect(rows).not_to_contain_text("word2 ")
+    expect(rows).to_contain_text("POST /chatgptApi/")
+    expect(rows).to_contain_text("HTTP 200")
+
+
+# ------------------------------------------------------------------------------- looks
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", SIZES.values(), ids=SIZES)
+def test_axe_finds_nothing_in_the_clock(chromium, demo, axe, expect, scheme, width):
+    size = {"width": width, "height": 800}
+    context = chromium.new_context(viewport=size, color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(from_http(demo, "clock"))
+    until_told(page)
+    check_axe(page, axe, "ticking")
+    cut(page, 2)
+    check_axe(page, axe, "cut")
+    expect(verdict(page, "stream")).to_contain_text("caught up", timeout=15_000)
+    page.click("#numbers summary")
+    page.click("#wire summary")
+    expect(page.locator("#wire-body li").first).to_be_visible()
+    page.evaluate("document.getElementById('clumps').hidden = false")
+    check_axe(page, axe, "all of it unfolded")
+    context.close()
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("size", ["17px", "34px"], ids=["letters", "large letters"])
+def test_the_clock_fits_a_narrow_screen(chromium, demo, language, size):
+    context = chromium.new_context(viewport={"width": 320, "height": 640})
+    page = context.new_page()
+    page.goto(from_http(demo, "clock", lang=language))
+    page.evaluate(f"document.documentElement.style.fontSize = '{size}'")
+    until_told(page)
+    cut(page, 1)
+    page.click("#numbers summary")
+    wait_until(lambda: value(page, "late", "stream"))
+    fits(page, 320)
+    overlap = """() => {
+      const boxes = (of) => [...document.querySelectorAll(`#picture ${of}`)]
+        .map((text) => text.getBoundingClientRect());
+      const verdicts = boxes('.verdict');
+      return boxes('.title').some(({ right }, n) => right > verdicts[n].left);
+    }"""
+    assert not page.evaluate(overlap)
+    context.close()

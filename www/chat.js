@@ -85,7 +85,7 @@
   function receive(run, event) {
     const { answer, turn } = run;
     if (event.data === "[DONE]") return end(run, "done");
-    const { content, reasoning, finish_reason: finish, error } = read(JSON.parse(event.data));
+    const { content, reasoning, finish_reason: finish, error } = JSON.parse(event.data);
     if (error) return fail(run, error);
     if (finish) answer.finish = finish;
     if (reasoning) {
@@ -97,15 +97,6 @@
       turn.append(content);
     }
     if (content || reasoning) count(run);
-  }
-
-  /* An answer that is watched may have been asked in OpenAI's format. */
-  function read(payload) {
-    const [choice] = payload.choices ?? [];
-    if (!choice) return payload;
-    const finish = choice.finish_reason;
-    return { ...choice.delta, reasoning: choice.delta?.reasoning_content,
-      finish_reason: finish === "stop" ? null : finish };
   }
 
   function count({ answer, resumed }) {
@@ -155,9 +146,10 @@
     answer.model ??= server.model;
     if (!run.stopped) run.stream.done();
     if (turn !== watched) conversation.save();
-    const spoken = turn.end();
+    const drawn = turn.end();
     refresh();
-    announce(trouble || say(`answer-${state}`, await spoken));
+    await drawn;
+    announce(trouble || say(`answer-${state}`, turn.spoken()));
   }
 
   /* Before the response has come, nobody knows the answer's id: then the request stays

@@ -75,8 +75,8 @@ class Turn {
     stick();
   }
 
-  /* Resolves with what a screen reader is to say. */
-  async end() {
+  /* Resolves once all of it is on the page. */
+  end() {
     const { message, article, foot } = this;
     this.connection("open");
     this.isGrowing = false;
@@ -87,12 +87,12 @@ class Turn {
     if (message.content) foot.append(copyButton(() => message.content));
     if (message.id && !message.isWatched) foot.append(this.link());
     this.thoughts?.finish();
-    await this.text.finish();
-    return this.spoken();
+    return this.text.finish();
   }
 
+  /* What a screen reader is to say: without the words around code. */
   spoken() {
-    this.body.classList.add("spoken"); // without the words around code
+    this.body.classList.add("spoken");
     const text = this.body.innerText;
     this.body.classList.remove("spoken");
     return text;

@@ -1,10 +1,12 @@
 """Markdown as models write it, drawn by www/markdown.js in real Chromium: whole, and
 token by token, which must come to the same."""
 
-import pytest
-from kit import ROOT
+import random
 
-INDEX = (ROOT / "www" / "index.html").as_uri()
+import pytest
+from kit import WWW
+
+INDEX = (WWW / "index.html").as_uri()
 
 # What is drawn, without what is the same in every block.
 RENDER = """async ([text, step, finished]) => {
@@ -161,6 +163,23 @@ def test_however_it_is_cut(sheet, step):
         assert drawn(sheet, text, step) == wanted, text
 
 
+# What Markdown is made of, in any order: that is what a model may come to write.
+PIECES = [
+    *"a * ** _ ` `` ``` ```py ~~~ - > # ## | --- *** [ ]( \\ \\( $ $$ < & ! 中文 ，".split(),
+    *("1. ", "2) ", "  ", "    ", "\t", "word ", "\n", "\n", "\n", "\n\n", "- "),
+    *("| a | b |\n|---|---|\n", "https://x.example/", "http://a.example/b)"),
+]
+
+
+def test_any_text_is_the_same_however_it_is_cut(sheet):
+    choice = random.Random(7)
+    for _ in range(300):
+        text = "".join(choice.choices(PIECES, k=choice.randint(1, 40)))
+        whole = drawn(sheet, text)
+        assert drawn(sheet, text, 1) == whole, text
+        assert drawn(sheet, text, choice.randint(2, 6)) == whole, text
+
+
 def test_what_is_unfinished_is_taken_for_what_it_will_be(sheet):
     begun = {
         "A **bo": "<p>A <strong>bo</strong></p>",
@@ -194,6 +213,8 @@ LONG = {
     + "  ```",
     "stars": "*a " * 60_000 + "`b " * 10_000,
     "brackets": "[" * 100_000 + "](" * 50_000,
+    "blank": "\n" * 100_000 + " " * 100_000,
+    "fence": "```" + "x" * 200_000,
 }
 # How many characters each draw puts on the page, of 200 KB in pieces of 200 characters.
 WORK = """(text) => {
@@ -222,3 +243,8 @@ def test_the_work_for_a_token_does_not_grow(sheet, kind):
     most, longest = sheet.evaluate(WORK, LONG[kind])
     print(kind, most, longest)
     assert most < 9000
+
+
+def test_the_style_does_not_make_a_token_cost_as_much_as_the_page():
+    """With a rule like `:has(+ .x)`, each node that comes is a question to all others."""
+    assert ":has(" not in (WWW / "style.css").read_text()

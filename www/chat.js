@@ -47,13 +47,10 @@
       && (said.at < answer.at || (said.at === answer.at && said.role === "user")));
     const messages = before.map(({ role, content }) => ({ role, content }));
     const model = $("model").value ? { model: answer.model } : {};
-    const headers = { "Content-Type": "application/json" };
-    if (isOurServer()) headers["Idempotency-Key"] = answer.key;
+    const headers = { "Content-Type": "application/json", "Idempotency-Key": answer.key };
     const body = JSON.stringify({ messages, ...model });
     follow(answer, turns.get(answer.key), address(ASK), { method: "POST", headers, body });
   }
-
-  const isOurServer = () => SERVER.origin === location.origin;
 
   function follow(answer, turn, url, options) {
     const run = { answer, turn, now: "connecting" };
@@ -88,7 +85,7 @@
   function receive(run, event) {
     const { answer, turn } = run;
     if (event.data === "[DONE]") return end(run, "done");
-    const { content, reasoning, finish_reason: finish, error } = read(JSON.parse(event.data));
+    const { content, reasoning, finish_reason: finish, error } = JSON.parse(event.data);
     if (error) return fail(run, error);
     if (finish) answer.finish = finish;
     if (reasoning) {
@@ -100,15 +97,6 @@
       turn.append(content);
     }
     if (content || reasoning) count(run);
-  }
-
-  /* An answer that is watched may have been asked in OpenAI's format. */
-  function read(payload) {
-    const [choice] = payload.choices ?? [];
-    if (!choice) return payload;
-    const finish = choice.finish_reason;
-    return { ...choice.delta, reasoning: choice.delta?.reasoning_content,
-      finish_reason: finish === "stop" ? null : finish };
   }
 
   function count({ answer, resumed }) {
@@ -158,9 +146,10 @@
     answer.model ??= server.model;
     if (!run.stopped) run.stream.done();
     if (turn !== watched) conversation.save();
-    const spoken = turn.end();
+    const drawn = turn.end();
     refresh();
-    announce(trouble || say(`answer-${state}`, await spoken));
+    await drawn;
+    announce(trouble || say(`answer-${state}`, turn.spoken()));
   }
 
   /* Before the response has come, nobody knows the answer's id: then the request stays
@@ -238,6 +227,7 @@
       }
       const { article } = turns.get(message.key);
       if (log.children[n] !== article) log.insertBefore(article, log.children[n] ?? null);
+      article.classList.toggle("latest", n >= messages.length - 2);
     });
     refresh();
   }
@@ -268,15 +258,8 @@
   /* At the start: no tab may be left that is asking this. */
   function repeat() {
     for (const answer of conversation.messages.filter(isUnderWay)) {
-      if (answer.id) continue;
-      if (isOurServer()) send(answer);
-      else interrupt(answer);
+      if (!answer.id) send(answer);
     }
-  }
-
-  function interrupt(answer) {
-    Object.assign(answer, { state: "failed", trouble: say("trouble-interrupted") });
-    turns.get(answer.key).end();
   }
 
   /* `#answer/<id>`: an answer by its own address, on whatever device. */
@@ -315,6 +298,7 @@
     log.classList.toggle("busy", isRunning);
     $("chat-state").textContent = words();
     $("cut-chat").hidden = runs.size === 0 && !network.left;
+    stick();
   }
 
   function words() {

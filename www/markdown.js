@@ -90,7 +90,7 @@ const Markdown = (() => {
   }
 
   function beginsTable(lines, at) {
-    const [head, marks] = [lines[at], lines[at + 1] ?? ""];
+    const [head = "", marks = ""] = lines.slice(at, at + 2);
     if (!head.includes("|") || !marks.includes("|") || !DELIMITER.test(marks)) return false;
     return cells(head).length === cells(marks).length;
   }
@@ -98,7 +98,7 @@ const Markdown = (() => {
   function drawTable(lines, at, parent, { open }) {
     if (!beginsTable(lines, at)) return 0;
     let end = at + 2;
-    while (end < lines.length && lines[end].includes("|")) end += 1;
+    while (end < lines.length && !isBlank(lines[end]) && !interrupts(lines, end)) end += 1;
     const align = cells(lines[at + 1]).map((mark) => /^(:?)-+(:?)$/.exec(mark))
       .map(([, left, right]) => (right ? (left ? "center" : "end") : ""));
     const rows = lines.slice(at + 2, end).map((line) => row("td", cells(line), align));
@@ -330,7 +330,7 @@ const Markdown = (() => {
   }
 
   function makeAddress(text, at, { depth }) {
-    const found = depth < DEPTH - 1 && match(ADDRESS, text, at);
+    const found = depth < DEPTH - 1 ? match(ADDRESS, text, at) : null;
     const link = found && linkTo(found[1]);
     link?.append(found[1]);
     return link && [link, at + found[0].length];
@@ -405,16 +405,16 @@ const Markdown = (() => {
       this.drawTail(true);
       if (this.tail.length <= LONG) return false;
       const lines = this.tail.split("\n");
-      const begin = beginAgain(lines);
       let rest = lines.splice(-1);
+      const begin = beginAgain(lines);
       const item = lines.findLastIndex((line, n) => n && /^\S/.test(line) && ITEM.test(line));
-      const isList = !begin.length && ITEM.test(lines[0] ?? rest[0]);
-      if (isList && item > 0) rest = [...lines.splice(item), ...rest];
+      if (item > 0 && !begin.length && ITEM.test(lines[0])) rest = [...lines.splice(item), ...rest];
       const midLine = lines.length <= begin.length;
       if (midLine) rest = cut(lines, rest[0]);
       this.tail = lines.join("\n");
       this.drawTail(false);
       this.kept = this.root.lastChild;
+      this.kept?.classList.add("goes-on");
       this.continued = midLine ? "continued mid-line" : "continued";
       this.tail = [...begin, ...rest].join("\n");
       return true;
@@ -423,13 +423,13 @@ const Markdown = (() => {
 
   /* The lines without which the next ones would not be what they are. */
   function beginAgain(lines) {
-    let fence = null;
+    let begin = beginsTable(lines, 0) ? lines.slice(0, 2) : [];
     for (const line of lines) {
-      if (fence && new RegExp(`^ *${fence.trim()[0]}{3,} *$`).test(line)) fence = null;
-      else if (!fence && FENCE.test(line)) fence = line;
+      const [fence] = begin;
+      if (begin.length === 1 && new RegExp(`^ *${fence.trim()[0]}{3,} *$`).test(line)) begin = [];
+      else if (!begin.length && FENCE.test(line)) begin = [line];
     }
-    if (fence) return [fence];
-    return beginsTable(lines, 0) ? lines.slice(0, 2) : [];
+    return begin.join().length < LONG / 4 ? begin : [];
   }
 
   /* A line without end: ended at a space, or anywhere. */

@@ -31,7 +31,7 @@ class Turn {
     this.thinking = null;
     const { reasoning, content } = this.message;
     if (reasoning) this.reason(reasoning);
-    this.text.append(content);
+    if (content) this.append(content);
     this.isGrowing = isUnderWay(this.message);
     this.article.classList.toggle("under-way", this.isGrowing);
     if (!this.isGrowing) this.end();
@@ -75,8 +75,8 @@ class Turn {
     stick();
   }
 
-  /* Resolves with what a screen reader is to say. */
-  async end() {
+  /* Resolves once all of it is on the page. */
+  end() {
     const { message, article, foot } = this;
     this.connection("open");
     this.isGrowing = false;
@@ -85,14 +85,14 @@ class Turn {
     if (message.trouble) article.append(this.trouble());
     else if (!message.isWatched) foot.append(this.button(message.state === "done" ? "regenerate" : "again"));
     if (message.content) foot.append(copyButton(() => message.content));
-    if (message.id) foot.append(this.link());
+    if (message.id && !message.isWatched) foot.append(this.link());
     this.thoughts?.finish();
-    await this.text.finish();
-    return this.spoken();
+    return this.text.finish();
   }
 
+  /* What a screen reader is to say: without the words around code. */
   spoken() {
-    this.body.classList.add("spoken"); // without the words around code
+    this.body.classList.add("spoken");
     const text = this.body.innerText;
     this.body.classList.remove("spoken");
     return text;
@@ -100,13 +100,13 @@ class Turn {
 
   trouble() {
     const words = element("p", { dir: "auto" }, this.message.trouble);
-    const ways = this.message.isWatched ? [] : [this.button("again")];
+    const ways = this.message.isWatched ? [] : [this.button("again", "turn")];
     return element("div", { className: "trouble" }, words, ...ways);
   }
 
   /* Those of the last turn only are seen. */
-  button(name) {
-    const button = element("button", { type: "button", className: "turn plain" }, say(name));
+  button(name, className = "turn plain") {
+    const button = element("button", { type: "button", className }, say(name));
     button.addEventListener("click", () => this.acts[name](this.message));
     return button;
   }

@@ -101,7 +101,10 @@ const wire = (() => {
     return [`${method} ${pathname}${search}`, ...head, ...(body ? ["", body] : [])].join("\n");
   }
 
-  panel.addEventListener("toggle", plan);
+  panel.addEventListener("toggle", () => {
+    document.body.classList.toggle("wire-open", panel.open); // `:has` would cost each token
+    plan();
+  });
   addEventListener("hashchange", plan);
   return { record, recorder, state, fetch: recordedFetch };
 })();

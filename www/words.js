@@ -56,10 +56,6 @@ const WORDS = {
     "The server at {0} could not be reached.",
     "无法连接到服务器 {0}。",
   ],
-  "trouble-interrupted": [
-    "The page was left before the server had taken the question.",
-    "服务器收到问题之前，页面就已离开。",
-  ],
 
   "clock-title": ["The server’s clock", "服务器的时钟"],
   "clock-connecting": ["Connecting.", "正在连接。"],
@@ -195,7 +191,7 @@ const WORDS = {
   "table": ["Table", "表格"],
   "regenerate": ["Ask again", "重新回答"],
   "edit": ["Edit", "编辑"],
-  "editing": ["Editing your question: what came after it goes when you send.", "正在编辑问题：发送后，其后的内容会被替换。"],
+  "editing": ["Editing your question. Sending it replaces what came after it.", "正在编辑问题：发送后，其后的内容会被替换。"],
   "cancel": ["Cancel", "取消"],
   "cleared": ["Conversation cleared", "对话已清空"],
   "undo": ["Bring it back", "恢复对话"],

@@ -21,6 +21,7 @@ from kit import (
     PING,
     PONG,
     ROOM_PROTOCOL,
+    ROOT,
     TEXT,
     Cut,
     Network,
@@ -35,6 +36,7 @@ from kit import (
     raw_member,
     read_frame,
     say,
+    servers,
     stream,
     wait_until,
 )
@@ -258,14 +260,15 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(shared, tmp_path_factory):
+def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browsers")
     with ExitStack() as stack:
         network = stack.enter_context(Network(len(LENGTHS)))
         upstream = stack.enter_context(UpstreamThere(network.server))
         program = network.server.command(*command("--host", network.server.address))
         flags = ["--upstream", upstream.url, "--model", "m"]
-        server = shared(*flags, program=program)
+        start = stack.enter_context(servers(request.config))
+        server = start(*flags, program=program)
         chromiums = stack.enter_context(browsers(network.clients, folder))
         yield Run(network, server, upstream, chromiums)
 

@@ -5,8 +5,8 @@
         network.clients[0].call(function)       in a thread that is on that machine
         network.lose(client); network.restore(client)
 
-Each is a network namespace: real TCP, real retransmissions, and no side hears a word when
-packets are lost. All are deleted in the end, and nothing outside is touched.
+Each is a network namespace: real TCP, real retransmissions, and no side hears a word
+when packets are lost. All are deleted in the end, and nothing outside is touched.
 """
 
 import ctypes

@@ -5,6 +5,7 @@ Line    between a page and a server: cut, stalled, down, byte by byte; and it co
         what passes
 """
 
+import re
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class Proxy(Background):
         return f"http://127.0.0.1:{self.port}"
 
     def cut_at(self, *marks):
-        """Cut once inside each of these, in their order, on the way to the client."""
+        """Cut once at each of these, in their order, on the way to the client: in the
+        middle of bytes, or after what a pattern matches."""
         self.marks.extend(marks)
 
     async def handle(self, client):
@@ -45,12 +47,21 @@ class Proxy(Background):
         seen = b""
         async for piece in server:
             seen += piece
-            if self.marks and (at := seen.find(self.marks[0])) >= 0:
-                half = at + len(self.marks.popleft()) // 2 - (len(seen) - len(piece))
+            if self.marks and (place := place_of(self.marks[0], seen)):
+                self.marks.popleft()
                 self.cuts += 1
-                await client.send_all(piece[: max(half, 0)])
+                await client.send_all(piece[: max(place - len(seen) + len(piece), 0)])
                 return reset(client)
             await client.send_all(piece)
+
+
+def place_of(mark, seen):
+    """Where to cut for this mark, once it is there."""
+    if isinstance(mark, re.Pattern):
+        found = mark.search(seen)
+        return found and found.end()
+    at = seen.find(mark)
+    return at + len(mark) // 2 if at >= 0 else None
 
 
 @dataclass

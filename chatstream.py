@@ -2366,11 +2366,11 @@ PAGE_HEADERS = {
     "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cache-control": "no-cache, no-transform",
+    "cache-control": "no-cache",
 }
 SSE_HEADERS = {
     "content-type": "text/event-stream",
-    "cache-control": "no-cache, no-transform",
+    "cache-control": "no-cache",
     "x-accel-buffering": "no",  # nginx, asked by whom it serves
 }
 MAY_SEND = "Authorization, Cache-Control, Content-Type, Last-Event-ID"

@@ -21,6 +21,7 @@ class Proxy(Background):
 
     def __init__(self, port):
         self.server_port, self.marks, self.cuts = port, deque(), 0
+        self.seen = b""  # all that the server has sent
 
     @property
     def url(self):
@@ -47,6 +48,7 @@ class Proxy(Background):
         seen = b""
         async for piece in server:
             seen += piece
+            self.seen += piece
             if self.marks and (place := place_of(self.marks[0], seen)):
                 self.marks.popleft()
                 self.cuts += 1

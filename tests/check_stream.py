@@ -60,9 +60,7 @@ class Stream:
         url = urlsplit(asked.url)
         path = (url.path or "/") + ("?" + url.query if url.query else "")
         headers = {"Host": url.netloc, "Accept": "text/event-stream"}
-        headers |= {
-            "Accept-Encoding": "gzip, deflate"
-        } | asked.headers  # as browsers do
+        headers |= {"Accept-Encoding": "gzip, deflate"} | asked.headers  # as browsers do
         headers |= {"Last-Event-ID": last_id} if last_id else {}
         connection.request(asked.method, path, asked.data, headers)
         self.response = connection.getresponse()
@@ -82,9 +80,7 @@ class Stream:
                     self.ended = True
                     return
                 self.times.append(time.monotonic())
-                yield from self._feed(
-                    self._unzip.decompress(data) if self.coding else data
-                )
+                yield from self._feed(self._unzip.decompress(data) if self.coding else data)
         except TimeoutError:
             pass
         except (OSError, http.client.HTTPException):

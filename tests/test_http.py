@@ -161,9 +161,7 @@ async def test_a_reader_that_was_away_too_long_is_told_what_it_missed(demo):
     async with stream("GET", demo.http + "/clock") as clock:
         event = await clock.event()
     long_ago = event.id.replace(str(event.n), str(event.n - 1000))
-    async with stream(
-        "GET", demo.http + "/clock", {"Last-Event-ID": long_ago}
-    ) as clock:
+    async with stream("GET", demo.http + "/clock", {"Last-Event-ID": long_ago}) as clock:
         gap, first, second = await clock.events(3)
     assert (gap.type, gap.id) == ("gap", None)
     assert gap.json == {"missed": first.n - (event.n - 1000) - 1}
@@ -277,9 +275,7 @@ async def test_a_wrong_method_is_405_and_names_the_right_ones(demo, path):
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-@pytest.mark.parametrize(
-    "path", ["/nothing", "/v1", "/clock/", "/answers", "/answers/"]
-)
+@pytest.mark.parametrize("path", ["/nothing", "/v1", "/clock/", "/answers", "/answers/"])
 async def test_a_wrong_path_is_404(demo, method, path):
     response = await fetch(method, demo.http + path)
     assert response.status == 404
@@ -602,9 +598,7 @@ async def test_allow_origin_lets_a_page_in(serve):
     assert (await fetch("POST", server.http + CHAT, head, HELLO)).status == 403
 
 
-async def test_a_page_from_disk_is_refused_once_a_real_upstream_is_there(
-    relay, upstream
-):
+async def test_a_page_from_disk_is_refused_once_a_real_upstream_is_there(relay, upstream):
     head, body = {"Origin": "null"}, asking(upstream.script(*answer("Hello")))
     response = await fetch("POST", relay.http + CHAT, head, body)
     assert response.status == 403

@@ -151,9 +151,7 @@ def browsers(machines, folder):
             start = " ".join(machine.command(path))
             script.write_text(f'#!/bin/sh\nexec {start} "$@"\n')
             script.chmod(0o700)
-            browser = playwright.chromium.launch(
-                executable_path=script, args=CHROMIUM_FLAGS
-            )
+            browser = playwright.chromium.launch(executable_path=script, args=CHROMIUM_FLAGS)
             stack.callback(browser.close)
             started.append(browser)
         yield started

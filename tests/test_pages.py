@@ -143,9 +143,7 @@ def test_a_finished_answer_is_announced_once(profile, model, upstream, expect):
     expect(page.locator("#send")).to_be_visible()
     expect(last_answer(page)).to_have_text("One two three.")
     assert page.evaluate("announced") == ["Answer: One two three."]
-    expect(page.get_by_role("log", name="Conversation")).to_have_attribute(
-        "aria-live", "off"
-    )
+    expect(page.get_by_role("log", name="Conversation")).to_have_attribute("aria-live", "off")
 
 
 def test_the_model_is_told_what_was_said_before(profile, model, upstream, expect):
@@ -371,9 +369,7 @@ def test_another_view_does_not_end_an_answer(profile, model, upstream, expect):
 # ------------------------------------------------------------------------------ trouble
 
 
-def test_a_failure_says_what_happened_and_can_be_tried_again(
-    profile, model, upstream, expect
-):
+def test_a_failure_says_what_happened_and_can_be_tried_again(profile, model, upstream, expect):
     scripts = iter([sse(delta("Half"), FIN), answer("All of it.")])
     prompt = upstream.script(lambda heard: next(scripts))
     page = profile.open(from_http(model))
@@ -426,14 +422,10 @@ def test_from_disk_it_waits_for_the_server(profile, serve, expect):
     none = f"No server at localhost:{port}. To start one: python chatstream.py"
     expect(page.locator("#chat-state")).to_have_text(none)
     serve("--port", str(port))
-    expect(page.locator("#chat-state")).to_have_text(
-        "Ready. Model: demo", timeout=20_000
-    )
+    expect(page.locator("#chat-state")).to_have_text("Ready. Model: demo", timeout=20_000)
 
 
-def test_a_server_killed_in_mid_answer_and_started_again(
-    profile, serve, upstream, expect
-):
+def test_a_server_killed_in_mid_answer_and_started_again(profile, serve, upstream, expect):
     profile.network_fails = True
     flags = ["--upstream", upstream.url, "--model", "scripted"]
     server = serve(*flags)
@@ -494,9 +486,7 @@ def test_a_line_cut_before_the_first_token(profile, line, upstream, expect):
 
 def has_id(page):
     """Whether the response to the question has begun."""
-    return page.evaluate(
-        "JSON.parse(localStorage['chatstream.conversation']).at(-1).id"
-    )
+    return page.evaluate("JSON.parse(localStorage['chatstream.conversation']).at(-1).id")
 
 
 def test_a_line_that_brings_byte_by_byte(profile, line, upstream, expect):
@@ -529,9 +519,7 @@ def test_a_stalled_line_is_noticed(profile, line, upstream, expect):
 # --------------------------------------------------------------------------- scrolling
 
 
-def test_the_page_follows_only_a_reader_who_is_at_the_end(
-    profile, model, upstream, expect
-):
+def test_the_page_follows_only_a_reader_who_is_at_the_end(profile, model, upstream, expect):
     more, rest = Gate(), Gate()
     lines = [f"line {n}\n\n" for n in range(40)]
     page = profile.open(from_http(model))
@@ -567,9 +555,7 @@ def test_a_long_answer_is_laid_out_in_parts(profile, model, upstream, expect):
         assert max(sizes) < 3100
         gaps = page.locator("p:has(+ p.continued), pre:has(+ pre.continued)")
         assert gaps.count() >= 8
-        below = gaps.evaluate_all(
-            "all => all.map(p => getComputedStyle(p).marginBottom)"
-        )
+        below = gaps.evaluate_all("all => all.map(p => getComputedStyle(p).marginBottom)")
         assert set(below) == {"0px"}  # it looks like one
         page.reload()  # then all of it comes at once
 
@@ -591,9 +577,7 @@ def test_the_clock_ticks(profile, demo, where, expect):
     before = face.inner_text()
     expect(face).not_to_have_text(before)
     expect(page.locator("#clock-words")).to_have_text("Connected.")
-    expect(page.locator("#clock-age")).to_have_text(
-        re.compile(r"Last tick [01]\.\d s ago\.")
-    )
+    expect(page.locator("#clock-age")).to_have_text(re.compile(r"Last tick [01]\.\d s ago\."))
     for way in ("polling", "stream", "socket"):
         wait_until(lambda way=way: value(page, "seen", way) >= 2)
     wait_until(lambda: value(page, "requests", "polling") >= 2)
@@ -609,9 +593,7 @@ def test_a_gap_is_told(profile, expect):
     )
     gap = b'event: gap\ndata: {"missed": 12}\n\ndata: now\nid: clock-1700000000\n\n'
     with Scripted([head + gap, HOLD]) as server:
-        page = profile.open(
-            f"{(WWW / 'index.html').as_uri()}?server={server.url}#clock"
-        )
+        page = profile.open(f"{(WWW / 'index.html').as_uri()}?server={server.url}#clock")
         expect(page.locator("#clock-age")).to_contain_text("12 missed.")
 
 
@@ -822,9 +804,7 @@ def test_the_frames_can_be_seen(profile, model, upstream, expect):
         expect(page.get_by_role("heading", name=name)).to_be_visible()
     expect(page.get_by_role("list", name="Clock: SSE")).to_contain_text("retry: ")
     expect(page.get_by_role("list", name="Clock: SSE")).to_contain_text("id: clock-")
-    expect(page.get_by_role("list", name="Clock: WebSocket")).to_contain_text(
-        '{"id":"clock-'
-    )
+    expect(page.get_by_role("list", name="Clock: WebSocket")).to_contain_text('{"id":"clock-')
     expect(page.get_by_role("heading", name="Chat: SSE over fetch")).to_be_hidden()
 
 
@@ -874,9 +854,7 @@ def test_no_word_is_missing_in_either_language(profile, demo):
         assert bool(english) == bool(chinese), key
         assert re.findall(r"\{\d\}", english) == sorted(re.findall(r"\{\d\}", chinese))
     source = "".join(path.read_text() for path in WWW.iterdir())
-    used = set(
-        re.findall(r'(?:say\(|data-(?:say|label|placeholder)=)"([^"]+)"', source)
-    )
+    used = set(re.findall(r'(?:say\(|data-(?:say|label|placeholder)=)"([^"]+)"', source))
     assert used <= set(words)
 
 

@@ -209,9 +209,7 @@ def yaffle(url, packages, folder, tab):
     return tab.evaluate(IN_A_PAGE, [url, "EventSourcePolyfill"])
 
 
-@pytest.mark.parametrize(
-    "client", [node, browser, pytest.param(yaffle, marks=UNTIL_THEN)]
-)
+@pytest.mark.parametrize("client", [node, browser, pytest.param(yaffle, marks=UNTIL_THEN)])
 def test_an_event_source_comes_back_and_stays_away(
     client, model, line, upstream, packages, tmp_path, tab
 ):
@@ -236,9 +234,7 @@ def curl(*arguments):
 
 
 def data_of(text):
-    return [
-        line.removeprefix("data: ") for line in text.splitlines() if "data: " in line
-    ]
+    return [line.removeprefix("data: ") for line in text.splitlines() if "data: " in line]
 
 
 def ids_of(text):
@@ -288,9 +284,7 @@ def test_httpx_goes_on_and_sees_the_end(ended):
 
 @UNTIL_THEN
 @pytest.mark.parametrize("early", [True, False], ids=["head at once", "no head"])
-def test_httpx_waits_five_seconds_and_the_model_thinks_for_longer(
-    model, upstream, early
-):
+def test_httpx_waits_five_seconds_and_the_model_thinks_for_longer(model, upstream, early):
     httpx = need_module("httpx", "pip install httpx")
     steps = list(answer(6.5, "One.")) if early else [6.5, *answer("One.")]
     question = asking(upstream.script(*steps))

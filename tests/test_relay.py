@@ -308,13 +308,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("path", "streamed"), [(CHAT, True), (OPENAI, True), (OPENAI, False)]
-)
+@pytest.mark.parametrize(("path", "streamed"), [(CHAT, True), (OPENAI, True), (OPENAI, False)])
 @pytest.mark.parametrize("name", REFUSALS)
-async def test_the_upstreams_refusal_is_the_clients(
-    relay, upstream, name, path, streamed
-):
+async def test_the_upstreams_refusal_is_the_clients(relay, upstream, name, path, streamed):
     step, status = REFUSALS[name]
     whole = step.startswith(b"HTTP")  # one that then hangs up could break the next test
     prompt = upstream.script(step, *([] if whole else [FIN]))
@@ -349,9 +345,7 @@ async def test_an_upstream_without_a_name_is_502(serve):
 
 
 @FORMATS
-async def test_a_reset_before_the_head_is_502_and_not_tried_again(
-    relay, upstream, path
-):
+async def test_a_reset_before_the_head_is_502_and_not_tried_again(relay, upstream, path):
     """The request may have been read: a second one could cost a second answer."""
     prompt = upstream.script(RST)
     response = await fetch("POST", relay.http + path, None, ask(prompt))
@@ -421,9 +415,7 @@ async def test_a_cut_answer_that_is_not_streamed_is_an_error(relay, upstream, na
     assert response.error["message"]
 
 
-@pytest.mark.parametrize(
-    "shape", [{"choices": None}, {"choices": [None]}, {"choices": 5}, {}]
-)
+@pytest.mark.parametrize("shape", [{"choices": None}, {"choices": [None]}, {"choices": 5}, {}])
 @FORMATS
 async def test_a_chunk_of_an_odd_shape_harms_nobody(relay, upstream, path, shape):
     prompt = upstream.script(*sse(HELLO, shape, delta(" you"), STOP, DONE))
@@ -451,9 +443,7 @@ def secure_relay(shared, secure_upstream):
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
-async def test_each_chunk_is_passed_on_over_tls_too(
-    secure_relay, secure_upstream, size
-):
+async def test_each_chunk_is_passed_on_over_tls_too(secure_relay, secure_upstream, size):
     whole = b"".join(sse(HELLO, NOT_ASCII, USAGE, DONE))
     pieces = [whole[n : n + size] for n in range(0, len(whole), size)]
     prompt = secure_upstream[0].script(*pieces)
@@ -525,9 +515,7 @@ async def test_an_answer_read_to_its_end_has_all_its_parts(relay, upstream):
     assert whole["usage"]["total_tokens"] == 9
 
 
-@pytest.mark.parametrize(
-    "odd", [{"choices": 5}, {"choices": [None]}, {"choices": ["a"]}]
-)
+@pytest.mark.parametrize("odd", [{"choices": 5}, {"choices": [None]}, {"choices": ["a"]}])
 async def test_chunks_that_do_not_fit_together_are_a_clear_error(relay, upstream, odd):
     prompt = upstream.script(*sse(HELLO, odd, DONE))
     response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
@@ -590,9 +578,7 @@ async def test_a_request_that_names_no_model_gets_the_servers(relay, upstream):
 
 
 @pytest.mark.parametrize("models", [{"data": []}, {}, ["m"], "none"])
-async def test_an_upstream_that_lists_no_model_is_a_clear_error(
-    serve, second_upstream, models
-):
+async def test_an_upstream_that_lists_no_model_is_a_clear_error(serve, second_upstream, models):
     """The page names no model; so the first of the list would be asked."""
     second_upstream.other = lambda heard: [plain(200, models)]
     server = serve(env={"OPENAI_BASE_URL": second_upstream.url})
@@ -623,9 +609,7 @@ async def test_a_base_url_may_end_with_a_slash(serve, upstream):
 
 
 @FORMATS
-async def test_the_servers_key_is_used_and_no_header_of_the_client(
-    relay, upstream, path
-):
+async def test_the_servers_key_is_used_and_no_header_of_the_client(relay, upstream, path):
     prompt = upstream.script(*answer("Hello"))
     head = {"Authorization": f"Bearer {CLIENTS_OWN}", "Cookie": "a=b", "X-Mine": "c"}
     await fetch_events("POST", relay.http + path, head, ask(prompt))

@@ -191,9 +191,7 @@ def test_an_event_as_sse(event, frame):
 
 
 def test_a_gap_is_an_event_without_an_id():
-    assert parsed(b"id: log-3\n\n" + sse_gap(17)) == [
-        ('{"missed": 17}', "gap", "log-3")
-    ]
+    assert parsed(b"id: log-3\n\n" + sse_gap(17)) == [('{"missed": 17}', "gap", "log-3")]
 
 
 def test_a_keep_alive_is_one_comment_line():
@@ -229,8 +227,7 @@ def test_any_event_survives_however_its_bytes_are_split(log, data):
     pieces = [stream[a:b] for a, b in zip([0, *cuts], ends, strict=True)]
     assert place == log.end
     assert parsed(*pieces) == [
-        (one_line_end(event.data), event.type, f"log-{event.n}")
-        for event in log.events(0, log.end)
+        (one_line_end(event.data), event.type, f"log-{event.n}") for event in log.events(0, log.end)
     ]
 
 

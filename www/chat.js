@@ -4,56 +4,72 @@
 
    The answer belongs to the server; a tab only reads it. So the tab remembers the answer's
    id and how far it has read, and any tab, this one reloaded or a second one, goes on from
-   there with GET /answers/{id}. The conversation itself lies in localStorage, where the
-   tabs tell each other of new questions; what an answer says, each hears from the server. */
+   there with GET /answers/{id}. What an answer says, each tab hears from the server. */
 
 {
   const ASK = "chatgptApi/chatgpt_qa_stream";
-  const CONVERSATION = "chatstream.conversation"; // [{role, content, state, id, ...}]
-  const PROGRESS = "chatstream.progress"; // how far the answer under way has come
-  const UNDER_WAY = ["waiting", "receiving"];
+  const PROGRESS = `chatstream.progress ${SERVER.origin}${SERVER.pathname}`; // of answers under way
+  const DRAFT = "chatstream.draft"; // what is in the field, and whether it has the focus
+  const MODEL = "chatstream.model"; // the one that was chosen
+  const AT_ONCE = 100; // ms after a connection opens: what comes then was missed before
 
   const question = $("question");
   const log = $("log");
-  let messages = store.get(CONVERSATION) ?? [];
-  let live = null; // {answer, stream}: what this tab is reading
-  const drawn = new WeakMap(); // message -> its elements
+  const turns = new Map(); // a message's key -> its Turn
+  const runs = new Map(); // an answer's key -> what this tab is reading of it
+  const ACTS = { again, regenerate: again, edit };
+  let editing = null; // the question that is being edited
+  let restore = null; // brings back the conversation that was cleared
+  let watched = null; // the Turn of an answer that was opened by its address
 
   // ------------------------------------------------------------ asking and following
 
-  function ask(text) {
-    messages.push({ role: "user", content: text });
-    add(messages.at(-1));
-    begin();
+  function ask(content) {
+    const at = Date.now();
+    conversation.add({ role: "user", content, at });
+    begin(at);
   }
 
-  function begin() {
-    const history = messages.filter(({ content }) => content);
-    const body = JSON.stringify({
-      messages: history.map(({ role, content }) => ({ role, content })),
-    });
-    const answer = { role: "assistant", content: "", state: "waiting", asked: Date.now() };
-    messages.push(answer);
-    save();
-    add(answer);
+  function begin(at) {
+    const model = $("model").value || server.model;
+    const answer = { role: "assistant", content: "", state: "waiting", model, at };
+    conversation.add(answer);
+    restore = null;
+    sync();
+    send(answer);
     toEnd();
-    const headers = { "Content-Type": "application/json" };
-    follow(answer, address(ASK), { method: "POST", headers, body });
   }
 
-  function follow(answer, url, options) {
-    const run = { answer };
-    live = run;
+  /* A question that is sent twice, by a page that was reloaded before it had heard the
+     answer's id, is asked once: by its key the server knows it again. */
+  function send(answer) {
+    const before = conversation.messages.filter((said) => said.content && !isUnderWay(said)
+      && (said.at < answer.at || (said.at === answer.at && said.role === "user")));
+    const messages = before.map(({ role, content }) => ({ role, content }));
+    const model = $("model").value ? { model: answer.model } : {};
+    const headers = { "Content-Type": "application/json" };
+    if (isOurServer()) headers["Idempotency-Key"] = answer.key;
+    const body = JSON.stringify({ messages, ...model });
+    follow(answer, turns.get(answer.key), address(ASK), { method: "POST", headers, body });
+  }
+
+  const isOurServer = () => SERVER.origin === location.origin;
+
+  function follow(answer, turn, url, options) {
+    const run = { answer, turn, at: Date.now(), now: "connecting" };
+    runs.set(answer.key, run);
     run.stream = SSE.open(url, {
       ...options,
       fetch: wire.fetch("wire-chat"),
       onbytes: wire.recorder("wire-chat"),
       onopen: (response) => opened(run, response),
-      onevent: (event) => live === run && receive(answer, event),
+      onevent: (event) => isRead(run) && receive(run, event),
       onstate: (now, detail) => changed(run, now, detail),
     });
     refresh();
   }
+
+  const isRead = (run) => runs.get(run.answer.key) === run;
 
   /* From here on the answer is known by its id: a connection that breaks is made again
      as a reader of it, not as another question. */
@@ -63,75 +79,95 @@
     if (run.stopped) return giveUp(run, id);
     if (!answer.id && id) {
       answer.id = id;
-      save();
+      conversation.save();
     }
+    run.resumed = answer.events ? Date.now() : 0;
     return id && { url: address(`answers/${id}`) };
   }
 
-  function receive(answer, event) {
-    if (event.data === "[DONE]") return end(answer, "done");
-    const { content, error } = JSON.parse(event.data);
-    if (error) return fail(answer, error);
-    if (!content) return;
-    answer.latest = Date.now() - answer.asked;
-    answer.first ??= answer.latest;
-    answer.tokens = (answer.tokens ?? 0) + 1;
-    answer.content += content;
-    answer.state = "receiving";
-    drawn.get(answer).text.append(content);
-    if (answer.tokens === 1) refresh();
+  function receive(run, event) {
+    const { answer, turn } = run;
+    if (event.data === "[DONE]") return end(run, "done");
+    const { content, reasoning, finish_reason: finish, error } = read(JSON.parse(event.data));
+    if (error) return fail(run, error);
+    if (finish) answer.finish = finish;
+    if (reasoning) {
+      answer.reasoning = (answer.reasoning ?? "") + reasoning;
+      turn.reason(reasoning);
+    }
+    if (content) {
+      answer.content += content;
+      turn.append(content);
+    }
+    if (content || reasoning) count(run);
   }
 
-  function fail(answer, error) {
-    if (error.type === "stopped") end(answer, "stopped");
-    else end(answer, "failed", say("trouble-failed", error.message));
+  /* An answer that is watched may have been asked in OpenAI's format. */
+  function read(payload) {
+    const [choice] = payload.choices ?? [];
+    if (!choice) return payload;
+    const finish = choice.finish_reason;
+    return { ...choice.delta, reasoning: choice.delta?.reasoning_content,
+      finish_reason: finish === "stop" ? null : finish };
+  }
+
+  function count({ answer, at, resumed }) {
+    answer.latest = Date.now() - (answer.at ?? at);
+    answer.first ??= answer.latest;
+    answer.events = (answer.events ?? 0) + 1;
+    if (resumed && Date.now() - resumed < AT_ONCE) answer.caught = (answer.caught ?? 0) + 1;
+    answer.state = "receiving";
+    if (answer.events === 1) refresh();
+  }
+
+  const TROUBLE = { abandoned: "trouble-abandoned", server_stopping: "trouble-stopping" };
+
+  function fail(run, error) {
+    if (error.type === "stopped") end(run, "stopped");
+    else end(run, "failed", say(TROUBLE[error.type] ?? "trouble-failed", error.message));
   }
 
   function changed(run, now, detail) {
     wire.state("wire-chat", now, detail);
-    if (live !== run) return;
+    if (!isRead(run)) return;
     run.now = now;
-    if (now === "closed") refused(run.answer, detail);
-    else refresh();
+    if (now === "closed") return refused(run, detail);
+    run.turn.connection(now, detail?.wait);
+    refresh();
   }
 
   /* The stream has ended without the answer's own last word. */
-  function refused(answer, failure) {
-    const { status, body } = failure;
-    if (status === 204) end(answer, "done");
-    else if (status === 404 && answer.id) end(answer, "failed", say("trouble-lost"));
-    else if (status) end(answer, "failed", say("trouble-refused", status, reason(body)));
-    else end(answer, "failed", say("trouble-network", SERVER.host));
+  function refused(run, failure) {
+    const { status, reason } = failure;
+    if (status === 204) return end(run, "done");
+    if (status === 401) askForToken();
+    if (status === 404 && run.answer.id) return end(run, "failed", say("trouble-lost"));
+    if (status) return end(run, "failed", say("trouble-refused", status, reason));
+    server.look();
+    end(run, "failed", say("trouble-network", SERVER.host));
   }
 
-  function reason(body) {
-    try {
-      return JSON.parse(body).error.message;
-    } catch {
-      return body.slice(0, 200); // from something in between, a proxy say
-    }
-  }
-
-  function end(answer, state, trouble) {
-    const run = live;
-    live = null;
-    Object.assign(answer, { state, trouble, took: Date.now() - answer.asked });
-    if (!run.stopped) run.stream.close();
-    drawn.get(answer).text.finish();
-    finishDrawing(answer);
-    save();
+  async function end(run, state, trouble) {
+    const { answer, turn } = run;
+    runs.delete(answer.key);
+    Object.assign(answer, { state, trouble, took: Date.now() - (answer.at ?? run.at) });
+    if (!run.stopped) run.stream.done();
+    if (turn !== watched) conversation.save();
+    const spoken = turn.end();
     refresh();
-    announce(trouble || say(`answer-${state}`, answer.content));
+    announce(trouble || say(`answer-${state}`, await spoken));
   }
 
   /* Before the response has come, nobody knows the answer's id: then the request stays
      open until it does. */
   function stop() {
-    const run = live;
-    const { id } = run.answer;
-    run.stopped = !id;
-    end(run.answer, "stopped");
-    if (id) giveUp(run, id);
+    for (const run of [...runs.values()]) {
+      if (run.turn === watched) continue;
+      const { id } = run.answer;
+      run.stopped = !id;
+      end(run, "stopped");
+      if (id) giveUp(run, id);
+    }
     question.focus();
   }
 
@@ -141,180 +177,188 @@
     wire.fetch("wire-chat")(address(`answers/${id}`), { method: "DELETE" }).catch(() => {});
   }
 
-  // -------------------------------------------------------- reloads and other tabs
+  const isBusy = () => [...runs.values()].some(({ turn }) => turn !== watched);
 
-  function save() {
-    store.set(CONVERSATION, messages);
-  }
+  // -------------------------------------------------------------- the last turn again
 
-  function saveProgress() {
-    if (!live?.answer.id) return;
-    const { id, content, tokens, first, latest } = live.answer;
-    const last = live.stream.lastEventId;
-    store.set(PROGRESS, { id, content, tokens, first, latest, last });
-  }
-
-  function resume() {
-    const answer = messages.at(-1);
-    if (!answer || !UNDER_WAY.includes(answer.state)) return;
-    if (!answer.id) return interrupted(answer);
-    follow(answer, address(`answers/${answer.id}`), { lastEventId: answer.last });
-  }
-
-  /* Not saved: should it be another tab that is asking just now, that one will tell. */
-  function interrupted(answer) {
-    Object.assign(answer, { state: "failed", trouble: say("trouble-interrupted") });
-    finishDrawing(answer);
-  }
-
-  /* Another tab has asked, ended or cleared. What we are reading ourselves we know best. */
-  function adopt(theirs) {
-    const [ours, last] = [messages.at(-1), theirs.at(-1)];
-    const same = messages.length === theirs.length && ours?.asked === last?.asked
-      && ours?.id === last?.id;
-    if (same && (live || ours?.state === last?.state)) return;
-    const run = live;
-    live = null;
-    run?.stream.close();
-    messages = theirs;
-    drawAll();
-  }
-
-  // ------------------------------------------------------------------------ drawing
-
-  function drawAll() {
-    const answer = messages.at(-1);
-    const progress = store.get(PROGRESS);
-    if (answer?.id && answer.id === progress?.id && UNDER_WAY.includes(answer.state)) {
-      Object.assign(answer, progress);
-    }
-    log.replaceChildren();
-    messages.forEach(add);
-    refresh();
-    if (messages.length) toEnd();
-    resume();
-  }
-
-  function add(message) {
-    const mine = message.role === "user";
-    const body = element("div", { className: "text" });
-    const article = element("article", { className: mine ? "question" : "answer" }, body);
-    article.setAttribute("aria-label", say(mine ? "you" : "answer"));
-    const text = new GrowingText(body, () => (stick(), stats(message)));
-    drawn.set(message, { article, text });
-    log.append(article);
-    text.append(message.content);
-    if (!mine && UNDER_WAY.includes(message.state)) article.classList.add("under-way");
-    else text.finish();
-    if (!mine) addFoot(message);
-  }
-
-  function addFoot(answer) {
-    const numbers = element("span", { className: "stats" });
-    const foot = element("p", { className: "answer-foot" }, numbers);
-    Object.assign(drawn.get(answer), { numbers, foot, counted: 0 });
-    drawn.get(answer).article.append(foot);
-    if (!UNDER_WAY.includes(answer.state)) finishDrawing(answer);
-  }
-
-  function finishDrawing(answer) {
-    const { article, foot } = drawn.get(answer);
-    article.classList.remove("under-way");
-    stats(answer, true);
-    if (answer.content) foot.append(copyButton(answer));
-    if (answer.trouble) article.append(trouble(answer));
-    stick();
-  }
-
-  function stats(answer, now = false) {
-    const parts = drawn.get(answer);
-    if (!parts.numbers) return;
-    if (!now && Date.now() - parts.counted < 250) return; // to be read, not to flicker
-    parts.counted = Date.now();
-    parts.numbers.replaceChildren(...summary(answer));
-  }
-
-  function summary({ state, asked, first, latest, tokens, took }) {
-    const parts = state === "stopped" ? [element("strong", {}, say("stopped"))] : [];
-    const add = (...words) => parts.push(element("span", {}, say(...words)));
-    if (!tokens) return parts;
-    const seconds = (took ?? Date.now() - asked) / 1000;
-    const writing = (latest - first) / 1000;
-    add("stats-first", decimal(first / 1000, 2));
-    if (tokens > 1 && writing > 0.1) add("stats-rate", decimal((tokens - 1) / writing));
-    add("stats-tokens", tokens.toLocaleString(LANGUAGE));
-    add("stats-total", decimal(seconds));
-    return parts;
-  }
-
-  function trouble(answer) {
-    const box = element("div", { className: "trouble" }, element("p", {}, answer.trouble));
-    const again = element("button", { type: "button" }, say("again"));
-    again.addEventListener("click", () => tryAgain(answer));
-    box.append(again); // seen under the last answer only
-    return box;
-  }
-
-  function tryAgain(answer) {
-    if (live || answer !== messages.at(-1)) return;
-    messages.pop();
-    drawn.get(answer).article.remove();
-    begin();
+  function again(answer) {
+    if (isBusy() || answer !== conversation.messages.at(-1)) return;
+    conversation.drop([answer]);
+    begin(Date.now());
     question.focus();
   }
 
-  function copyButton(answer) {
-    const button = element("button", { type: "button", className: "plain" }, say("copy"));
-    button.addEventListener("click", async () => {
-      await copy(answer.content);
-      button.textContent = say("copied");
-      setTimeout(() => (button.textContent = say("copy")), 1500);
-    });
-    return button;
+  function edit(asked) {
+    if (isBusy()) return;
+    editing = asked;
+    put(asked.content);
+    refresh();
   }
 
-  /* The clipboard proper is there on https, localhost and file:// only. */
-  async function copy(text) {
-    if (navigator.clipboard) return navigator.clipboard.writeText(text);
-    const area = element("textarea", { value: text, className: "unseen" });
-    document.body.append(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
+  function put(text) {
+    question.value = text;
+    question.focus();
+    fit();
   }
+
+  function stopEditing() {
+    editing = null;
+    put("");
+    refresh();
+  }
+
+  // -------------------------------------------------------- reloads and other tabs
+
+  function saveProgress() {
+    const entries = [...runs.values()].filter(({ answer }) => answer.id).map((run) => {
+      const { content, reasoning, events, first, latest, caught } = run.answer;
+      const last = run.stream.lastEventId;
+      return [run.answer.key, { content, reasoning, events, first, latest, caught, last }];
+    });
+    if (entries.length) store.set(PROGRESS, Object.fromEntries(entries));
+  }
+
+  /* What the page shows becomes what was said: at first, and when another tab has asked,
+     ended or cleared. What we are reading ourselves we know best. */
+  function sync() {
+    const { messages } = conversation;
+    const keys = new Set(messages.map(({ key }) => key));
+    for (const key of turns.keys()) if (!keys.has(key)) drop(key);
+    const progress = store.get(PROGRESS) ?? {};
+    messages.forEach((message, n) => {
+      if (isStale(message)) drop(message.key);
+      if (!turns.has(message.key)) {
+        if (isUnderWay(message)) Object.assign(message, progress[message.key]);
+        turns.set(message.key, new Turn(message, ACTS));
+      }
+      const { article } = turns.get(message.key);
+      if (log.children[n] !== article) log.insertBefore(article, log.children[n] ?? null);
+    });
+    refresh();
+  }
+
+  /* Another tab has read an answer to its end, of which this one has read nothing. */
+  function isStale(message) {
+    const { key } = message;
+    return turns.get(key)?.isGrowing && !isUnderWay(message) && !runs.has(key);
+  }
+
+  function drop(key) {
+    const run = runs.get(key);
+    runs.delete(key);
+    run?.stream.close();
+    turns.get(key).article.remove();
+    turns.delete(key);
+  }
+
+  function resume() {
+    for (const answer of conversation.messages.filter(isUnderWay)) {
+      if (runs.has(answer.key)) continue;
+      const turn = turns.get(answer.key);
+      const options = { lastEventId: answer.last };
+      if (answer.id) follow(answer, turn, address(`answers/${answer.id}`), options);
+    }
+  }
+
+  /* At the start: no tab may be left that is asking this. */
+  function repeat() {
+    for (const answer of conversation.messages.filter(isUnderWay)) {
+      if (answer.id) continue;
+      if (isOurServer()) send(answer);
+      else interrupt(answer);
+    }
+  }
+
+  function interrupt(answer) {
+    Object.assign(answer, { state: "failed", trouble: say("trouble-interrupted") });
+    turns.get(answer.key).end();
+  }
+
+  /* `#answer/<id>`: an answer by its own address, on whatever device. */
+  function watch() {
+    const [, id] = /^#answer\/([\w.-]+)$/.exec(location.hash) ?? [];
+    if (watched?.message.id === id) return;
+    if (watched) runs.get(watched.message.key)?.stream.close();
+    if (watched) runs.delete(watched.message.key);
+    watched = null;
+    $("watched").replaceChildren();
+    if (id) {
+      const answer = { role: "assistant", content: "", state: "waiting", id };
+      Object.assign(answer, { key: `watched ${id}`, at: Date.now(), isWatched: true });
+      watched = new Turn(answer, {});
+      $("watched").append(watched.article);
+      follow(answer, watched, address(`answers/${id}`));
+    }
+    refresh();
+  }
+
+  // -------------------------------------------------------------------------- state
 
   /* What stands under the field, and which buttons there are. */
   function refresh() {
-    $("welcome").hidden = messages.length > 0;
-    $("chat-title").classList.toggle("unseen", messages.length > 0);
-    $("fresh").disabled = messages.length === 0;
-    $("send").hidden = Boolean(live);
-    $("stop").hidden = !live;
+    const isEmpty = conversation.messages.length === 0;
+    const isRunning = isBusy();
+    $("watch").hidden = !watched;
+    log.hidden = $("ask").hidden = Boolean(watched);
+    $("welcome").hidden = !isEmpty || Boolean(watched);
+    $("chat-title").classList.toggle("unseen", !isEmpty || Boolean(watched));
+    $("fresh").disabled = isEmpty || Boolean(watched);
+    $("undo").hidden = !restore || Boolean(watched);
+    $("editing").hidden = !editing;
+    $("send").hidden = isRunning;
+    $("stop").hidden = !isRunning;
+    log.classList.toggle("busy", isRunning);
     $("chat-state").textContent = words();
+    $("cut-chat").hidden = runs.size === 0 && !network.left;
   }
-
-  let model = null; // its name, once the server has said it
-  let lookedFor = false;
 
   function words() {
-    if (!live) {
-      if (model) return say("chat-ready", model);
-      return lookedFor ? say("chat-none", SERVER.host) : say("chat-hello");
+    const run = [...runs.values()].at(-1);
+    if (!run) {
+      if (restore) return say("cleared");
+      if (server.model) return server.models.length > 1 ? say("chat-choose") : say("chat-ready", server.model);
+      return server.isLookedFor ? say("chat-none", SERVER.host) : say("chat-hello");
     }
-    const { answer, now } = live;
+    const { answer, now } = run;
     if (now === "waiting") return say("chat-lost");
     if (now === "connecting" && answer.id) return say("chat-resuming");
-    return say(answer.tokens ? "chat-receiving" : "chat-waiting");
+    return say(answer.events ? "chat-receiving" : "chat-waiting");
   }
 
-  async function findServer(attempt = 0) {
-    try {
-      ({ model } = await (await fetch(address("healthz"))).json());
-    } catch {
-      setTimeout(findServer, SSE.jitter(attempt), attempt + 1);
-    }
-    lookedFor = true;
-    refresh();
+  const server = {
+    model: null, // its name, once the server has said it
+    models: [],
+    isLookedFor: false,
+
+    async look(attempt = 0) {
+      clearTimeout(this.timer);
+      this.model = null;
+      try {
+        ({ model: this.model } = await (await network.fetch(address("healthz"))).json());
+        this.models = await listModels();
+      } catch {
+        this.timer = setTimeout(() => this.look(attempt + 1), SSE.jitter(attempt));
+      }
+      this.isLookedFor = true;
+      offerModels(this.models);
+      refresh();
+    },
+  };
+
+  async function listModels() {
+    const response = await network.fetch(address("v1/models"));
+    if (!response.ok) return [];
+    return (await response.json()).data.map(({ id }) => id);
+  }
+
+  function offerModels(models) {
+    const chosen = store.get(MODEL);
+    const select = $("model");
+    select.hidden = models.length < 2;
+    select.replaceChildren();
+    if (select.hidden) return;
+    select.append(...models.map((name) => element("option", { value: name }, name)));
+    select.value = models.includes(chosen) ? chosen : server.model;
   }
 
   // ------------------------------------------------------------------------- input
@@ -322,10 +366,13 @@
   $("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = question.value.trim();
-    if (live || !text) return;
-    question.value = "";
-    fit();
-    question.focus();
+    if (!text) return;
+    if (isBusy()) return void ($("chat-state").textContent = say("chat-busy"));
+    const { messages } = conversation;
+    const from = editing ? messages.indexOf(editing) : -1;
+    editing = null;
+    put("");
+    if (from >= 0) conversation.drop(messages.slice(from));
     ask(text);
   });
 
@@ -337,21 +384,32 @@
   });
 
   addEventListener("keydown", (event) => {
-    const stops = event.key === "Escape" && !event.isComposing && shown === "chat";
-    if (stops && live) stop();
+    if (event.key !== "Escape" || event.isComposing || shown !== "chat") return;
+    if (editing) stopEditing();
+    else if (isBusy()) stop();
   });
 
   $("stop").addEventListener("click", ({ detail }) => {
-    if (live && detail < 2) stop(); // the second half of a double click on Send is no Stop
+    if (isBusy() && detail < 2) stop(); // the second half of a double click on Send is no Stop
   });
 
   $("fresh").addEventListener("click", () => {
-    if (live) stop();
-    messages = [];
-    save();
-    drawAll();
+    stop();
+    restore = conversation.clear();
+    sync();
     question.focus();
   });
+
+  $("undo").addEventListener("click", () => {
+    restore();
+    restore = null;
+    sync();
+    toEnd();
+    question.focus();
+  });
+
+  $("cancel").addEventListener("click", stopEditing);
+  $("model").addEventListener("change", ({ target }) => store.set(MODEL, target.value));
 
   function fit() {
     if (CSS.supports("field-sizing", "content")) return;
@@ -365,16 +423,38 @@
     const button = element("button", { type: "button" }, say(key));
     button.addEventListener("click", () => {
       question.focus();
-      if (!live) ask(say(key));
+      if (!isBusy()) ask(say(key));
     });
     $("examples").append(element("li", {}, button));
   }
 
-  views.chat.grows = () => messages.length > 0;
-  addEventListener("storage", ({ key }) => {
-    if (key === CONVERSATION) adopt(store.get(CONVERSATION) ?? []);
-  });
-  addEventListener("pagehide", saveProgress);
+  /* A reload keeps what was being written, and the place to write it. */
+  function saveDraft() {
+    const draft = { text: question.value, focused: document.activeElement === question };
+    store.set(DRAFT, draft, "sessionStorage");
+  }
+
+  function takeDraft() {
+    const draft = store.get(DRAFT, "sessionStorage");
+    if (draft?.text) question.value = draft.text;
+    if (draft?.focused) question.focus();
+    fit();
+  }
+
+  views.chat.grows = () => conversation.messages.length > 0;
+  network.controls($("cut-chat"), refresh);
+  conversation.reading = runs;
+  conversation.onchange = () => (sync(), resume());
+  addEventListener("hashchange", watch);
+  addEventListener("pagehide", () => (saveProgress(), saveDraft()));
   setInterval(saveProgress, 1000);
-  addEventListener("DOMContentLoaded", () => (drawAll(), findServer()));
+  addEventListener("DOMContentLoaded", () => {
+    sync();
+    toEnd();
+    takeDraft();
+    watch();
+    server.look();
+    resume();
+    repeat();
+  });
 }

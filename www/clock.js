@@ -54,13 +54,13 @@
   function poll() {
     const way = ways.polling;
     const url = address("time");
-    const ask = wire.fetch("wire-polling", network.fetch(way));
+    const ask = wire.fetch("wire-polling", counted(way));
     let asking = false;
     async function once() {
       if (asking) return; // an answer that takes longer than a second
       asking = true;
       try {
-        const response = await ask(url, { cache: "no-store", signal: AbortSignal.timeout(5000) });
+        const response = await ask(url, { cache: "no-store", signal: timeout(5000) });
         const text = await response.text();
         way.received += heads.response(response) + text.length;
         wire.record("wire-polling", "in", text);
@@ -75,6 +75,13 @@
     const timer = setInterval(once, EVERY);
     const stopCounting = countConnections(way, url);
     return () => (clearInterval(timer), stopCounting());
+  }
+
+  /* AbortSignal.timeout(), for browsers that lack it. */
+  function timeout(ms) {
+    const controller = new AbortController();
+    setTimeout(() => controller.abort(), ms);
+    return controller.signal;
   }
 
   /* A browser keeps a connection for its next request; whether it did, it tells in the
@@ -96,8 +103,7 @@
     const url = address("clock");
     const recorder = wire.recorder("wire-stream");
     const opened = SSE.open(url, {
-      silence: 20000, // a clock is never silent for long
-      fetch: wire.fetch("wire-stream", network.fetch(way)),
+      fetch: wire.fetch("wire-stream", counted(way)),
       onopen(response) {
         way.connections += 1;
         way.received += heads.response(response);
@@ -123,11 +129,10 @@
     const way = ways.socket;
     let last = "";
     return Socket.open({
-      silence: 20000,
       url: () => socketAddress("clock", { after: last }),
       make(url) {
         wire.record("wire-socket", "out", `GET ${url}\nUpgrade: websocket`);
-        return network.socket(way, url);
+        return countedSocket(way, url);
       },
       onmessage(text) {
         way.received += heads.frame(new TextEncoder().encode(text).length);
@@ -148,47 +153,21 @@
     });
   }
 
-  // ------------------------------------------------- a network that can be cut, here
-
-  const network = {
-    cutter: new AbortController(),
-    sockets: new Set(),
-    timer: 0,
-
-    fetch: (way) => async (url, init) => {
-      if (network.timer) throw new TypeError("the network is cut");
+  /* The network of the page, which counts what each way sends. */
+  const counted = (way) => (url, init) => {
+    if (!network.left) {
       way.requests += 1;
       way.sent += heads.request(url, init.headers);
-      const signal = AbortSignal.any([network.cutter.signal, init.signal]);
-      return fetch(url, { ...init, signal });
-    },
-
-    socket(way, url) {
-      if (network.timer) throw new TypeError("the network is cut");
-      way.requests += 1;
-      way.sent += heads.handshake(url);
-      const made = new WebSocket(url);
-      network.sockets.add(made);
-      made.addEventListener("close", () => network.sockets.delete(made));
-      return made;
-    },
-
-    cut(seconds) {
-      clearTimeout(network.timer);
-      network.timer = setTimeout(network.mend, seconds * 1000);
-      network.cutter.abort(new TypeError("the network is cut"));
-      network.cutter = new AbortController();
-      for (const socket of network.sockets) socket.close();
-      $("cut-state").textContent = say("cut-left");
-    },
-
-    mend() {
-      network.timer = 0;
-      $("cut-state").textContent = say("cut-over");
-      running?.stream.reconnect();
-      running?.socket.reconnect();
-    },
+    }
+    return network.fetch(url, init);
   };
+
+  function countedSocket(way, url) {
+    const made = network.socket(url);
+    way.requests += 1;
+    way.sent += heads.handshake(url);
+    return made;
+  }
 
   // ------------------------------------------------------------------------ drawing
 
@@ -318,9 +297,6 @@
     },
   };
 
-  for (const button of document.querySelectorAll("[data-cut]")) {
-    button.textContent = say("cut-seconds", button.dataset.cut);
-    button.addEventListener("click", () => network.cut(Number(button.dataset.cut)));
-  }
+  network.controls($("clock-cut"));
   drawTable();
 }

@@ -7,11 +7,23 @@
        onevent({ type, data, lastEventId }) { ... },
        onstate(state, detail) { ... },
      });
-     stream.close();
+     stream.done();   the last event has come: the server may end the stream
+     stream.close();  nothing more is wanted
+
+   What onstate() hears:
+     "connecting", {attempt}                 0 is the first
+     "open", response
+     "waiting", {wait, until, failure}       ms, and the Date.now() of the next attempt
+     "closed", reason                        final: a Refused (with status and reason),
+                                             another Error, or undefined after close()
 
    How it keeps a stream alive:
    - A connection that breaks, ends or falls silent is made again and says in
      `Last-Event-ID` where to go on. An answer of 5xx counts as a broken connection.
+   - Packets can vanish without a word. The server says something every 4 s, so 10 s of
+     silence are a cut; a new attempt must bring the response's head within 5 s. Who wakes
+     up, comes online or looks at the page again does not wait: a stream that brought
+     nothing for 5 s is made anew at once.
    - 204 means that there is nothing more; a 4xx, or anything that is no event stream,
      would be the same the next time. Both are final.
    - The wait before a new attempt is drawn at random from a range that doubles with each
@@ -19,7 +31,8 @@
      back at once. Only an event received starts it over; a connection that opens and
      dies again does not.
    - What is not safe to repeat is not repeated: a POST goes out once. It is sent again
-     only with a `Last-Event-ID`, which tells the server what it would continue.
+     only with a `Last-Event-ID`, which tells the server what it would continue, or if the
+     server has refused it as too busy and said when to come again.
    - A hidden tab keeps its stream. */
 
 const SSE = (() => {
@@ -30,10 +43,12 @@ const SSE = (() => {
     lastEventId: "",
     fetch: (url, init) => fetch(url, init),
     base: 1000, // ms: the first range of the back-off ...
-    cap: 30000, // ... and where it stops doubling
-    silence: 45000, // ms without a byte: three of the server's keep-alives
+    cap: 8000, // ... and where it stops doubling
+    silence: 10000, // ms without a byte: two of the server's keep-alives
+    patience: 5000, // ms in which a new attempt must bring the response's head ...
+    stale: 5000, // ... and after which a silent stream is not trusted on waking up
     onevent() {},
-    onstate() {}, // ("connecting" | "open" | "waiting" | "closed", detail)
+    onstate() {}, // see above
     onopen() {}, // (response); may return {url, method, headers, body} to reconnect with
     onbytes() {}, // (Uint8Array) as it came
   };
@@ -43,6 +58,7 @@ const SSE = (() => {
     constructor({ onevent, onretry = () => {}, lastEventId = "" }) {
       Object.assign(this, { onevent, onretry, lastEventId });
       this.id = lastEventId; // outlives its block, counts only from its blank line
+      this.bareId = ""; // of a block whose data has not come
       this.type = "";
       this.data = []; // joined once: `+=` for each line would copy it all each time
       this.line = "";
@@ -67,8 +83,13 @@ const SSE = (() => {
       const value = colon < 0 ? "" : line.slice(colon + 1).replace(/^ /, "");
       if (field === "data") this.data.push(value);
       else if (field === "event") this.type = value;
-      else if (field === "id" && !value.includes("\0")) this.id = value;
+      else if (field === "id" && !value.includes("\0")) this.named(value);
       else if (field === "retry" && /^[0-9]+$/.test(value)) this.onretry(Number(value));
+    }
+
+    named(id) {
+      this.id = id;
+      if (this.data.length === 0) this.bareId = id;
     }
 
     dispatch() {
@@ -87,9 +108,21 @@ const SSE = (() => {
 
   /* The server's last word: 204, a refusal, or something that is no event stream. */
   class Refused extends Error {
-    constructor(status, body) {
-      super(`HTTP ${status}`);
-      Object.assign(this, { status, body });
+    constructor(response, body) {
+      super(`HTTP ${response.status}`);
+      Object.assign(this, { status: response.status, body });
+      const after = response.headers.get("Retry-After") || "";
+      this.retryAfter = /^[0-9]+$/.test(after) ? Math.min(after * 1000, 60000) : undefined;
+      this.mayRepeat = response.headers.get("x-should-retry") !== "false";
+    }
+
+    /* In the server's own words, if it has any. */
+    get reason() {
+      try {
+        return String(JSON.parse(this.body).error.message);
+      } catch {
+        return this.body.trim().slice(0, 200) || this.message; // a proxy's, say
+      }
     }
   }
 
@@ -104,9 +137,12 @@ const SSE = (() => {
     let request = { ...settings, url };
     let { lastEventId } = settings;
     let retry = 0; // ms that the server asked for, on top of which comes the jitter
-    let attempt = 0;
+    let attempt = 0; // since the last event
+    let again = false; // this is not the first attempt
     let closed = false;
+    let atOnce = false; // the next attempt need not wait
     let connection = new AbortController();
+    let dog = null; // of the connection, while there is one
     let wake = () => {};
 
     async function run() {
@@ -119,20 +155,28 @@ const SSE = (() => {
     }
 
     async function connect() {
-      settings.onstate("connecting");
+      settings.onstate("connecting", { attempt });
       connection = new AbortController();
-      const dog = watchdog(settings.silence, connection);
+      dog = watchdog(connection, again ? settings.patience : firstPatience());
+      again = true;
       try {
         const response = await settings.fetch(request.url, init());
         await accept(response);
+        dog.heard();
+        dog.limit = settings.silence;
         request = { method: "GET", ...(settings.onopen(response) || request) };
         settings.onstate("open", response);
-        await read(response.body.getReader(), dog);
+        await read(response.body.getReader());
       } finally {
         dog.stop();
+        dog = null;
         connection.abort(); // lets go of a response that we refused to read
       }
     }
+
+    /* A question may be long, and its line slow; and it cannot be asked again. */
+    const firstPatience = () => settings.silence * (mayRepeat() ? 1 : 3);
+    const mayRepeat = () => request.method === "GET" || lastEventId !== "";
 
     function init() {
       const { method, headers, body } = request;
@@ -147,10 +191,10 @@ const SSE = (() => {
       const type = response.headers.get("Content-Type") || "";
       if (response.status === 200 && /^text\/event-stream\s*(;|$)/i.test(type)) return;
       const body = response.status === 204 ? "" : await response.text();
-      throw new Refused(response.status, body);
+      throw new Refused(response, body);
     }
 
-    async function read(reader, dog) {
+    async function read(reader) {
       const decoder = new TextDecoder(); // drops the one byte order mark that is allowed
       const parser = new Parser({ onevent, onretry: (ms) => (retry = ms), lastEventId });
       for (;;) {
@@ -159,9 +203,14 @@ const SSE = (() => {
         dog.heard();
         settings.onbytes(value);
         parser.feed(decoder.decode(value, { stream: true }));
-        if (!closed) lastEventId = parser.lastEventId;
+        if (!closed) lastEventId = parser.lastEventId || nameOf(parser);
       }
     }
+
+    /* A question that is asked anew before its first event has come must say which answer
+       it means. So the server names the answer in its first block, ahead of any data; that
+       line counts at once. It stands for "nothing seen yet", so nothing can be lost. */
+    const nameOf = (parser) => (settings.method === "GET" ? "" : parser.bareId);
 
     function onevent(event) {
       if (closed) return; // by the event before this one, in the same piece
@@ -175,52 +224,73 @@ const SSE = (() => {
     }
 
     function isFinal(failure) {
-      if (failure instanceof Refused && failure.status < 500) return true;
-      return request.method !== "GET" && !lastEventId;
+      if (!(failure instanceof Refused)) return !mayRepeat();
+      if (failure.status < 500 || !failure.mayRepeat) return true;
+      const invited = failure.status === 503 && failure.retryAfter !== undefined;
+      return !mayRepeat() && !(invited && attempt < 3);
     }
 
     function pause(failure) {
-      const wait = retry + jitter(attempt++, settings.base, settings.cap);
-      settings.onstate("waiting", { wait, failure });
+      if (atOnce) return void (atOnce = false);
+      const asked = Math.max(retry, failure.retryAfter ?? 0);
+      const wait = asked + jitter(attempt++, settings.base, settings.cap);
+      settings.onstate("waiting", { wait, until: Date.now() + wait, failure });
       return new Promise((resolve) => {
         const timer = setTimeout(resolve, wait);
         wake = () => (clearTimeout(timer), resolve());
       });
     }
 
-    function finish(reason) {
+    function finish(reason, grace = 0) {
       closed = true;
-      for (const [target, type] of revivals) target.removeEventListener(type, hurry);
-      connection.abort();
+      for (const [target, type] of REVIVALS) target.removeEventListener(type, hurry);
+      const last = connection;
+      if (grace) setTimeout(() => last.abort(), grace);
+      else last.abort();
       wake();
       settings.onstate("closed", reason);
     }
 
-    const hurry = () => document.hidden || wake();
-    const revivals = [[window, "online"], [document, "visibilitychange"]];
-    for (const [target, type] of revivals) target.addEventListener(type, hurry);
+    function hurry({ type }) {
+      if (type === "visibilitychange" && document.hidden) return;
+      wake();
+      if (!dog || dog.quiet() < settings.stale || !mayRepeat()) return;
+      atOnce = true;
+      connection.abort(new Error("silence"));
+    }
+
+    for (const [target, type] of REVIVALS) target.addEventListener(type, hurry);
     run();
     return {
       get lastEventId() { return lastEventId; },
       close() { if (!closed) finish(); },
+      done() { if (!closed) finish(undefined, 1000); }, // an abort would look like a failure
       reconnect() { wake(); }, // now, instead of after the rest of the wait
     };
   }
 
-  /* A connection can be dead without a word: the laptop slept, the NAT forgot it. */
-  function watchdog(silence, connection) {
-    let heard = performance.now();
-    let timer = setTimeout(check, silence);
-    function check() {
-      const left = heard + silence - performance.now();
-      if (left <= 0) connection.abort(new Error("silence"));
-      else timer = setTimeout(check, left);
-    }
-    return {
-      heard() { heard = performance.now(); }, // no timer is touched for each piece
+  const REVIVALS = [[window, "online"], [window, "pageshow"], [document, "visibilitychange"]];
+
+  /* A connection can be dead without a word: the laptop slept, the NAT forgot it. One clock
+     may stand still while a computer sleeps, the other can be set: the later one counts.
+     It looks every second, because timers sleep too. */
+  function watchdog(connection, limit) {
+    let heard, heardAt;
+    const dog = {
+      limit,
+      heard() { [heard, heardAt] = [performance.now(), Date.now()]; },
+      quiet: () => Math.max(performance.now() - heard, Date.now() - heardAt),
       stop() { clearTimeout(timer); },
     };
+    function check() {
+      const left = dog.limit - dog.quiet();
+      if (left <= 0) connection.abort(new Error("silence"));
+      else timer = setTimeout(check, Math.min(left, 1000));
+    }
+    dog.heard();
+    let timer = setTimeout(check, Math.min(limit, 1000));
+    return dog;
   }
 
-  return { open, Parser, Refused, jitter };
+  return { open, Parser, Refused, jitter, watchdog, REVIVALS };
 })();

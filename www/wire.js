@@ -78,7 +78,7 @@ const wire = (() => {
 
   /* fetch() that shows what is asked and the head of what is answered. `through` is the
      fetch that does it. */
-  function recordedFetch(name, through = fetch) {
+  function recordedFetch(name, through = network.fetch) {
     return async (url, init) => {
       record(name, "out", request(url, init));
       const response = await through(url, init);

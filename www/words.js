@@ -32,7 +32,6 @@ const WORDS = {
   "jump": ["Jump to latest", "跳到最新"],
   "fresh": ["New chat", "新对话"],
   "copy": ["Copy", "复制"],
-  "copied": ["Copied", "已复制"],
   "again": ["Try again", "重试"],
 
   "chat-hello": ["Looking for the server", "正在寻找服务器"],
@@ -47,8 +46,6 @@ const WORDS = {
   "chat-resuming": ["Going on where it was", "从断点继续"],
 
   "stats-first": ["first token after {0} s", "首个词元 {0} 秒"],
-  "stats-rate": ["{0} tokens/s", "每秒 {0} 个词元"],
-  "stats-tokens": ["{0} tokens", "共 {0} 个词元"],
   "stats-total": ["{0} s in all", "用时 {0} 秒"],
   "stopped": ["Stopped", "已停止"],
   "answer-done": ["Answer: {0}", "回答：{0}"],
@@ -58,10 +55,6 @@ const WORDS = {
   "trouble-network": [
     "The server at {0} could not be reached.",
     "无法连接到服务器 {0}。",
-  ],
-  "trouble-lost": [
-    "The server no longer has this answer: it was started anew, or the answer ended more than a minute ago. What had come is kept.",
-    "服务器上已没有这个回答：它可能重新启动过，或者回答已结束一分钟以上。已收到的内容保留在此。",
   ],
   "trouble-interrupted": [
     "The page was left before the server had taken the question.",
@@ -151,6 +144,60 @@ const WORDS = {
   "wire-open": ["open", "已打开"],
   "wire-waiting": ["gone; again in {0} s", "已断开；{0} 秒后重试"],
   "wire-closed": ["closed {0}", "已关闭 {0}"],
+
+  // ---------------------------------------------------- the network, and the clock's picture
+  "cut-count": ["Back in {0} s.", "{0} 秒后恢复。"],
+  "refused-origin": [
+    "{0} is not for pages from here. Its --allow-origin says which are.",
+    "{0} 不接受来自这里的页面。启动参数 --allow-origin 决定接受哪些。",
+  ],
+
+  // The chat's turns and the room's members.
+  "copied": ["Copied", "已复制"],
+  "table": ["Table", "表格"],
+  "regenerate": ["Ask again", "重新回答"],
+  "edit": ["Edit", "编辑"],
+  "editing": ["Editing your question: what came after it goes when you send.", "正在编辑问题：发送后，其后的内容会被替换。"],
+  "cancel": ["Cancel", "取消"],
+  "cleared": ["Conversation cleared", "对话已清空"],
+  "undo": ["Bring it back", "恢复对话"],
+  "model": ["Model", "模型"],
+  "thinking": ["Thinking…", "思考中…"],
+  "thought": ["Thoughts", "思考过程"],
+  "link": ["Link", "链接"],
+  "link-title": ["This answer’s own address: open it on another screen", "这个回答自己的地址：可在另一块屏幕上打开"],
+  "hold-waiting": ["On hold: the connection is gone. Next try in {0} s; nothing will be missed.", "已暂停：连接中断，{0} 秒后重试；不会丢失内容。"],
+  "hold-connecting": ["On hold: connecting again. Nothing will be missed.", "已暂停：正在重连；不会丢失内容。"],
+  "chat-choose": ["Ready", "就绪"],
+  "chat-busy": ["An answer is under way: stop it, or wait for its end", "回答尚未结束：请先停止，或等它写完"],
+  "stats-rate": ["{0} events/s", "每秒 {0} 个事件"],
+  "stats-events": ["{0} events", "共 {0} 个事件"],
+  "stats-caught": ["{0} caught up", "其中补上 {0} 个"],
+  "cut-short": ["Cut short by the model’s limit", "因模型的长度上限而截断"],
+  "finish": ["Ended by the model: {0}", "模型中止：{0}"],
+  "trouble-abandoned": [
+    "The server stopped this answer, because nobody had read it for a while. What had come is kept.",
+    "一段时间无人读取，服务器停止了这个回答。已收到的内容保留在此。",
+  ],
+  "trouble-stopping": ["The server is shutting down. What had come is kept.", "服务器正在关闭。已收到的内容保留在此。"],
+  "trouble-lost": [
+    "The server no longer has this answer: it was started anew, or the answer ended a while ago. What had come is kept.",
+    "服务器上已没有这个回答：它可能重新启动过，或者回答早已结束。已收到的内容保留在此。",
+  ],
+  "watch-title": ["One answer, by its own address", "一个回答，自己的地址"],
+  "watch-lead": ["Whoever knows this address can read along, on any screen.", "知道这个地址的人，都能在任何屏幕上同步阅读。"],
+  "watch-back": ["To your conversation", "回到你的对话"],
+  "token": ["Token", "令牌"],
+  "token-lead": ["This server is protected. Its token opens it for this browser.", "此服务器受保护，请输入令牌，本浏览器即可访问。"],
+  "token-send": ["Open", "进入"],
+  "token-wrong": ["That is not the server’s token.", "令牌不正确。"],
+  "here": ["Here now: {0}", "在场：{0}"],
+  "here-more": ["{0} and {1} more", "{0}，另有 {1} 人"],
+  "room-refused": ["Refused: {0}", "被拒绝：{0}"],
+  "room-refused-origin": ["this page may not join. Start the server with --allow-origin {0}", "此页面无权加入。请用 --allow-origin {0} 启动服务器"],
+  "room-returned": ["Not delivered: {0}. Your words are back in the field", "未送达：{0}。文字已放回输入框"],
+  "room-cut": ["the connection broke", "连接中断"],
+  "pending": ["sending", "发送中"],
 };
 
 function say(key, ...values) {

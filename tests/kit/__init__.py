@@ -2,6 +2,7 @@
 
     common      waiting, and what is installed
     server      chatstream.py as a process of its own
+    clock       its time, which a test turns
     vitals      what that process holds; that an attack harmed nobody else
     client      HTTP/1.1, byte for byte
     websocket   frames, which may break the protocol
@@ -10,6 +11,8 @@
     answers     questions, and what their answers say
     attacks     all that clients do wrong
     upstream    a model's server that follows a script
+    protocols   what four protocols say, in several manners
+    sdks        the SDKs for Python and Node
     proxy       connections that break or stall
     site        pages of another origin
     browser     Chromium
@@ -27,13 +30,16 @@ from .background import *
 from .browser import *
 from .checker import *
 from .client import *
+from .clock import *
 from .common import *
 from .http2 import *
 from .network import *
 from .npm import *
+from .protocols import *
 from .proxy import *
 from .redis import *
 from .room import *
+from .sdks import *
 from .server import *
 from .site import *
 from .upstream import *

@@ -5,6 +5,7 @@ Response    head, body and events, read strictly by the order that real clients 
 """
 
 import json
+import select
 import socket
 import ssl
 import struct
@@ -81,6 +82,12 @@ class Connection:
             raise Cut("end of file")
         return data
 
+    @property
+    def silent(self):
+        """Nothing has come that was not read."""
+        sock = self.transport.socket
+        return not self.buffer and not select.select([sock], [], [], 0)[0]
+
     async def line(self):
         return (await self.up_to(b"\n")).rstrip(b"\r\n")
 
@@ -98,6 +105,11 @@ class Connection:
 
     async def request(self, method, target, headers=None, body=None, host="127.0.0.1"):
         """Send one request and read the head of its answer."""
+        await self.ask(method, target, headers, body, host)
+        return await self.response(method)
+
+    async def ask(self, method, target, headers=None, body=None, host="127.0.0.1"):
+        """Send one request."""
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()
         head = {"Host": host} | (headers or {})
@@ -106,7 +118,6 @@ class Connection:
             head.setdefault("Content-Length", str(len(body)))
         lines = [f"{method} {target} HTTP/1.1", *(f"{k}: {v}" for k, v in head.items())]
         await self.send("\r\n".join([*lines, "\r\n"]).encode("latin-1") + (body or b""))
-        return await self.response(method)
 
     async def response(self, method="GET"):
         lines = (await self.up_to(b"\r\n\r\n")).split(b"\r\n")[:-2]
@@ -323,7 +334,5 @@ def head(method, path, *headers):
 def reset(transport):
     """End a connection by RST: linger on, for no time at all."""
     transport = getattr(transport, "transport_stream", transport)  # under TLS
-    transport.socket.setsockopt(
-        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-    )
+    transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.socket.close()

@@ -52,9 +52,7 @@ class Network:
         base = f"chatstream-{os.getpid()}-{next(numbers)}"
         self.router = f"{base}-router"
         self.server = Machine(f"{base}-server", "10.77.0")
-        self.clients = [
-            Machine(f"{base}-client-{n}", f"10.77.{n}") for n in range(1, clients + 1)
-        ]
+        self.clients = [Machine(f"{base}-client-{n}", f"10.77.{n}") for n in range(1, clients + 1)]
         self._made = []
 
     def __enter__(self):

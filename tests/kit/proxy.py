@@ -1,8 +1,9 @@
 """Connections that break or stall where the test wants it.
 
-Proxy   resets the connection in the middle of each mark
-Line    between a page and a server: cut, stalled, down, byte by byte; and it counts
-        what passes
+Proxy       resets the connection at each mark
+EventProxy  resets it after so many events
+Line        between a page and a server: cut, stalled, down, byte by byte; and it counts
+            what passes
 """
 
 import re
@@ -17,7 +18,7 @@ from .client import reset
 
 
 class Proxy(Background):
-    """Passes bytes on, and resets the connection in the middle of each mark."""
+    """Passes bytes on, and resets the connection at each mark."""
 
     def __init__(self, port):
         self.server_port, self.marks, self.cuts = port, deque(), 0
@@ -64,6 +65,28 @@ def place_of(mark, seen):
         return found and found.end()
     at = seen.find(mark)
     return at + len(mark) // 2 if at >= 0 else None
+
+
+class EventProxy(Proxy):
+    """Passes bytes on, and resets one connection after so many events."""
+
+    def __init__(self, port):
+        super().__init__(port)
+        self._after = None
+
+    def cut_after(self, count):
+        self._after = count
+
+    async def _down(self, server, client):
+        seen = b""
+        async for piece in server:
+            seen += piece
+            if self._after is not None and seen.count(b"\n\n") >= self._after:
+                place = len(b"\n\n".join(seen.split(b"\n\n")[: self._after])) + 2
+                self._after, self.cuts = None, self.cuts + 1
+                await client.send_all(piece[: place - (len(seen) - len(piece))])
+                return reset(client)
+            await client.send_all(piece)
 
 
 @dataclass

@@ -50,7 +50,18 @@ class Heard:
     @property
     def prompt(self):
         """What was asked. That names the script. (None: a request of another kind.)"""
-        return self.json["messages"][-1]["content"] if self.body else None
+        return prompt_of(self.json) if self.body else None
+
+
+def prompt_of(body):
+    """The last thing said in a question, in whichever protocol it is asked."""
+    said = next((body[k] for k in ("messages", "input", "prompt") if body.get(k)), None)
+    while isinstance(said, list | dict):
+        if isinstance(said, list):
+            said = said[-1]
+        else:
+            said = said.get("content") or said.get("text")
+    return said
 
 
 class Upstream(Background):
@@ -147,9 +158,7 @@ class SecureUpstream(Upstream):
 
     async def handle(self, transport):
         await super().handle(
-            trio.SSLStream(
-                transport, self._context, server_side=True, https_compatible=True
-            )
+            trio.SSLStream(transport, self._context, server_side=True, https_compatible=True)
         )
 
 

@@ -1,0 +1,116 @@
+"use strict";
+
+/* A network that can be cut, here in the page: each view has the same buttons for it.
+
+     network.fetch(url, init)        fetch(), which breaks with a cut and fails during one
+     network.socket(url, protocols)  new WebSocket(), likewise (it throws during a cut)
+     network.cut(seconds)            cut it; the second call replaces the first
+     network.refusal()               why the server lets this page do nothing: its words,
+                                     or "" if it does let it or is not there
+     network.left                    ms until it is back; 0 while it is there
+     network.controls(place, onchange)   fills `place` with the buttons and what they did;
+                                     calls onchange() at each cut and at each return
+
+   A cut is to the page what a real one is: connections break, new ones fail, and the window
+   hears `offline` and then `online`, at which sse.js and socket.js look again at once. */
+
+const network = (() => {
+  const SECONDS = [5, 20, 70];
+  const sockets = new Set();
+  const places = []; // {state, onchange} of each group of buttons
+  let cutter = new AbortController();
+  let timer = 0;
+  let until = 0;
+
+  const broken = () => new TypeError("the network is cut");
+
+  async function cuttableFetch(url, init = {}) {
+    if (timer) throw broken();
+    return fetch(url, { ...init, signal: either(cutter.signal, init.signal) });
+  }
+
+  /* AbortSignal.any(), which Safari has only since 17.4. */
+  function either(...signals) {
+    const both = new AbortController();
+    for (const signal of signals) {
+      if (!signal) continue;
+      const pass = () => both.abort(signal.reason);
+      if (signal.aborted) pass();
+      else signal.addEventListener("abort", pass, { signal: both.signal });
+    }
+    return both.signal;
+  }
+
+  /* It answers a reader of an answer that nobody has: with 404, if it is for this page to
+     ask. An origin that is not may not read the refusal either, but may read healthz. */
+  async function refusal() {
+    try {
+      const response = await cuttableFetch(address("answers/0"));
+      const refused = [401, 403, 421].includes(response.status);
+      return refused ? new SSE.Refused(response, await response.text()).reason : "";
+    } catch {
+      const isThere = await cuttableFetch(address("healthz")).catch(() => null);
+      return isThere ? say("refused-origin", SERVER.host) : "";
+    }
+  }
+
+  function socket(url, protocols = []) {
+    if (timer) throw broken();
+    const made = new WebSocket(url, protocols);
+    sockets.add(made);
+    made.addEventListener("close", () => sockets.delete(made));
+    return made;
+  }
+
+  function cut(seconds) {
+    clearInterval(timer);
+    until = Date.now() + seconds * 1000;
+    timer = setInterval(tick, 100);
+    cutter.abort(broken());
+    cutter = new AbortController();
+    for (const socket of sockets) socket.close();
+    dispatchEvent(new Event("offline"));
+    tell(true);
+  }
+
+  function tick() {
+    if (Date.now() < until) return tell(false);
+    clearInterval(timer);
+    timer = until = 0;
+    dispatchEvent(new Event("online"));
+    tell(true);
+  }
+
+  /* The countdown is for the eye: a screen reader hears of the cut and of its end. */
+  function tell(changed) {
+    for (const { words, count, onchange } of places) {
+      if (changed) words.textContent = say(timer ? "cut-left" : "cut-over");
+      count.textContent = timer ? say("cut-count", Math.ceil((until - Date.now()) / 1000)) : "";
+      if (changed) onchange();
+    }
+  }
+
+  function controls(place, onchange = () => {}) {
+    const label = element("span", { id: `${place.id}-label` }, say("cut"));
+    const words = element("span");
+    words.setAttribute("role", "status");
+    const count = element("span", { className: "count" });
+    place.setAttribute("role", "group");
+    place.setAttribute("aria-labelledby", label.id);
+    place.classList.add("tools");
+    place.append(label, ...SECONDS.map(button), words, count);
+    places.push({ words, count, onchange });
+  }
+
+  function button(seconds) {
+    const made = element("button", { type: "button" }, say("cut-seconds", seconds));
+    made.dataset.cut = seconds;
+    made.addEventListener("click", () => cut(Number(made.dataset.cut)));
+    return made;
+  }
+
+  return {
+    fetch: cuttableFetch, socket, refusal, cut, controls, either,
+    get left() { return Math.max(0, until - Date.now()); },
+  };
+})();

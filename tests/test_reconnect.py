@@ -11,7 +11,6 @@ import subprocess
 import pytest
 from kit import (
     CHAT,
-    ROOT,
     Gate,
     Proxy,
     answer,
@@ -23,8 +22,6 @@ from kit import (
     wait_until,
 )
 
-OLD = "no-transform" not in (ROOT / "chatstream.py").read_text()
-UNTIL_THEN = pytest.mark.xfail(OLD, reason="not yet", strict=True)
 WORDS = [f"word{n:02} " for n in range(20)]
 PACED = [step for word in WORDS for step in (word, 0.02)]
 NAME = re.compile(rb"\nid: [0-9a-f]{32}\n")  # an answer's, before its first event
@@ -92,7 +89,6 @@ def heard(tab):
     return "".join(json.loads(data)["content"] for data in said)
 
 
-@UNTIL_THEN
 def test_a_reset_before_the_first_token(tab, line, upstream):
     gate = Gate()
     prompt = upstream.script(*answer(gate, *WORDS))
@@ -104,7 +100,6 @@ def test_a_reset_before_the_first_token(tab, line, upstream):
     assert len(upstream.asked(prompt)) == 1
 
 
-@UNTIL_THEN
 def test_a_reset_before_the_model_has_answered_at_all(tab, line, upstream):
     """After 4 s the answer has a name, though the model has not said a word."""
     gate = Gate()
@@ -119,15 +114,14 @@ def test_a_reset_before_the_model_has_answered_at_all(tab, line, upstream):
 
 @pytest.mark.parametrize("mark", [b"word05", re.compile(rb"word10.*?\n\n", re.S)])
 def test_a_reset_in_mid_answer(tab, line, upstream, mark):
-    prompt = upstream.script(*answer(*PACED))
+    prompt = upstream.script(*answer("First: ", 0.5, *PACED))
     line.cut_at(mark)
     begin(tab, line.url, prompt)
-    assert heard(tab) == "".join(WORDS)
+    assert heard(tab) == "First: " + "".join(WORDS)
     assert line.cuts == 1
     assert len(upstream.asked(prompt)) == 1
 
 
-@UNTIL_THEN
 def test_a_reset_after_the_last_token(tab, line, upstream):
     """The repeated POST is a 200 without events: this client repeats all others."""
     prompt = upstream.script(*answer(*PACED))
@@ -144,7 +138,6 @@ HIDE = """(hidden) => {
 }"""
 
 
-@UNTIL_THEN
 def test_a_tab_that_is_hidden_before_the_first_token(tab, line, upstream):
     """This client hangs up, and repeats its POST when its tab is shown again."""
     gate = Gate()
@@ -209,7 +202,7 @@ def yaffle(url, packages, folder, tab):
     return tab.evaluate(IN_A_PAGE, [url, "EventSourcePolyfill"])
 
 
-@pytest.mark.parametrize("client", [node, browser, pytest.param(yaffle, marks=UNTIL_THEN)])
+@pytest.mark.parametrize("client", [node, browser, yaffle])
 def test_an_event_source_comes_back_and_stays_away(
     client, model, line, upstream, packages, tmp_path, tab
 ):
@@ -225,7 +218,7 @@ def test_an_event_source_comes_back_and_stays_away(
 
 # ----------------------------------------------------------------------- curl and httpx
 
-NAMES = ["lastEventId", "lastEventID", "last-event-id", "Last-Event-ID"]
+NAMES = ["lastEventId", "lastEventID", "last-event-id", "Last-Event-ID", "after"]
 
 
 def curl(*arguments):
@@ -259,9 +252,7 @@ def test_curl_goes_on_and_sees_the_end(ended):
     assert status == "204"
 
 
-@pytest.mark.parametrize(
-    "name", ["after", *(pytest.param(name, marks=UNTIL_THEN) for name in NAMES)]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_last_id_may_be_in_the_query(ended, name):
     url, data, ids = ended
     assert data_of(curl(f"{url}?{name}={ids[7]}")) == data[8:]
@@ -282,7 +273,6 @@ def test_httpx_goes_on_and_sees_the_end(ended):
         assert end.status_code == 204
 
 
-@UNTIL_THEN
 @pytest.mark.parametrize("early", [True, False], ids=["head at once", "no head"])
 def test_httpx_waits_five_seconds_and_the_model_thinks_for_longer(model, upstream, early):
     httpx = need_module("httpx", "pip install httpx")

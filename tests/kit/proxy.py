@@ -30,7 +30,8 @@ class Proxy(Background):
 
     def cut_at(self, *marks):
         """Cut once at each of these, in their order, on the way to the client: in the
-        middle of bytes, or after what a pattern matches."""
+        middle of bytes, or half a second after what a pattern matches. (What a reset
+        overtakes, a page never sees.)"""
         self.marks.extend(marks)
 
     async def handle(self, client):
@@ -51,9 +52,10 @@ class Proxy(Background):
             seen += piece
             self.seen += piece
             if self.marks and (place := place_of(self.marks[0], seen)):
-                self.marks.popleft()
-                self.cuts += 1
+                mark = self.marks.popleft()
                 await client.send_all(piece[: max(place - len(seen) + len(piece), 0)])
+                await trio.sleep(0.5 if isinstance(mark, re.Pattern) else 0)
+                self.cuts += 1
                 return reset(client)
             await client.send_all(piece)
 

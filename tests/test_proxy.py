@@ -181,11 +181,9 @@ def behind(shared, upstream, certificate, tmp_path_factory):
 
 ON_THE_INTERNET = [nginx, caddy, haproxy]
 PROXIES = [*ON_THE_INTERNET, compressing]
-HELD = "no-transform" not in (ROOT / "chatstream.py").read_text()
-UNTIL_THEN = pytest.mark.xfail(HELD, reason="it must say no-transform", run=False)
 
 
-@pytest.fixture(params=[*ON_THE_INTERNET, pytest.param(compressing, marks=UNTIL_THEN)])
+@pytest.fixture(params=PROXIES)
 def proxy(request, behind):
     return behind(request.param)
 
@@ -361,7 +359,6 @@ def checked(port, path, certificate, *options):
     return Report(f"https://127.0.0.1:{port}{path}", *name, *options, **trust)
 
 
-@UNTIL_THEN
 def test_the_checker_finds_nothing_wrong(behind, upstream, certificate):
     words = [step for n in range(40) for step in (f"word {n} ", 0.05)]
     reports = []

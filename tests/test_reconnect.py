@@ -144,10 +144,12 @@ def test_a_tab_that_is_hidden_before_the_first_token(tab, line, upstream):
     prompt = upstream.script(*answer(gate, *WORDS))
     begin(tab, line.url, prompt)
     wait_until(lambda: NAME.search(line.seen))
+    tab.wait_for_timeout(500)  # so that the client has seen it, too
     tab.evaluate(HIDE, True)
     tab.evaluate(HIDE, False)
     gate.open()
     assert heard(tab) == "".join(WORDS)
+    assert line.seen.count(b"HTTP/1.1 200") == 2
     assert len(upstream.asked(prompt)) == 1
 
 

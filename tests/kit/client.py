@@ -136,7 +136,8 @@ class Response:
         self.retry, self.comments = [], []
         self.ended = method == "HEAD" or status in (204, 304)
         self._left = int(headers.get("content-length", 0))
-        self._block, self._text = [], b""
+        self.opening_id = None  # before the first event
+        self._block, self._text, self._begun = [], b"", False
 
     @property
     def json(self):
@@ -204,13 +205,15 @@ class Response:
 
     def _line(self, line):
         if not line:
-            event, self._block = make_event(self._block), []
+            event, self._block, self._begun = make_event(self._block), [], True
             return event
         name, _, value = line.partition(": ")
         if line.startswith(":"):
             self.comments.append(line)
         elif name == "retry":
             self.retry.append(int(value))
+        elif name == "id" and not self._block and not self._begun:
+            self.opening_id = value  # the place of a reader that has seen nothing yet
         else:
             self._block.append((name, value))
         return None

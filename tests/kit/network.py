@@ -81,9 +81,8 @@ class Network:
         ip("-n", name, *words.split())
 
     def _forward(self):
-        inside = ["ip", "netns", "exec", self.router]
-        forward = [*inside, "sysctl", "-qw", "net.ipv4.ip_forward=1"]
-        subprocess.run(forward, check=True, capture_output=True)
+        write = "echo 1 > /proc/sys/net/ipv4/ip_forward"
+        ip("netns", "exec", self.router, "sh", "-c", write)
 
     def _connect(self, machine):
         link = machine.subnet

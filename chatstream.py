@@ -440,6 +440,14 @@ class Outlet(Protocol):
     async def flush(self) -> None: ...
 
 
+def peer_name(sock: socket.socket) -> str:
+    try:
+        host, port, *_ = sock.getpeername()
+    except (OSError, ValueError):
+        return "a client that has gone"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Wire:
     """One connection: a non-blocking socket, plain or TLS, to a client or an upstream.
 
@@ -452,6 +460,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        self.peer = peer_name(sock)
         # What goes out
         self.rest: memoryview | bytes = b""
         self.sent = 0  # bytes
@@ -915,6 +924,9 @@ class Model:
     async def run(self) -> None:
         """What it has to do while the server runs."""
 
+    def check(self, api: Api) -> None:
+        """Raises Problem if it does not speak this protocol."""
+
     async def write(self, answer: Answer) -> None:
         """Write the answer to its end. Raises Problem if there will be none."""
         raise NotImplementedError
@@ -923,6 +935,13 @@ class Model:
         """Let the answer end with this problem."""
         answer.finish(problem)
         answer.scope.cancel()
+
+
+class Reply(NamedTuple):
+    """A short answer, with nothing to follow."""
+
+    body: str
+    headers: Mapping[str, str] = NOTHING
 
 
 class Answer(EventLog):
@@ -1380,7 +1399,7 @@ class Http1:
 
     async def refuse(self, problem: Problem) -> None:
         """Answer what cannot be accepted as a request, if no response has begun."""
-        logger.info("%s refused: %d %s", peer_name(self.wire), problem.status, problem)
+        logger.info("%s refused: %d %s", self.wire.peer, problem.status, problem)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers, body = problem_response(problem)
             await self.respond(problem.status, headers | {"connection": "close"}, body)
@@ -1396,14 +1415,6 @@ def problem_response(problem: Problem) -> tuple[dict[str, str], bytes]:
     body = to_json({"type": "error", "error": problem.error}).encode() + b"\n"
     headers = {"content-type": "application/json", **problem.headers}
     return headers | {"content-length": str(len(body))}, body
-
-
-def peer_name(wire: Wire) -> str:
-    try:
-        host, port, *_ = wire.socket.getpeername()
-    except (OSError, ValueError):
-        return "a client that has gone"
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 MESSAGE_CHARACTERS = 4096
@@ -2383,15 +2394,21 @@ class App:
         body, headers = check_json(request.body), self.passed(request)
         await self.respond_soon(request, lambda: self.model.post(path, headers, body))
 
-    async def respond_soon(self, request: Request, ask: Callable[[], Awaitable[str]]) -> None:
+    async def respond_soon(self, request: Request, ask: Callable[[], Awaitable[Reply]]) -> None:
         """With what the model says, unless the client leaves before."""
-        said: list[str] = []
+        said: list[Reply | Problem] = []
 
         async def wait() -> None:
-            said.append(await ask())
+            try:
+                said.append(await ask())
+            except Problem as problem:
+                said.append(problem)
 
         if await race_disconnect(request.connection.disconnected, wait):
-            await request.respond_json(said[0])
+            if isinstance(said[0], Problem):
+                raise said[0]
+            request.extra |= said[0].headers
+            await request.respond_json(said[0].body)
 
     async def post_embeddings(self, request: Request) -> None:
         await self.post_short(request, "/embeddings")
@@ -2426,7 +2443,8 @@ class App:
         """
         if request.method == "HEAD":
             return await request.respond(200, headers=SSE_HEADERS)
-        id_line = f"id: {after}\n" if after else ""
+        more = after and not (log.closed and start >= log.end)
+        id_line = f"id: {after}\n" if more else ""
         opening = f"retry: {SSE_RETRY * 1000}\n{id_line}"
         await request.start(SSE_HEADERS, opening.encode())
         reader = request.connection.reader(log, start)
@@ -2475,6 +2493,7 @@ class App:
                 await self.first_response(request, answer)
 
     def read_question(self, request: Request, api: Api) -> Question:
+        self.model.check(api)
         body = check_json(request.body)
         check_question(body.fields, api)
         body.model = self.model.choose(body.model)
@@ -2773,14 +2792,13 @@ class Server:
         if self.tls:
             client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
         wire = Wire(client)
-        peer = peer_name(wire)
         self.app.wires[wire] = None
         try:
             await self.converse(wire)
         except* QUIET_ENDS as group:
-            logger.debug("%s ended: %s", peer, why(group))
+            logger.debug("%s ended: %s", wire.peer, why(group))
             if wire.stuck:
-                logger.info("%s dropped: %s", peer, STUCK)
+                logger.info("%s dropped: %s", wire.peer, STUCK)
                 self.app.metrics.count("readers_dropped_total", cause="stuck")
         except* Exception:
             logger.exception("a connection failed in a way that nobody thought of")
@@ -2839,7 +2857,7 @@ class Server:
             text = what.encode("ascii", "backslashreplace").decode()
             text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
             logger.info(
-                "%s %s %s %d bytes %.1f s", peer_name(wire), text, ended,
+                "%s %s %s %d bytes %.1f s", wire.peer, text, ended,
                 wire.sent - sent, time.monotonic() - started,
             )  # fmt: skip
 
@@ -2958,7 +2976,7 @@ class SSEParser:
         self._size += len(data)
         events = [event for line in lines if (event := self._line(line))]
         if self._size > self.max_bytes:
-            raise ValueError(f"an event of more than {self.max_bytes} bytes")
+            raise ValueError(f"an event of more than {self.max_bytes / MiB:g} MiB")
         return events
 
     def unfinished(self) -> str:
@@ -3034,14 +3052,20 @@ def clean_words(text: str, secrets: Iterable[str]) -> str:
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
-    """Without the keys: as they are, and as JSON, Python or a URL would write them."""
+    """Without the keys, however JSON, Python or a URL would write them, also twice."""
     for secret in secrets:
         if len(secret) >= 8:  # a shorter one would be found in innocent words
-            forms = {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1],
-                     quote(secret), quote(secret, safe="")}  # fmt: skip
-            for form in sorted(forms, key=len, reverse=True):
-                text = text.replace(form, "[key]")
+            text = key_pattern(secret).sub("[key]", text)
     return text
+
+
+@functools.lru_cache(100)
+def key_pattern(secret: str) -> re.Pattern[str]:
+    forms = (
+        rf"\\*(?:{re.escape(c)}|(?i:u00{ord(c):02x}|x{ord(c):02x}|%(?:25)*{ord(c):02x}))"
+        for c in secret
+    )
+    return re.compile("".join(forms))
 
 
 # ─── The four protocols ──────────────────────────────────────────────────────────────
@@ -3184,10 +3208,8 @@ class Relay:
             whole = from_json(text)
         except ValueError:
             raise upstream_problem("the upstream sent what is not JSON") from None
-        if is_error(whole):
+        if is_error(whole) or not isinstance(whole, dict) or self.api.says not in whole:
             raise reason_given(502, whole, self.secrets)
-        if not isinstance(whole, dict):
-            raise upstream_problem("the upstream sent what is not a JSON object")
         if self.answer.question.stream:
             for type, chunk in self.api.split(whole):
                 self.take(ServerSentEvent(to_json(chunk), type))
@@ -3292,11 +3314,13 @@ def take_message(relay: Relay, type: str, data: str, chunk: JSON) -> None:
 
 def split_chat(whole: JSON) -> list[tuple[str, JSON]]:
     """A whole completion as one chunk; the end follows by itself."""
-    choices = [
-        {**{k: v for k, v in choice.items() if k != "message"},
-         "delta": choice.get("message") or {}}
-        for choice in whole.get("choices") or () if isinstance(choice, dict)
-    ]  # fmt: skip
+    choices = []
+    for choice in whole["choices"]:
+        delta = dict(choice.get("message") or {})
+        if calls := delta.get("tool_calls"):
+            delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
+        rest = {name: value for name, value in choice.items() if name != "message"}
+        choices.append({**rest, "delta": delta})
     return [("message", {**whole, "object": "chat.completion.chunk", "choices": choices})]
 
 
@@ -3462,6 +3486,7 @@ class Api:
     """One protocol: all that differs from the others."""
 
     path: str  # below the base URL of the upstream
+    says: str  # the field of a whole answer that has what it says
     take: Callable[[Relay, str, str, JSON], None]  # an event
     closing: Callable[[Answer, Problem | None], list[Event]]  # our last events
     split: Callable[[JSON], list[tuple[str, JSON]]]  # JSON where a stream was wanted
@@ -3473,18 +3498,22 @@ class Api:
 
 
 CHAT = Api(
-    "/chat/completions", take_chat, close_chat, split_chat,
+    "/chat/completions", "choices", take_chat, close_chat, split_chat,
     adds_done=True, needs_messages=True,
 )  # fmt: skip
 CHAT_PAGE = dataclasses.replace(
     CHAT, take=take_chat_page, closing=close_chat_page, ask=question_of_page
 )
-COMPLETIONS = Api("/completions", take_chat, close_chat, split_completion, adds_done=True)
+COMPLETIONS = Api(
+    "/completions", "choices", take_chat, close_chat, split_completion, adds_done=True
+)
 RESPONSES = Api(
-    "/responses", take_response, close_response, split_response,
+    "/responses", "output", take_response, close_response, split_response,
     question_of_response, keep_whole_response, whole_response,
 )  # fmt: skip
-MESSAGES = Api("/messages", take_message, close_message, split_message, needs_messages=True)
+MESSAGES = Api(
+    "/messages", "content", take_message, close_message, split_message, needs_messages=True
+)
 
 
 # ─── The upstream ────────────────────────────────────────────────────────────────────
@@ -3609,7 +3638,7 @@ class Exchange:
         while data := await self.more():
             body += data
             if len(body) > limit:
-                raise upstream_problem(f"the upstream sent more than {limit} bytes")
+                raise upstream_problem(f"the upstream sent more than {limit / MiB:g} MiB")
         return bytes(body)
 
     @property
@@ -3702,10 +3731,10 @@ class SharedCall:
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
         self.at = inf  # when it ended
-        self.result = ""
+        self.result: Reply | None = None
         self.problem: Problem | None = None
 
-    async def run(self, call: Callable[[], Awaitable[str]]) -> None:
+    async def run(self, call: Callable[[], Awaitable[Reply]]) -> None:
         with self.scope:
             try:
                 self.result = await call()
@@ -3718,7 +3747,7 @@ class SharedCall:
         kept = 1 if self.problem else MODELS_KEPT
         return trio.current_time() - self.at > kept
 
-    async def wait(self) -> str:
+    async def wait(self) -> Reply:
         """Its result. When nobody waits any more, it is given up."""
         self.waiting += 1
         try:
@@ -3729,6 +3758,7 @@ class SharedCall:
                 self.scope.cancel()
         if self.problem:
             raise self.problem.with_traceback(None)
+        assert self.result
         return self.result
 
 
@@ -3781,7 +3811,7 @@ class Upstream(Model):
 
                 def alive() -> None:
                     late = trio.current_time() + patience
-                    if late > limit.deadline + 1:  # to move it costs a little
+                    if late > limit.deadline + min(1, patience / 10):  # moving it costs
                         limit.deadline = late
 
                 exchange = await self.ask_question(question, alive)
@@ -3857,14 +3887,15 @@ class Upstream(Model):
 
     async def short(
         self, method: str, path: str, headers: dict[str, str], body: bytes = b""
-    ) -> str:
+    ) -> Reply:
         """A request that is answered at once, and its answer as it came."""
         try:
             with trio.fail_after(self.settings.patience if body else MODELS_TIMEOUT):
                 exchange = await self.ask(method, path, headers, body)
                 try:
                     read = await exchange.read(WHOLE_BYTES if body else MODELS_BYTES)
-                    return read.decode(errors="replace")
+                    back = passed_back(exchange, self.secrets(headers))
+                    return Reply(read.decode(errors="replace"), back)
                 finally:
                     self.release(exchange)
         except trio.TooSlowError:
@@ -3873,12 +3904,12 @@ class Upstream(Model):
         except (trio.BrokenResourceError, OSError, h11.RemoteProtocolError):
             raise cut_short() from None
 
-    async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> str:
+    async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
         if path != "/embeddings":
             body.model = self.choose(body.model)
         return await self.short("POST", path, headers, body.raw())
 
-    async def models(self, headers: dict[str, str]) -> str:
+    async def models(self, headers: dict[str, str]) -> Reply:
         """The list of models: the pinned ones, or the upstream's as it came.
 
         It is asked once for everyone with the same key, and kept for a moment.
@@ -3887,7 +3918,7 @@ class Upstream(Model):
             return list_models(self.settings.model)
         key = to_json(sorted((n, headers.get(n)) for n in CREDENTIALS))
         call = self.calls.get(key)
-        if call is None or call.old() or call.scope.cancel_called and not call.result:
+        if call is None or call.old() or (call.scope.cancel_called and not call.result):
             call = self.calls[key] = SharedCall()
             ask = functools.partial(self.short, "GET", "/models", headers)
             self.nursery.start_soon(call.run, ask)
@@ -3895,17 +3926,17 @@ class Upstream(Model):
                 self.calls.popitem(last=False)
         return await call.wait()
 
-    async def model(self, name: str, headers: dict[str, str]) -> str:
+    async def model(self, name: str, headers: dict[str, str]) -> Reply:
         if self.settings.model:
             if name not in self.settings.model:
                 raise model_not_found(name, self.settings.model)
-            return to_json(model_object(name))
+            return Reply(to_json(model_object(name)))
         return await self.short("GET", f"/models/{quote(name)}", headers)
 
     async def first_model(self, headers: dict[str, str]) -> str:
         """The model to ask, where nobody named one."""
         try:
-            return str(from_json(await self.models(headers))["data"][0]["id"])
+            return str(from_json((await self.models(headers)).body)["data"][0]["id"])
         except (ValueError, LookupError, TypeError):
             name_one = "the upstream lists no model: name one with --model"
             raise upstream_problem(name_one) from None
@@ -4137,8 +4168,8 @@ def model_object(name: str) -> JSON:
     return {"id": name, "object": "model", "created": 0, "owned_by": "chatstream"}
 
 
-def list_models(names: Iterable[str]) -> str:
-    return to_json({"object": "list", "data": [model_object(name) for name in names]})
+def list_models(names: Iterable[str]) -> Reply:
+    return Reply(to_json({"object": "list", "data": [model_object(name) for name in names]}))
 
 
 # ─── The demo ────────────────────────────────────────────────────────────────────────
@@ -4201,18 +4232,22 @@ class Demo(Model):
             for language in ("en", "zh") if www
         }  # fmt: skip
 
+    def check(self, api: Api) -> None:
+        if api in (COMPLETIONS, MESSAGES):
+            raise self.only_chats()
+
     def choose(self, model: str) -> str:
         return model or "demo"
 
-    async def models(self, headers: dict[str, str]) -> str:
+    async def models(self, headers: dict[str, str]) -> Reply:
         return list_models(["demo"])
 
-    async def model(self, name: str, headers: dict[str, str]) -> str:
+    async def model(self, name: str, headers: dict[str, str]) -> Reply:
         if name != "demo":
             raise model_not_found(name, ["demo"])
-        return to_json(model_object(name))
+        return Reply(to_json(model_object(name)))
 
-    async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> str:
+    async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
         raise self.only_chats()
 
     def only_chats(self) -> Problem:
@@ -4232,8 +4267,6 @@ class Demo(Model):
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
         question = answer.question
-        if question.api in (COMPLETIONS, MESSAGES):
-            raise self.only_chats()
         asked = from_json(question.body)
         self.answers.drop_question(answer)
         answer.accepted.set()
@@ -5318,18 +5351,21 @@ def complete(settings: JSON, environ: Mapping[str, str]) -> Settings:
 
 
 def find_proxy(url: str, environ: Mapping[str, str]) -> str:
-    """The proxy to this URL, by HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY; or "".
+    """The proxy to this URL, by HTTP_PROXY, HTTPS_PROXY and NO_PROXY; or "".
 
     Raises UsageError if there is one that cannot be used.
     """
+    import urllib.request  # slow to load, and only needed here
+
     parts = urlsplit(url)
     lower = {k.lower(): v.strip() for k, v in environ.items() if v.strip()}
-    for name in (f"{parts.scheme}_proxy", "all_proxy"):
-        if proxy := lower.get(name):
-            break
-    else:
-        return ""
-    if is_exempt(parts.hostname or "", lower.get("no_proxy", "")):
+    name = f"{parts.scheme}_proxy"
+    proxy = lower.get(name, "")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    exempt = {"no": lower.get("no_proxy", "")}
+    if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
+        f"{parts.hostname}:{port}", exempt
+    ):
         return ""
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     try:
@@ -5341,14 +5377,6 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
         name = name.upper()
         raise UsageError(f"{name} must be an http:// proxy; NO_PROXY exempts a host")
     return proxy
-
-
-def is_exempt(host: str, no_proxy: str) -> bool:
-    """Whether NO_PROXY names this host, or a domain that it is in."""
-    names = [name.strip().partition(":")[0].lstrip(".*") for name in no_proxy.split(",")]
-    if "*" in no_proxy.split(","):
-        return True
-    return any(name and (host == name or host.endswith(f".{name}")) for name in names)
 
 
 # ─── main ────────────────────────────────────────────────────────────────────────────

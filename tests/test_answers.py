@@ -212,10 +212,23 @@ async def test_the_same_post_with_each_id_gives_the_rest_and_costs_nothing(
 async def test_after_the_last_event_there_is_nothing(relay, upstream, ended, path):
     url, events, prompt = await ended(path)
     head = {"Last-Event-ID": events[-1].id}
-    for method, where in [("GET", url), ("POST", relay.http + path)]:
-        body = ask(prompt) if method == "POST" else None
-        response = await fetch(method, where, head, body)
-        assert (response.status, response.body) == (204, b"")
+    response = await fetch("GET", url, head)
+    assert (response.status, response.body) == (204, b"")
+    assert len(upstream.asked(prompt)) == 1
+
+
+@FORMATS
+async def test_a_question_repeated_after_the_last_event_gets_an_empty_stream(
+    relay, upstream, ended, path
+):
+    """A client that repeats its POST takes anything but a stream for a failure."""
+    _, events, prompt = await ended(path)
+    head = {"Last-Event-ID": events[-1].id}
+    for body in (ask(prompt), None):
+        async with stream("POST", relay.http + path, head, body) as response:
+            assert response.status == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            assert await response.events() == []
     assert len(upstream.asked(prompt)) == 1
 
 

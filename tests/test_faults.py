@@ -4,6 +4,7 @@ Time limits are a second or two here, so that nobody waits; with CHATSTREAM_FULL
 are the real ones, and there are thousands of clients instead of hundreds.
 """
 
+import json
 import random
 import re
 import shlex
@@ -45,6 +46,8 @@ from kit import (
     head,
     health,
     narrow,
+    need,
+    paused,
     plain,
     program,
     raw_connection,
@@ -252,9 +255,108 @@ async def test_who_asks_no_more_is_closed_without_a_word(serve):
         assert await drain(connection, 70) == b""
 
 
+# -------------------------------------------------------------- what one client costs
+
+NOTHING_MUCH = ['{"":0}', "[]", "0", '""', "null"]
+
+
+@pytest.mark.parametrize("item", NOTHING_MUCH)
+async def test_a_question_takes_its_own_size_and_not_that_of_its_parts(
+    serve, upstream, item
+):
+    """JSON of 1 MiB can be 30 MiB of objects, and each is left at once.
+
+    What is left goes on for the linger time: all of them are here together.
+    """
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve("--linger", "30", "--model", "m", env=env)
+    prompt = upstream.script(*sse(delta("Hello"), HOLD))
+    many = ",".join([item] * ((1 << 20) // (len(item) + 1) - 100))
+    messages = json.dumps(asking(prompt)["messages"])
+    body = f'{{"messages":{messages},"more":[{many}],"stream":true}}'.encode()
+    before = resident(server.process.pid)
+    async with unharmed(server):
+        for _ in range(20):
+            async with connect(server.http) as connection:
+                length = f"Content-Length: {len(body)}"
+                start = head("POST", OPENAI, "Host: localhost", length)
+                await connection.send(start + body)
+        await until(lambda: len(upstream.asked(prompt)) == 20, 60)
+        assert resident(server.process.pid) - before < 200 << 20
+
+
+async def test_many_requests_in_one_packet_stop_nobody(serve):
+    """1,500 of them, each with work to do: others have their turn in between."""
+    server = serve(program=program())
+    readers = 3000 if FULL else 500
+    packet = head("HEAD", "/metrics", "Host: localhost") * 1500
+    async with unharmed(server), AsyncExitStack() as stack:
+        for _ in range(readers):
+            connection = await stack.enter_async_context(narrow(server.http))
+            await connection.send(head("GET", "/clock", "Host: localhost"))
+        await until_health(server, readers=readers + 1)
+        other = await stack.enter_async_context(connect(server.http))
+        many = await stack.enter_async_context(connect(server.http))
+        many.patience = 120
+        await many.send(packet)
+        asked = 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_heads, many, 1500, nursery.cancel_scope)
+            while True:
+                await (await other.request("GET", "/time")).read()
+                asked += 1
+    # Had they been served in one go, this one would have been asked once, or twice.
+    assert asked > 20
+
+
+async def read_heads(connection, count, scope):
+    for _ in range(count):
+        assert (await connection.response("HEAD")).status == 200
+    scope.cancel()
+
+
 # --------------------------------------------------------------------- stuck readers
 
 STUCK = 50
+
+
+async def test_a_reader_that_stands_still_is_dropped_after_10_seconds(serve, upstream):
+    """Counted from the last byte that it took. Two of them: a curl that is stopped,
+    and a reader that takes something once more, 5 seconds later."""
+    curl = need("curl", "apt-get install curl")
+    server = serve("--upstream", upstream.url, "--model", "m")
+    gate, much = Gate(), [delta("x" * 500_000)] * 16
+    prompt = upstream.script(*sse(delta("Hel"), gate, *much, HOLD))
+    began = {}
+    async with (
+        stream("POST", server.http + CHAT, None, asking(prompt)) as first,
+        narrow(server.http) as late,
+        trio.open_nursery() as nursery,
+    ):
+        path = f"/answers/{first.headers['x-answer-id']}"
+        with paused(curl, "-sN", server.http + path) as stopped:
+            await late.request("GET", path)
+            await until_health(server, readers=3)
+            first.connection.patience = 60
+            nursery.start_soon(read_on, first)
+            stopped.send_signal(signal.SIGSTOP)
+            gate.open()
+            began["curl"] = time.monotonic()
+            await trio.sleep(5)
+            for _ in range(4):
+                await late.receive()
+            began["late"] = time.monotonic()
+            for name, left in (("curl", 2), ("late", 1)):
+                await until_health(server, readers=left)
+                assert 9 < time.monotonic() - began[name] < 15, name
+        nursery.cancel_scope.cancel()
+
+
+async def read_on(response):
+    while await response.piece():
+        pass
+
+
 MOUTHFUL = "x" * 4000
 
 

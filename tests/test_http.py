@@ -491,6 +491,7 @@ def from_origin(origin):
 
 GUARDED = [("POST", CHAT), ("POST", OPENAI)]
 GUARDED += [("GET", "/answers/{id}"), ("DELETE", "/answers/{id}")]
+GUARDED += [("GET", "/v1/models")]
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)

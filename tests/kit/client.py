@@ -136,8 +136,8 @@ class Response:
         self.retry, self.comments = [], []
         self.ended = method == "HEAD" or status in (204, 304)
         self._left = int(headers.get("content-length", 0))
-        self.opening_id = None  # before the first event
-        self._block, self._text, self._begun = [], b"", False
+        self._block, self._text, self._opened = [], b"", False
+        self.opening_id = None
 
     @property
     def json(self):
@@ -205,15 +205,16 @@ class Response:
 
     def _line(self, line):
         if not line:
-            event, self._block, self._begun = make_event(self._block), [], True
+            event, self._block = make_event(self._block), []
+            self._opened = True
             return event
         name, _, value = line.partition(": ")
         if line.startswith(":"):
             self.comments.append(line)
         elif name == "retry":
             self.retry.append(int(value))
-        elif name == "id" and not self._block and not self._begun:
-            self.opening_id = value  # the place of a reader that has seen nothing yet
+        elif name == "id" and not self._opened and not self._block:
+            self.opening_id = value  # after which a resumed stream goes on
         else:
             self._block.append((name, value))
         return None
@@ -337,5 +338,7 @@ def head(method, path, *headers):
 def reset(transport):
     """End a connection by RST: linger on, for no time at all."""
     transport = getattr(transport, "transport_stream", transport)  # under TLS
-    transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.socket.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )
     transport.socket.close()

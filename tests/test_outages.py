@@ -30,12 +30,11 @@ from kit import (
     asking,
     command,
     frame,
+    make_certificate,
     need,
     need_module,
-    person,
     raw_member,
     read_frame,
-    say,
     servers,
     stream,
     wait_until,
@@ -130,11 +129,11 @@ async def be_in_the_room(url, said):
 
 async def speak(server):
     """Somebody whose network is always there."""
-    async with person(server, "Speaker") as speaker:
-        for message in MESSAGES:
-            await say(speaker, message)
+    protocol = {"Sec-WebSocket-Protocol": ROOM_PROTOCOL}
+    async with raw_member(f"{server.http}/room?name=Speaker", protocol) as speaker:
+        for text in [*MESSAGES, LAST]:
+            await speaker.send(frame(TEXT, json.dumps({"text": text}).encode()))
             await trio.sleep(0.5)
-        await say(speaker, LAST)
 
 
 # ------------------------------------------------------------------------------- pages
@@ -160,7 +159,7 @@ def browsers(machines, folder):
 
 def open_pages(browser, server, prompt):
     """The chat, asked, and the room, joined."""
-    context = browser.new_context(locale="en-US")
+    context = browser.new_context(locale="en-US", ignore_https_errors=True)
     chat, room = context.new_page(), context.new_page()
     room.goto(f"{server.http}/#room")
     room.fill("#name", "Page")
@@ -262,14 +261,16 @@ class Run:
         return all(outage.page == WHOLE for outage in self._all())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["http", *(["https"] if FULL else [])])
 def run(request, tmp_path_factory):
+    """With a certificate the pages speak HTTP/2: all their requests are one connection."""
     folder = tmp_path_factory.mktemp("browsers")
     with ExitStack() as stack:
         network = stack.enter_context(Network(len(LENGTHS)))
         upstream = stack.enter_context(UpstreamThere(network.server))
         program = network.server.command(*command("--host", network.server.address))
         flags = ["--upstream", upstream.url, "--model", "m"]
+        flags += make_certificate(folder) if request.param == "https" else []
         start = stack.enter_context(servers(request.config))
         server = start(*flags, program=program)
         chromiums = stack.enter_context(browsers(network.clients, folder))

@@ -60,9 +60,7 @@ class Stream:
         url = urlsplit(asked.url)
         path = (url.path or "/") + ("?" + url.query if url.query else "")
         headers = {"Host": url.netloc, "Accept": "text/event-stream"}
-        headers |= {
-            "Accept-Encoding": "gzip, deflate"
-        } | asked.headers  # as browsers do
+        headers |= {"Accept-Encoding": "gzip, deflate"} | asked.headers  # as browsers do
         headers |= {"Last-Event-ID": last_id} if last_id else {}
         connection.request(asked.method, path, asked.data, headers)
         self.response = connection.getresponse()
@@ -82,9 +80,7 @@ class Stream:
                     self.ended = True
                     return
                 self.times.append(time.monotonic())
-                yield from self._feed(
-                    self._unzip.decompress(data) if self.coding else data
-                )
+                yield from self._feed(self._unzip.decompress(data) if self.coding else data)
         except TimeoutError:
             pass
         except (OSError, http.client.HTTPException):
@@ -136,79 +132,76 @@ def connect(asked):
 # --------------------------------------------------------------- what one look can tell
 
 
-def finding(name, result, says, **measured):
+def finding(name, says, fault=False, note=False, **measured):
+    result = "fault" if fault else "note" if note else "ok"
     return {"name": name, "result": result, "says": says, "measured": measured}
 
 
 def check_type(stream):
     kind = stream.headers.get("Content-Type", "none")
-    if re.match(r"text/event-stream\s*(;|$)", kind, re.I):
-        return finding("content type", "ok", kind, type=kind)
-    return finding("content type", "fault", f"{kind}: no event stream", type=kind)
+    bad = not re.match(r"text/event-stream\s*(;|$)", kind, re.I)
+    says = f"{kind}: no event stream" if bad else kind
+    return finding("content type", says, fault=bad, type=kind)
 
 
 def check_start(stream, events):
     began, head = stream.times[:2]
+    times = {"head": head - began}
     says = f"the response began after {head - began:.3f} s"
     if not events:
         says += ", no event came: held back, or nothing happened"
-        return finding("first event", "fault", says, head=head - began)
-    event = events[0].at - began
-    result = "ok" if head - began < IMPATIENT else "note"
-    says += f", its first event after {event:.3f} s"
-    return finding("first event", result, says, head=head - began, event=event)
+        return finding("first event", says, fault=True, **times)
+    times["event"] = events[0].at - began
+    says += f", its first event after {times['event']:.3f} s"
+    return finding("first event", says, note=head - began > IMPATIENT, **times)
 
 
 def check_pieces(stream, events):
     """A buffer shows as silence and then several events at once, again and again."""
-    groups, held, end = [], 0, stream.times[0]
+    groups, end = [], stream.times[0]
     for event in events:
         if not groups or event.at - end > TOGETHER:
             groups.append([])
         groups[-1].append(event.at - end)  # how long after the one before
         end = event.at
     held = sum(len(group) for group in groups if len(group) > 2 and group[0] > HELD)
-    alone = sum(len(group) == 1 for group in groups) / len(events)
-    most = max(map(len, groups))
+    alone, most = sum(len(group) == 1 for group in groups) / len(events), max(map(len, groups))
     says = f"{len(events)} events, {alone:.0%} in pieces of their own, {most} at once"
     says += f", compressed by {stream.coding}" if stream.coding else ""
-    result = "note" if stream.coding or alone < 0.9 else "ok"
-    if held > 0.3 * len(events):
-        result, says = "fault", f"{says}: held back by a buffer or a compressor"
-    coding = stream.coding or None
-    return finding("in pieces", result, says, alone=alone, most=most, coding=coding)
+    fault = held > 0.3 * len(events)
+    says += ": held back by a buffer or a compressor" if fault else ""
+    note, measured = stream.coding or alone < 0.9, {"alone": alone, "most": most}
+    return finding("in pieces", says, fault, note, coding=stream.coding, **measured)
 
 
 def check_no_transform(stream):
     value = stream.headers.get("Cache-Control", "none")
-    if "no-transform" in value.lower():
-        return finding("no-transform", "ok", value, cache_control=value)
-    says = f"Cache-Control: {value}, so a proxy may compress and hold back"
-    return finding("no-transform", "note", says, cache_control=value)
+    bad = "no-transform" not in value.lower()
+    says = f"{value}, so a proxy may compress and hold back" if bad else value
+    return finding("no-transform", says, note=bad, cache_control=value)
 
 
 def check_keep_alive(stream):
     times = stream.times + ([] if stream.ended else [time.monotonic()])
     silence = max(b - a for a, b in itertools.pairwise(times))
     says = f"longest silence {silence:.1f} s, {stream.comments} comments"
-    result = "ok" if silence < IMPATIENT else "note"
-    if silence > PATIENT:
-        result, says = "fault", f"{says}: clients and proxies give up earlier"
-    return finding("keep-alive", result, says, silence=silence)
+    says += ": clients and proxies give up earlier" if silence > PATIENT else ""
+    fault, note = silence > PATIENT, silence > IMPATIENT
+    return finding("keep-alive", says, fault, note, silence=silence)
 
 
 def check_ids(events):
     ids = [event.id for event in events if event.id]
-    same = len(ids) - len(set(ids))
-    growing = all(numbers(a) < numbers(b) for a, b in itertools.pairwise(ids))
-    result, says = "ok", f"{len(ids)} of {len(events)} events have one, and they grow"
+    used = len(ids) - len(set(ids))
+    grow = all(numbers(a) < numbers(b) for a, b in itertools.pairwise(ids))
+    says = f"{len(ids)} of {len(events)} events have one"
+    says += ", and they grow" if grow else ", and they do not grow"
+    if used:
+        says = f"{used} of {len(events)} events have an id that was used before"
     if not ids:
-        result, says = "fault", "none: after a cut nobody knows where to go on"
-    elif same:
-        result, says = "fault", f"{same} of {len(events)} events have an id used before"
-    elif not growing:
-        result, says = "note", f"{len(ids)} of {len(events)}, which do not grow"
-    return finding("ids", result, says, ids=len(ids), same=same, growing=growing)
+        says = "none: after a cut nobody knows where to go on"
+    fault = bool(used) or not ids
+    return finding("ids", says, fault, not grow, ids=len(ids), used=used, grow=grow)
 
 
 def numbers(event_id):
@@ -275,11 +268,11 @@ def check_resuming(record):
             time.sleep(pause)
             record.resume(len(record.events) - 1, 2)
         record.resume(0, 0)
-        result, says = "ok", f"{record.cuts} cuts: nothing twice, nothing lost"
+        fault, says = False, f"{record.cuts} cuts: nothing twice, nothing lost"
         says += f", a gap told {record.gaps} times" if record.gaps else ""
     except (Wrong, OSError, http.client.HTTPException) as error:
-        result, says = "fault", str(error) or type(error).__name__
-    return finding("resuming", result, says, cuts=record.cuts, gaps=record.gaps)
+        fault, says = True, str(error) or type(error).__name__
+    return finding("resuming", says, fault, cuts=record.cuts, gaps=record.gaps)
 
 
 def check_end(asked, stream, last):
@@ -288,14 +281,14 @@ def check_end(asked, stream, last):
         stream = Stream(asked, last.id)
         last = ([last, *stream.events(asked.seconds)])[-1]
     if not stream.ended:
-        return finding("end", "ok", f"none within {asked.seconds:g} s")
+        return finding("end", f"none within {asked.seconds:g} s")
     if is_end(last):
-        return finding("end", "ok", "told by an event", event=last.data[:200])
+        return finding("end", "told by an event", event=last.data[:200])
     with contextlib.suppress(OSError, http.client.HTTPException):
         if last.id and Stream(asked, last.id).status == 204:
-            return finding("end", "ok", "told by 204 to the next request")
+            return finding("end", "told by 204 to the next request")
     says = "it ended" if stream.whole else "it broke off"
-    return finding("end", "fault", f"{says}, and nothing says that this is all")
+    return finding("end", f"{says}, and nothing says that this is all", fault=True)
 
 
 def is_end(event):
@@ -317,7 +310,7 @@ def check(asked):
     except TimeoutError:
         connect(asked).close()  # raises if that is what takes so long
         says = f"nothing within {asked.seconds:g} s: held back, or not answered"
-        return (yield finding("first event", "fault", says))
+        return (yield finding("first event", says, fault=True))
     if stream.status != 200:
         reason = stream.response.read(300).decode("utf-8", "replace")
         raise CannotTry(f"the response is {stream.status} and not 200: {reason}")

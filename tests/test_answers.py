@@ -61,9 +61,7 @@ async def test_each_event_of_the_plain_format_carries_a_string_content(quick_dem
 
 
 async def test_the_demo_says_that_it_is_one_and_how_to_plug_in_a_model(quick_demo):
-    text = text_of(
-        await fetch_events("POST", quick_demo.http + CHAT, None, ask("Hello"))
-    )
+    text = text_of(await fetch_events("POST", quick_demo.http + CHAT, None, ask("Hello")))
     assert "demo" in text.lower()
     assert "OPENAI_BASE_URL" in text or "--upstream" in text
 
@@ -126,9 +124,7 @@ def check_usage(usage):
 
 @pytest.mark.parametrize("fields", [{}, {"stream": False}])
 async def test_an_answer_that_is_not_streamed_says_the_same(quick_demo, fields):
-    response = await fetch(
-        "POST", quick_demo.http + OPENAI, None, asking("Hello", **fields)
-    )
+    response = await fetch("POST", quick_demo.http + OPENAI, None, asking("Hello", **fields))
     assert response.status == 200
     whole = response.json
     assert whole["object"] == "chat.completion"
@@ -265,9 +261,7 @@ async def test_an_answers_id_must_be_right(relay, upstream, ended, last):
     assert len(upstream.asked(prompt)) == 1
 
 
-async def test_an_answer_no_longer_known_is_404_and_not_asked_for_again(
-    relay, upstream, ended
-):
+async def test_an_answer_no_longer_known_is_404_and_not_asked_for_again(relay, upstream, ended):
     _, events, prompt = await ended(CHAT)
     head = {"Last-Event-ID": f"{'0' * 32}-{events[0].n}"}
     for path in (CHAT, OPENAI):

@@ -94,9 +94,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("status", REFUSALS)
-def test_python_raises_what_the_upstream_said(
-    openai, client, relay, upstream, status, streamed
-):
+def test_python_raises_what_the_upstream_said(openai, client, relay, upstream, status, streamed):
     error = {"message": "No.", "type": "t", "param": None, "code": "c"}
     prompt = upstream.script(plain(status, {"error": error}))
     with pytest.raises(getattr(openai, REFUSALS[status])) as raised:
@@ -284,9 +282,7 @@ def test_fetch_event_source_through_a_line_that_breaks(tab, friendly_relay, upst
 
 def test_fetch_event_source_is_told_of_a_failure(tab, friendly_relay, upstream):
     prompt = upstream.script(*sse(delta("Hel"), FIN))
-    seen = tab.evaluate(
-        FETCH_EVENT_SOURCE, [friendly_relay.http + CHAT, asking(prompt)]
-    )
+    seen = tab.evaluate(FETCH_EVENT_SOURCE, [friendly_relay.http + CHAT, asking(prompt)])
     assert (seen["text"], seen["done"]) == ("Hel", False)
     assert seen["events"][-1] == "error"
     assert len(upstream.asked(prompt)) == 1

@@ -167,9 +167,7 @@ async def send_without_end(connection, data):
 
 async def test_a_handshake_may_follow_a_request(demo):
     """On a kept connection, also in the same packet, also right behind a body."""
-    upgrade = head(
-        "GET", "/room", "Host: localhost", *(f"{k}: {v}" for k, v in HANDSHAKE.items())
-    )
+    upgrade = head("GET", "/room", "Host: localhost", *(f"{k}: {v}" for k, v in HANDSHAKE.items()))
     get = head("GET", "/time", "Host: localhost")
     post = head("POST", CHAT, "Host: localhost", "Content-Length: 2") + b"[]"
     hello = frame(TEXT, b"hello")
@@ -548,14 +546,11 @@ async def load(stack, server, upstream):
     enter = stack.enter_async_context
     prompt = upstream.script(*sse(delta("Hel"), delta("z" * 500_000), HOLD))
     answers = [
-        await enter(stream("POST", server.http + CHAT, None, asking(prompt)))
-        for _ in range(20)
+        await enter(stream("POST", server.http + CHAT, None, asking(prompt))) for _ in range(20)
     ]
     name = answers[0].headers["x-answer-id"]
     for _ in range(6):
-        await deaf(
-            stack, 1, server.http, head("GET", f"/answers/{name}", "Host: localhost")
-        )
+        await deaf(stack, 1, server.http, head("GET", f"/answers/{name}", "Host: localhost"))
     await deaf(stack, 4, server.http, handshake_bytes())
     clocks = [await enter(stream("GET", server.http + "/clock")) for _ in range(100)]
     protocols = [{"Sec-WebSocket-Protocol": ROOM_PROTOCOL}, {}] * 25
@@ -565,9 +560,7 @@ async def load(stack, server, upstream):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_stop_under_load_tells_everybody_and_ends_with_0(
-    serve, upstream, number
-):
+async def test_a_stop_under_load_tells_everybody_and_ends_with_0(serve, upstream, number):
     server = serve("--grace", "1", env={"OPENAI_BASE_URL": upstream.url})
     async with AsyncExitStack() as stack:
         answers, clocks, members = await load(stack, server, upstream)
@@ -661,9 +654,7 @@ async def test_out_of_descriptors_is_not_the_end(serve):
     server = serve(program=limited(60))
     assert "ulimit -n" in server.stderr_text()
     async with unharmed(server), AsyncExitStack() as stack:
-        held = [
-            await stack.enter_async_context(connect(server.http)) for _ in range(100)
-        ]
+        held = [await stack.enter_async_context(connect(server.http)) for _ in range(100)]
         await trio.sleep(1)
         assert server.process.poll() is None
         late = await stack.enter_async_context(connect(server.http))
@@ -710,9 +701,7 @@ async def test_nobody_can_forge_a_line_of_the_log(serve):
             await member.send(frame(CLOSE, (1000).to_bytes(2) + f"\n{forged}".encode()))
             assert await close_code(member) == 1000
     log = server.stderr_text()
-    assert all(
-        re.match(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ ", li) for li in log.splitlines()
-    )
+    assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ ", li) for li in log.splitlines())
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", log)
     assert not re.search("^2026-01-01|^stolen", log, re.MULTILINE)
 

@@ -56,9 +56,7 @@ NAMES = """
 WORDS = st.sampled_from(NAMES.split())
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | WORDS,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(WORDS | TEXTS, inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS | TEXTS, inner, max_size=4),
     max_leaves=12,
 )
 CUTS = st.lists(st.integers(0, 400), max_size=8)
@@ -129,9 +127,7 @@ def heard_by_wsproto(data):
                 continue
             parts.append(part.payload)
             if part.message_finished:
-                heard.append(
-                    (int(part.opcode), "".join(parts) if part.opcode == 1 else b"")
-                )
+                heard.append((int(part.opcode), "".join(parts) if part.opcode == 1 else b""))
                 parts = []
     except ParseFailed as failure:
         return heard, int(failure.code)

@@ -161,9 +161,7 @@ async def until_sample(server, name, wanted):
 
 async def test_a_gap_is_counted(counted):
     await fetch("GET", counted.http + "/time")
-    async with stream(
-        "GET", counted.http + "/clock", {"Last-Event-ID": "clock-1"}
-    ) as clock:
+    async with stream("GET", counted.http + "/clock", {"Last-Event-ID": "clock-1"}) as clock:
         assert (await clock.event()).type == "gap"
         assert (await scrape(counted))["gaps_total"] == 1
     await until_sample(counted, "connections", 1)  # the one that asks

@@ -197,9 +197,7 @@ async def test_the_last_reader_is_the_last_one_anywhere(both, upstream, attempt)
 
 
 @pytest.mark.parametrize("last", ["{}-99", "{}-x", "other-1"])
-async def test_an_answers_id_must_be_right_at_the_other_process_too(
-    both, upstream, last
-):
+async def test_an_answers_id_must_be_right_at_the_other_process_too(both, upstream, last):
     a, b = both
     prompt = upstream.script(*answer("a"))
     async with asked(a, prompt) as response:
@@ -281,9 +279,7 @@ async def test_nobody_pays_for_what_a_killed_process_was_reading(pair, upstream)
         await until(lambda: closed(upstream, prompt), 10)
 
 
-async def test_while_redis_is_away_an_answer_elsewhere_cannot_be_found(
-    pair, redis, upstream
-):
+async def test_while_redis_is_away_an_answer_elsewhere_cannot_be_found(pair, redis, upstream):
     """Which is not the same as: there is none."""
     a, b = pair
     async with asked(a, upstream.script(*answer("a"))) as here:
@@ -422,9 +418,7 @@ async def test_without_the_flag_coredis_is_not_wanted(serve):
 def test_with_the_flag_it_is_asked_for_in_one_line():
     program = [sys.executable, "-c", WITHOUT.format(root=str(ROOT))]
     flags = ["--port", "0", "--room-port", "0", "--redis", "redis://localhost"]
-    done = subprocess.run(
-        program + flags, check=False, capture_output=True, text=True, timeout=15
-    )
+    done = subprocess.run(program + flags, check=False, capture_output=True, text=True, timeout=15)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "chatstream: --redis needs coredis: pip install 'chatstream[redis]'"

@@ -63,9 +63,7 @@ async def test_the_room_has_two_doors(open_room, path):
         assert (await hear(member)).startswith("hello")
 
 
-@pytest.mark.parametrize(
-    ("suffix", "said"), [("", "hello"), (" <- you", "hello <- you")]
-)
+@pytest.mark.parametrize(("suffix", "said"), [("", "hello"), (" <- you", "hello <- you")])
 async def test_the_tail_can_be_changed(serve, suffix, said):
     server = serve("--room-suffix", suffix)
     async with open_websocket_url(server.ws) as member:
@@ -344,9 +342,7 @@ ALL_CODES += [(f"json: {name}", V1, *JSON_CODES[name]) for name in JSON_CODES]
     [c[1:] for c in ALL_CODES],
     ids=[c[0] for c in ALL_CODES],
 )
-async def test_who_breaks_the_rules_is_told_which_and_goes_alone(
-    open_room, head, frames, code
-):
+async def test_who_breaks_the_rules_is_told_which_and_goes_alone(open_room, head, frames, code):
     async with guest(open_room) as other:
         async with raw_member(open_room.ws, head) as member:
             await member.send(frames)
@@ -474,9 +470,7 @@ async def test_who_talks_too_fast_is_slowed_down_and_not_cut_short(serve):
         await calm.send_message("calm")
         heard = [await hear(fast) for _ in range(26)]
         took = time.monotonic() - began
-    assert [text for text in heard if text != f"calm{TAIL}"] == [
-        f"{n}{TAIL}" for n in range(25)
-    ]
+    assert [text for text in heard if text != f"calm{TAIL}"] == [f"{n}{TAIL}" for n in range(25)]
     assert heard.index(f"calm{TAIL}") < 20  # the others are not slowed down
     assert 1 < took < 5
 

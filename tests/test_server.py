@@ -366,9 +366,7 @@ async def test_a_reader_that_leaves_is_gone_at_once(serve):
 
     async with AsyncExitStack() as stack:
         for _ in range(5):
-            clock = await stack.enter_async_context(
-                stream("GET", server.http + "/clock")
-            )
+            clock = await stack.enter_async_context(stream("GET", server.http + "/clock"))
             assert clock.status == 200
         assert await readers() == 5
     await trio.sleep(0.5)
@@ -479,9 +477,7 @@ async def test_a_stopped_curl_does_not_hold_up_a_stop(stopping, upstream):
     prompt = upstream.script(*sse(delta("Hel"), gate, *much, HOLD))
     body, url = json.dumps(asking(prompt)), stopping.http + CHAT
     curl = need("curl", "apt-get install curl")
-    with paused(
-        curl, "-sN", "-d", body, "-H", "Content-Type: application/json", url
-    ) as c:
+    with paused(curl, "-sN", "-d", body, "-H", "Content-Type: application/json", url) as c:
         await until(lambda: upstream.asked(prompt))
         c.send_signal(signal.SIGSTOP)
         gate.open()

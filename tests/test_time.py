@@ -81,9 +81,7 @@ async def test_a_night_of_sleep_is_a_gap(server):
     ("seconds", "least", "most"),
     [(KEEP_ALIVE - 1, 0, 0), (KEEP_ALIVE + 1.5, 1, 1), (15 * KEEP_ALIVE, 12, 15)],
 )
-async def test_silence_is_broken_every_4_seconds(
-    server, upstream, path, seconds, least, most
-):
+async def test_silence_is_broken_every_4_seconds(server, upstream, path, seconds, least, most):
     gate = Gate()
     prompt = upstream.script(*sse(delta("Hm. "), gate, delta("Yes.", "stop"), DONE))
     async with stream("POST", server.http + path, None, ask(prompt)) as response:
@@ -121,9 +119,7 @@ async def test_a_member_hears_a_heartbeat_every_4_seconds(server):
 
 
 @FORMATS
-async def test_after_4_seconds_without_a_head_the_stream_starts_anyway(
-    server, upstream, path
-):
+async def test_after_4_seconds_without_a_head_the_stream_starts_anyway(server, upstream, path):
     gate = Gate()
     prompt = upstream.script(gate, *sse(delta("At last.", "stop"), DONE))
     async with connect(server.http) as connection:
@@ -156,9 +152,7 @@ async def test_a_refusal_that_comes_late_is_an_error_event(server, upstream, pat
         assert error_of(await response.events())["message"] == "slow down"
 
 
-async def test_a_whole_answer_waits_for_the_refusal_and_has_its_status(
-    server, upstream
-):
+async def test_a_whole_answer_waits_for_the_refusal_and_has_its_status(server, upstream):
     gate = Gate()
     prompt = upstream.script(gate, plain(429, {"error": {"message": "slow down"}}))
     async with connect(server.http) as connection:

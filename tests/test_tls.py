@@ -268,10 +268,7 @@ async def upload(client, number, size):
         if not room:
             with trio.move_on_after(1) as waited:
                 await client.until(
-                    lambda: (
-                        number in client.resets
-                        or client.conn.local_flow_control_window(number)
-                    )
+                    lambda: number in client.resets or client.conn.local_flow_control_window(number)
                 )
             if waited.cancelled_caught:
                 return
@@ -338,16 +335,12 @@ BAD_FRAMES = {
     "a bomb of headers": headers_frame(
         999, b"\x40\x01a\x7f\x80\x1e" + b"b" * 3967 + b"\xbe" * 9000, "END_HEADERS"
     ),
-    "a window of nothing": serialized(
-        frames.WindowUpdateFrame, 0, window_increment=1
-    ).replace(b"\x00\x00\x00\x01", b"\x00\x00\x00\x00"),
-    "a window too wide": serialized(
-        frames.WindowUpdateFrame, 0, window_increment=0x7FFFFFFF
+    "a window of nothing": serialized(frames.WindowUpdateFrame, 0, window_increment=1).replace(
+        b"\x00\x00\x00\x01", b"\x00\x00\x00\x00"
     ),
+    "a window too wide": serialized(frames.WindowUpdateFrame, 0, window_increment=0x7FFFFFFF),
     "a ping of 7 bytes": b"\x00\x00\x07\x06\x00\x00\x00\x00\x001234567",
-    "a push": serialized(
-        frames.PushPromiseFrame, 999, promised_stream_id=2, flags={"END_HEADERS"}
-    ),
+    "a push": serialized(frames.PushPromiseFrame, 999, promised_stream_id=2, flags={"END_HEADERS"}),
     "a bad setting": serialized(frames.SettingsFrame, 0, settings={4: 0xFFFFFFFF}),
     "a goodbye": serialized(frames.GoAwayFrame, 0, last_stream_id=0, error_code=0),
     "an unknown type": b"\x00\x00\x02\xfa\x00\x00\x00\x00\x01hi",
@@ -373,9 +366,7 @@ async def test_a_thousand_priorities_do_no_harm(secure):
         clock = await client.ask("/clock")
         await client.body_has(clock, b"data:")
         for n in range(2000):
-            await client.raw(
-                serialized(frames.PriorityFrame, 2 * n + 1001, depends_on=n and 1001)
-            )
+            await client.raw(serialized(frames.PriorityFrame, 2 * n + 1001, depends_on=n and 1001))
         await lives(client, clock)
         assert (await client.whole(await client.ask("/time")))[0] == 200
 
@@ -474,9 +465,7 @@ async def test_streams_whose_window_stays_shut_are_dropped(impatient):
         await lives(other, clock)
 
 
-async def test_a_reader_whose_window_fills_up_is_dropped_and_counted(
-    serve, certificate, upstream
-):
+async def test_a_reader_whose_window_fills_up_is_dropped_and_counted(serve, certificate, upstream):
     """There is room for the first line, and then for nothing of a long answer."""
     env = {"OPENAI_BASE_URL": upstream.url}
     server = serve(*certificate, program=program(**LIMITS), env=env)
@@ -493,16 +482,12 @@ async def test_a_reader_whose_window_fills_up_is_dropped_and_counted(
 
 
 @pytest.mark.parametrize("scheme", ["https", "wss"])
-async def test_readers_over_tls_that_never_read_are_dropped(
-    serve, certificate, upstream, scheme
-):
+async def test_readers_over_tls_that_never_read_are_dropped(serve, certificate, upstream, scheme):
     env = {"OPENAI_BASE_URL": upstream.url}
     flags = [*certificate, "--room-rate", "0"]
     server = serve(*flags, program=program(**LIMITS), env=env)
     async with unharmed(server), AsyncExitStack() as stack:
-        talker = await stack.enter_async_context(
-            raw_member(server.ws.replace("wss", "https"))
-        )
+        talker = await stack.enter_async_context(raw_member(server.ws.replace("wss", "https")))
         path, head, key = "/room", HANDSHAKE, "members"
         if scheme == "https":
             prompt = upstream.script(*sse(*[delta("x" * 100_000)] * 150, HOLD))

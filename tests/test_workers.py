@@ -60,9 +60,7 @@ async def test_a_killed_worker_is_replaced_and_its_answers_end(crew, upstream):
         os.kill(writer, signal.SIGKILL)
         with trio.fail_after(10):
             assert error_of(await there.events())["type"] == "upstream_error"
-    await until(
-        lambda: len(workers_of(server)) == 2 and writer not in workers_of(server)
-    )
+    await until(lambda: len(workers_of(server)) == 2 and writer not in workers_of(server))
     for _ in range(10):
         assert (await fetch("GET", server.http + "/time")).status == 200
 

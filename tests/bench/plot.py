@@ -43,18 +43,12 @@ def panel(left, title, lines, low, high):
         at = bottom - up(y)
         parts.append(f'<path d="M{left} {at:.1f}h{WIDTH}" stroke="#ddd"/>')
         parts.append(text(left - 8, at + 4, f"{y:,g}", "end"))
-    parts += [
-        text(left + across(x), bottom + 20, f"{x:,g}")
-        for x in decades(min(xs), max(xs))
-    ]
+    parts += [text(left + across(x), bottom + 20, f"{x:,g}") for x in decades(min(xs), max(xs))]
     for points, colour in zip(lines.values(), COLOURS, strict=False):
         dots = [(left + across(x), bottom - up(cpu)) for x, cpu, _ in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
-            for x, y in dots
-        ]
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in dots]
     return "\n".join(parts)
 
 

@@ -39,9 +39,7 @@ BESIDE = ("chatstream over TLS", "Node single loop", "C send() loop")
 WORKS = {
     "room": Work("room: 200 members, 256 messages under way", "room", 200, 256, ROOMS),
     "alone": Work("room: 200 members, one message at a time", "room", 200, 1, ROOMS),
-    "redis": Work(
-        "the same room over Redis, 256 messages under way", "room", 200, 256, redis=True
-    ),
+    "redis": Work("the same room over Redis, 256 messages under way", "room", 200, 256, redis=True),
     "fan50": Work("one answer, 300 readers, 50 events/s", "sse", 300, 50, STREAMS),
     "fan400": Work("one answer, 300 readers, 400 events/s", "sse", 300, 400, STREAMS),
     "fan2000": Work("one answer, 2,000 readers, 2 events/s", "sse", 2000, 2, STREAMS),
@@ -71,9 +69,7 @@ WORKS = {
     "event": Work("a token of 150 bytes in the log", "event", 1, 10_000),
     "idle-reader": Work("idle SSE readers", "idle-sse", 1000, 0, STREAMS),
     "idle-member": Work("idle room members", "idle-room", 1000, 0, ROOMS),
-    "idle-reader-tls": Work(
-        "idle SSE readers over TLS", "idle-sse", 1000, 0, LOOPS, tls=True
-    ),
+    "idle-reader-tls": Work("idle SSE readers over TLS", "idle-sse", 1000, 0, LOOPS, tls=True),
     "idle-member-tls": Work(
         "idle room members over TLS", "idle-room", 1000, 0, ROOMS[1:3], tls=True
     ),
@@ -85,22 +81,13 @@ WORKS = {
         ("Node single loop", "C send() loop"),
     ),
     "accept": Work("SSE connections accepted, 32 at a time", "accept", 32, 0, STREAMS),
-    "restart": Work(
-        "5,000 readers come back at once, 1 event/s", "restart", 5000, 1, LOOPS
-    ),
+    "restart": Work("5,000 readers come back at once, 1 event/s", "restart", 5000, 1, LOOPS),
     "start": Work("start, until it accepts", "start", 0, 0, STREAMS + ROOMS),
-    "ceiling": Work(
-        "the load's own ceiling: all that comes", "sse", 300, 2000, BESIDE[1:]
-    ),
+    "ceiling": Work("the load's own ceiling: all that comes", "sse", 300, 2000, BESIDE[1:]),
 }
 GROWTH = {
-    "readers": [
-        Work(f"{n} readers", "sse", n, 5, BESIDE) for n in (10, 100, 1000, 10_000)
-    ],
-    "events": [
-        Work(f"{rate} events/s", "sse", 100, rate, BESIDE)
-        for rate in (1, 10, 100, 1000)
-    ],
+    "readers": [Work(f"{n} readers", "sse", n, 5, BESIDE) for n in (10, 100, 1000, 10_000)],
+    "events": [Work(f"{rate} events/s", "sse", 100, rate, BESIDE) for rate in (1, 10, 100, 1000)],
 }
 ROWS = [*WORKS, *(f"growth-{axis}" for axis in GROWTH)]
 

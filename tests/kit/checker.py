@@ -16,9 +16,7 @@ class Report:
     def __init__(self, url, *options, **environment):
         command = [*CHECKER, url, "--seconds", "1", *options, "--json"]
         env = os.environ | environment
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=100, env=env
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
         assert not done.stderr
         self.code, self.json = done.returncode, json.loads(done.stdout)
         self.findings = {one["name"]: one for one in self.json["findings"]}

@@ -5,8 +5,8 @@
         network.clients[0].call(function)       in a thread that is on that machine
         network.lose(client); network.restore(client)
 
-Each is a network namespace: real TCP, real retransmissions, and no side hears a word when
-packets are lost. All are deleted in the end, and nothing outside is touched.
+Each is a network namespace: real TCP, real retransmissions, and no side hears a word
+when packets are lost. All are deleted in the end, and nothing outside is touched.
 """
 
 import ctypes
@@ -52,9 +52,7 @@ class Network:
         base = f"chatstream-{os.getpid()}-{next(numbers)}"
         self.router = f"{base}-router"
         self.server = Machine(f"{base}-server", "10.77.0")
-        self.clients = [
-            Machine(f"{base}-client-{n}", f"10.77.{n}") for n in range(1, clients + 1)
-        ]
+        self.clients = [Machine(f"{base}-client-{n}", f"10.77.{n}") for n in range(1, clients + 1)]
         self._made = []
 
     def __enter__(self):
@@ -83,9 +81,8 @@ class Network:
         ip("-n", name, *words.split())
 
     def _forward(self):
-        inside = ["ip", "netns", "exec", self.router]
-        forward = [*inside, "sysctl", "-qw", "net.ipv4.ip_forward=1"]
-        subprocess.run(forward, check=True, capture_output=True)
+        write = "echo 1 > /proc/sys/net/ipv4/ip_forward"
+        ip("netns", "exec", self.router, "sh", "-c", write)
 
     def _connect(self, machine):
         link = machine.subnet

@@ -1,11 +1,12 @@
 """Connections that break or stall where the test wants it.
 
-Proxy       resets the connection in the middle of each mark
+Proxy       resets the connection at each mark
 EventProxy  resets it after so many events
 Line        between a page and a server: cut, stalled, down, byte by byte; and it counts
             what passes
 """
 
+import re
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -19,17 +20,20 @@ from .common import until
 
 
 class Proxy(Background):
-    """Passes bytes on, and resets the connection in the middle of each mark."""
+    """Passes bytes on, and resets the connection at each mark."""
 
     def __init__(self, port):
         self.server_port, self.marks, self.cuts = port, deque(), 0
+        self.seen = b""  # all that the server has sent
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
     def cut_at(self, *marks):
-        """Cut once inside each of these, in their order, on the way to the client."""
+        """Cut once at each of these, in their order, on the way to the client: in the
+        middle of bytes, or half a second after what a pattern matches. (What a reset
+        overtakes, a page never sees.)"""
         self.marks.extend(marks)
 
     async def handle(self, client):
@@ -48,12 +52,23 @@ class Proxy(Background):
         seen = b""
         async for piece in server:
             seen += piece
-            if self.marks and (at := seen.find(self.marks[0])) >= 0:
-                half = at + len(self.marks.popleft()) // 2 - (len(seen) - len(piece))
+            self.seen += piece
+            if self.marks and (place := place_of(self.marks[0], seen)):
+                mark = self.marks.popleft()
+                await client.send_all(piece[: max(place - len(seen) + len(piece), 0)])
+                await trio.sleep(0.5 if isinstance(mark, re.Pattern) else 0)
                 self.cuts += 1
-                await client.send_all(piece[: max(half, 0)])
                 return reset(client)
             await client.send_all(piece)
+
+
+def place_of(mark, seen):
+    """Where to cut for this mark, once it is there."""
+    if isinstance(mark, re.Pattern):
+        found = mark.search(seen)
+        return found and found.end()
+    at = seen.find(mark)
+    return at + len(mark) // 2 if at >= 0 else None
 
 
 class EventProxy(Proxy):

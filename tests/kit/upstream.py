@@ -157,9 +157,7 @@ class SecureUpstream(Upstream):
 
     async def handle(self, transport):
         await super().handle(
-            trio.SSLStream(
-                transport, self._context, server_side=True, https_compatible=True
-            )
+            trio.SSLStream(transport, self._context, server_side=True, https_compatible=True)
         )
 
 

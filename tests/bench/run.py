@@ -222,9 +222,8 @@ def measure_restart(work, peer, warm, seconds):
 
 
 def measure_keep_alive(work, peer, warm, seconds):
-    """Two whole periods, or four: half a period would count too many or too few."""
-    period = 4
-    seen, before, after = observe(work, peer, warm, 2 * period if seconds < 5 else 16)
+    """Over two whole periods: a part of one would count too many or too few."""
+    seen, before, after = observe(work, peer, warm, 8)
     return {
         "core": (after[0] - before[0]) / 1e9 / seen["seconds"],
         "waited": (after[1] - before[1]) / 1e9 / seen["seconds"],

@@ -374,15 +374,24 @@ static void open_reader(int r) {
     ask(r);
 }
 
+/* Until no more than `unanswered` of the first N have no answer. */
+static void wait_for_answers(int n, int unanswered) {
+    static int64_t deadline;
+    if (!deadline) deadline = clock_ns(CLOCK_MONOTONIC) + 60 * 1000000000LL;
+    while (!is_accept && n - ups > unanswered) {
+        serve(1000, 0);
+        if (clock_ns(CLOCK_MONOTONIC) > deadline) errno = ETIMEDOUT, die("too busy to answer");
+    }
+}
+
 static void connect_all(int follow) {
-    int unanswered = 64; /* at most: no backlog overflows */
     for (int r = 0; r < count; r++) {
         open_reader(r);
         if (follow && r == 0)
             while (!answer[0] && !lost) serve(1000, 1);
-        while (!is_accept && r + 1 - ups >= unanswered) serve(1000, 0);
+        wait_for_answers(r + 1, 63); /* no backlog overflows */
     }
-    while (!is_accept && ups < count) serve(1000, 0);
+    wait_for_answers(count, 0);
     if (lost) die("connections were lost");
 }
 

@@ -21,11 +21,14 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from datetime import date
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -219,9 +222,8 @@ def measure_restart(work, peer, warm, seconds):
 
 
 def measure_keep_alive(work, peer, warm, seconds):
-    """Two whole periods, or four: half a period would count too many or too few."""
-    period = 4
-    seen, before, after = observe(work, peer, warm, 2 * period if seconds < 5 else 16)
+    """Over two whole periods: a part of one would count too many or too few."""
+    seen, before, after = observe(work, peer, warm, 8)
     return {
         "core": (after[0] - before[0]) / 1e9 / seen["seconds"],
         "waited": (after[1] - before[1]) / 1e9 / seen["seconds"],
@@ -277,15 +279,19 @@ def measure(work, peer, warm, seconds):
         return None
 
 
-def run_work(work, names, options):
+def run_work(work, names, rounds, options):
     """The medians of each peer: {name: {figure: value}}."""
     if work.missing():
         return {}
-    seen = {name: [] for name in names if not peers.missing(work.peers[name])}
-    for _ in range(options.rounds):
-        for name, samples in seen.items():
+    names = [name for name in names if not peers.missing(work.peers[name])]
+    seen = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in list(names):
             sample = measure(work, work.peers[name], options.warm, options.seconds)
-            samples += [sample] if sample else []
+            if sample:
+                seen[name].append(sample)
+            else:  # it would fail again, and may take a minute for it
+                names.remove(name)
     return {name: medians(samples) for name, samples in seen.items() if samples}
 
 
@@ -363,11 +369,11 @@ def print_skipped():
             print(f"skipped: {name} (not installed: {', '.join(lacking)})")
 
 
-def measure_growth(axis, options):
+def measure_growth(axis, rounds, options):
     points = {}
     for work in GROWTH[axis]:
         names = ["chatstream"] if options.quick else list(work.peers)
-        for name, row in run_work(work, names, options).items():
+        for name, row in run_work(work, names, rounds, options).items():
             x = work.n if axis == "readers" else work.rate
             points.setdefault(name, []).append((x, row["cpu_us"], row["p50_ms"]))
     return points
@@ -435,21 +441,22 @@ def parse_arguments():
     return options
 
 
-def measure_row(key, options):
+def measure_row(key, rounds, options):
     if key.startswith("growth-"):
         axis = key.removeprefix("growth-")
-        lines = measure_growth(axis, options)
+        lines = measure_growth(axis, rounds, options)
         print_growth(axis, lines)
         return lines
     only = {name for name in options.peers.split(",") if name}
     names = [name for name in WORKS[key].peers if not only or name in only]
-    rows = run_work(WORKS[key], names, options)
+    rows = run_work(WORKS[key], names, rounds, options)
     print_work(key, rows)
     return rows
 
 
 def main():
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end what was started
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     keep = options.only or options.resume or options.goals
@@ -461,10 +468,11 @@ def main():
         print("  ".join(f"{name} {value}" for name, value in machine().items()))
         print_skipped()
     for key in [] if options.goals else wanted:
-        if options.resume and report.has(key, options.rounds):
+        rounds = min(options.rounds, 3 if key.startswith("growth-") else inf)
+        if options.resume and report.has(key, rounds):
             print(f"\n{key}: measured before")
-        elif rows := measure_row(key, options):
-            report.store(key, rows, options.rounds)
+        elif rows := measure_row(key, rounds, options):
+            report.store(key, rows, rounds)
     print_goals(report.works, wanted)
     if len(peers.OURS) > 1:
         print_before(report.works, wanted)

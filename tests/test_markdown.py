@@ -162,7 +162,8 @@ def test_however_it_is_cut(sheet, step):
 
 # What Markdown is made of, in any order: that is what a model may come to write.
 PIECES = [
-    *"a * ** _ ` `` ``` ```py ~~~ - > # ## | --- *** [ ]( \\ \\( $ $$ < & ! 中文 ，".split(),
+    *["a", "*", "**", "_", "`", "``", "```", "```py", "~~~", "-", ">", "#", "##", "|", "---"],
+    *["***", "[", "](", "\\", "\\(", "$", "$$", "<", "&", "!", "中文", "，"],
     *("1. ", "2) ", "  ", "    ", "\t", "word ", "\n", "\n", "\n", "\n\n", "- "),
     *("| a | b |\n|---|---|\n", "https://x.example/", "http://a.example/b)"),
 ]

@@ -22,7 +22,6 @@ from kit import (
     PING,
     PONG,
     ROOM_PROTOCOL,
-    ROOT,
     TEXT,
     Cut,
     Network,

@@ -203,3 +203,14 @@ def plain(status, body, *headers, content_type="application/json"):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"HTTP/1.1 {status} Because", f"Content-Type: {content_type}", *headers]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "\r\n"]).encode() + body
+    lines = [f"HTTP/1.1 {status} Because", f"Content-Type: {content_type}", *headers]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "\r\n"]).encode() + body
+
+
+def whole_answer(text=None, finish="stop", **said):
+    """The one step of a completion that was not to be streamed."""
+    message = {"role": "assistant", "content": text} | said
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    usage = {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
+    chunk = delta() | {"object": "chat.completion", "choices": [choice], "usage": usage}
+    return plain(200, chunk)

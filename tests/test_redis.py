@@ -292,22 +292,36 @@ async def test_while_redis_is_away_an_answer_elsewhere_cannot_be_found(pair, red
         assert await fetch_events("GET", at(a, here)) == events
 
 
-async def test_what_redis_has_lost_of_an_answer_is_a_gap(pair, redis, upstream):
+@pytest.mark.parametrize("lost", ["the middle", "the end", "all"])
+async def test_what_redis_has_lost_of_an_answer(pair, redis, upstream, lost):
+    """Its writer has it still, and notices unless something follows: that is a gap."""
     a, b = pair
-    gate = Gate()
-    prompt = upstream.script(*answer("a ", gate, "b"))
+    gates = Gate(), Gate()
+    prompt = upstream.script(*answer("a ", gates[0], "b ", gates[1], "c"))
     async with asked(a, prompt) as here:
-        first = await here.events(1)
         key = f"chatstream:2:answer:{here.headers['x-answer-id']}"
-        await until(lambda: b"events" in redis.do(f"XRANGE {key} - +"))
-        _head, batch = re.findall(rb"\d+-\d+", redis.do(f"XRANGE {key} - +"))[:2]
-        assert redis.do(f"XDEL {key} {batch.decode()}") == b":1\r\n"
-        async with stream("GET", at(b, here)) as there:
-            gate.open()
-            events = first + await here.events()
-            gap, *kept = await there.events()
-    assert (gap.type, gap.id) == ("gap", None)
-    assert kept == events[gap.json["missed"] :]
+
+        def stored():
+            """The ids of its entries that have events."""
+            found = redis.do(f"XRANGE {key} - +").decode()
+            return re.findall(r"(\d+-\d+)\r\n\*8", found)
+
+        events = await here.events(1)
+        await until(lambda: stored())
+        first = stored()
+        gates[0].open()
+        events += await here.events(1)
+        await until(lambda: len(stored()) > len(first))
+        gone = {"the middle": first[-1:], "the end": stored()[-1:], "all": ()}[lost]
+        redis.do(" ".join(["XDEL", key, *gone] if gone else ["DEL", key]))
+        gates[1].open()
+        events += await here.events()
+        await until(lambda: b"[DONE]" in redis.do(f"XRANGE {key} - +"))
+        there = await fetch_events("GET", at(b, here))
+    if lost == "the middle":
+        (n,) = [n for n, event in enumerate(there) if event.type == "gap"]
+        there[n : n + 1] = events[n : n + there[n].json["missed"]]
+    assert there == events
 
 
 async def test_a_room_that_was_set_back_goes_on_after_a_gap(pair, redis):

@@ -246,19 +246,13 @@
     turns.delete(key);
   }
 
-  function resume() {
+  /* `atStart`: what has no id yet, no tab may be left that is asking it. */
+  function resume(atStart = false) {
     for (const answer of conversation.messages.filter(isUnderWay)) {
-      if (runs.has(answer.key)) continue;
-      const turn = turns.get(answer.key);
-      const options = { lastEventId: answer.last };
-      if (answer.id) follow(answer, turn, address(`answers/${answer.id}`), options);
-    }
-  }
-
-  /* At the start: no tab may be left that is asking this. */
-  function repeat() {
-    for (const answer of conversation.messages.filter(isUnderWay)) {
-      if (!answer.id) send(answer);
+      const { id, key, last } = answer;
+      if (runs.has(key)) continue;
+      if (id) follow(answer, turns.get(key), address(`answers/${id}`), { lastEventId: last });
+      else if (atStart) send(answer);
     }
   }
 
@@ -305,7 +299,8 @@
     const run = [...runs.values()].at(-1);
     if (!run) {
       if (restore) return say("cleared");
-      if (server.model) return server.models.length > 1 ? say("chat-choose") : say("chat-ready", server.model);
+      if (server.models.length > 1) return say("chat-choose");
+      if (server.model) return say("chat-ready", server.model);
       return server.isLookedFor ? say("chat-none", SERVER.host) : say("chat-hello");
     }
     const { answer, now } = run;
@@ -321,7 +316,7 @@
 
     async look(attempt = 0) {
       clearTimeout(this.timer);
-      this.model = null;
+      Object.assign(this, { model: null, models: [] });
       try {
         ({ model: this.model } = await (await network.fetch(address("healthz"))).json());
         this.models = await listModels();
@@ -443,7 +438,6 @@
     takeDraft();
     watch();
     server.look();
-    resume();
-    repeat();
+    resume(true);
   });
 }

@@ -82,8 +82,8 @@ BLOCKS = {
     "- a\n- b\n\n- c\n\nend": "<ul><li><p>a</p></li><li><p>b</p></li>"
     "<li><p>c</p></li></ul><p>end</p>",
     "3. a\n4. b": '<ol start="3"><li><p>a</p></li><li><p>b</p></li></ol>',
-    "- a\n  - b\n    - c\n  - d\n- e": "<ul><li><p>a</p><ul><li><p>b</p><ul><li><p>c</p>"
-    "</li></ul></li><li><p>d</p></li></ul></li><li><p>e</p></li></ul>",
+    "- a\n  - b\n    - c\n  - d\n- e": "<ul><li><p>a</p><ul><li><p>b</p><ul><li>"
+    "<p>c</p></li></ul></li><li><p>d</p></li></ul></li><li><p>e</p></li></ul>",
     "1. a\n  - b\n10. c": '<ol start="1"><li><p>a</p><ul><li><p>b</p></li></ul></li>'
     "<li><p>c</p></li></ol>",
     "* a\n\t* b": "<ul><li><p>a</p><ul><li><p>b</p></li></ul></li></ul>",
@@ -105,7 +105,8 @@ BLOCKS = {
     "a | b\nc": "<p>a | b\nc</p>",
     "- [ ] to do": "<ul><li><p>[ ] to do</p></li></ul>",
     "-": "<ul><li></li></ul>",
-    "<b>bold</b> &amp; <!-- x -->": "<p>&lt;b&gt;bold&lt;/b&gt; &amp;amp; &lt;!-- x --&gt;</p>",
+    "<b>bold</b> &amp; <!-- x -->": "<p>&lt;b&gt;bold&lt;/b&gt; &amp;amp; "
+    "&lt;!-- x --&gt;</p>",
 }
 
 LINK = '<a href="{}">{}</a>'
@@ -133,8 +134,9 @@ INLINE = {
     )
     + ".",
     "[w](https://x.example/a_(b))": LINK.format("https://x.example/a_(b)", "w"),
-    "[a](javascript:alert(1)) [b](data:text/html,x) [c](/d) [e]": "[a](javascript:alert(1)) "
-    "[b](data:text/html,x) [c](/d) [e]",
+    "[a](javascript:alert(1)) [b](data:text/html,x)": "[a](javascript:alert(1)) "
+    "[b](data:text/html,x)",
+    "[a](/b) [c](vbscript:d) [e]": "[a](/b) [c](vbscript:d) [e]",
     "see https://x.example/a_b_c(d), (http://y.example/).": "see "
     + LINK.format("https://x.example/a_b_c(d)", "https://x.example/a_b_c(d)")
     + ", ("
@@ -146,8 +148,9 @@ INLINE = {
     "<https://x.example/>": LINK.format("https://x.example/", "https://x.example/"),
     "![alt](https://x.example/i.png)": "!"
     + LINK.format("https://x.example/i.png", "alt"),
-    r"\(a_1 * b_2\) and \[ x_* y_* \] $$a*b*c$$ $x_{*}$ but $5 and *$6*": r"\(a_1 * b_2\) "
-    r"and \[ x_* y_* \] $$a*b*c$$ $x_{*}$ but $5 and <em>$6</em>",
+    r"\(a_1 * b_2\) and \[ x_* y_* \] $$a*b*c$$": r"\(a_1 * b_2\) and "
+    r"\[ x_* y_* \] $$a*b*c$$",
+    "$x_{*}$ and $*y*$ but $5 and *$6*": "$x_{*}$ and $*y*$ but $5 and <em>$6</em>",
 }
 CASES = BLOCKS | {text: f"<p>{wanted}</p>" for text, wanted in INLINE.items()}
 
@@ -165,7 +168,23 @@ def test_however_it_is_cut(sheet, step):
 
 # What Markdown is made of, in any order: that is what a model may come to write.
 PIECES = [
-    *"a * ** _ ` `` ``` ```py ~~~ - > # ## | --- *** [ ]( \\ \\( $ $$ < & ! 中文 ，".split(),
+    *("a", "*", "**", "_", "`", "``", "```", "```py", "~~~", "-", ">", "#", "##"),
+    *(
+        "|",
+        "---",
+        "***",
+        "[",
+        "](",
+        "\\",
+        "\\(",
+        "$",
+        "$$",
+        "<",
+        "&",
+        "!",
+        "中文",
+        "，",
+    ),
     *("1. ", "2) ", "  ", "    ", "\t", "word ", "\n", "\n", "\n", "\n\n", "- "),
     *("| a | b |\n|---|---|\n", "https://x.example/", "http://a.example/b)"),
 ]
@@ -222,29 +241,23 @@ WORK = """(text) => {
   document.getElementById('log').append(root);
   const markdown = new Markdown(root);
   const work = [];
-  let longest = 0;
   for (let at = 0; at < text.length; at += 200) {
     const kept = new Set(root.children);
     markdown.append(text.slice(at, at + 200));
-    const before = performance.now();
     markdown.draw(Infinity);
-    longest = Math.max(longest, performance.now() - before);
-    let drawn = 0;
-    for (const child of root.children) if (!kept.has(child)) drawn += child.textContent.length;
-    work.push(drawn);
+    const drawn = [...root.children].filter((child) => !kept.has(child));
+    work.push(drawn.reduce((sum, child) => sum + child.textContent.length, 0));
   }
   root.remove();
-  return [Math.max(...work), longest];
+  return Math.max(...work);
 }"""
 
 
 @pytest.mark.parametrize("kind", LONG)
 def test_the_work_for_a_token_does_not_grow(sheet, kind):
-    most, longest = sheet.evaluate(WORK, LONG[kind])
-    print(kind, most, longest)
-    assert most < 9000
+    assert sheet.evaluate(WORK, LONG[kind]) < 9000
 
 
 def test_the_style_does_not_make_a_token_cost_as_much_as_the_page():
-    """With a rule like `:has(+ .x)`, each node that comes is a question to all others."""
+    """A rule like `:has(+ .x)` asks all nodes whenever one more comes."""
     assert ":has(" not in (WWW / "style.css").read_text()

@@ -223,7 +223,7 @@ def test_the_server_started_again_under_the_room(profile, serve, expect):
 
 
 def test_axe_finds_nothing_in_the_room(chromium, party, axe, expect):
-    line, bob = party
+    line, _ = party
     context = chromium.new_context(bypass_csp=True)
     page = context.new_page()
     page.goto(f"{over(line)}#room")

@@ -16,6 +16,7 @@ from kit import (
     asked,
     check_axe,
     delta,
+    fits,
     free_port,
     from_disk,
     from_http,
@@ -839,6 +840,25 @@ Text with [a link](https://x.example), `code` and **bold**.
 | 1 | 2 |
 > quote
 """
+
+
+@pytest.mark.parametrize("letters", ["100%", "200%"])
+def test_an_answer_fits_a_narrow_screen(profile, model, upstream, expect, letters):
+    wide = "| " + " | ".join(f"column {n}" for n in range(9)) + " |"
+    table = f"\n{wide}\n{'|---' * 9}|\n{wide}\n"
+    word = "x" * 200
+    page = profile.open(from_http(model))
+    page.set_viewport_size({"width": 320, "height": 640})
+    page.evaluate(f"document.documentElement.style.fontSize = '{letters}'")
+    text = f"{EVERYTHING}{table}\n{word} `{word}`\n\n```\n{word}\n```\n"
+    ask(page, upstream.script(*sse(delta(text), HOLD)))
+    expect(last_answer(page)).to_contain_text("column 8")
+    page.evaluate("network.cut(1)")
+    expect(page.locator(".answer .hold")).to_be_visible()
+    fits(page, 320)
+    page.keyboard.press("Escape")
+    expect(page.locator("#send")).to_be_visible()
+    fits(page, 320)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -261,3 +261,18 @@ def test_the_work_for_a_token_does_not_grow(sheet, kind):
 def test_the_style_does_not_make_a_token_cost_as_much_as_the_page():
     """A rule like `:has(+ .x)` asks all nodes whenever one more comes."""
     assert ":has(" not in (WWW / "style.css").read_text()
+
+
+def test_the_pen_stands_where_the_next_word_will(sheet):
+    text = "| a | b |\n|---|---|\n| one | two |\n| thr"
+    script = """(text) => {
+      const root = document.createElement('div');
+      const markdown = new Markdown(root);
+      markdown.append(text);
+      markdown.draw(Infinity);
+      return [...root.querySelectorAll('.pen')].map((pen) => pen.textContent);
+    }"""
+    assert sheet.evaluate(script, text) == ["thr"]
+    assert sheet.evaluate(script, text + "ee | fo") == ["fo"]
+    assert sheet.evaluate(script, "- a\n  - b **c") == ["b c"]
+    assert sheet.evaluate(script, "```py\ncode") == ["code"]

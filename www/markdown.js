@@ -103,7 +103,8 @@ const Markdown = (() => {
     const box = element("div", { className: "table", tabIndex: 0 }, table);
     box.setAttribute("role", "group"); // it can be scrolled, so it can have the focus
     box.setAttribute("aria-label", say("table"));
-    if (open && end === lines.length) table.lastChild.lastChild?.lastChild.classList.add("pen");
+    const written = Math.min(align.length, cells(lines[end - 1]).length);
+    if (open && end === lines.length) table.rows[rows.length].cells[written - 1].classList.add("pen");
     parent.append(box);
     return end;
   }

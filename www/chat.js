@@ -25,7 +25,7 @@
   // ------------------------------------------------------------ asking and following
 
   function ask(content) {
-    const at = Date.now();
+    const at = Date.now() + Math.random(); // of two tabs in the same moment, too, one is first
     conversation.add({ role: "user", content, at });
     begin(at);
   }

@@ -43,6 +43,13 @@ const conversation = (() => {
     store.set(NAME, held);
   }
 
+  /* Only then do we say it again: else two tabs would answer each other for ever. */
+  function isBehind(theirs) {
+    const known = new Set(theirs?.messages?.map((message) => message.key));
+    return held.begun > theirs?.begun || held.dropped.length > theirs?.dropped.length
+      || held.messages.some((message) => !known.has(message.key));
+  }
+
   function replace(other) {
     held = { ...other, begun: Date.now() };
     store.set(NAME, held);
@@ -52,7 +59,7 @@ const conversation = (() => {
     if (key !== NAME && key !== null) return;
     const theirs = key ? store.get(NAME) : { ...begin(), begun: Date.now() };
     held = join(held, theirs);
-    if (key && JSON.stringify(held) !== JSON.stringify(theirs)) store.set(NAME, held);
+    if (key && isBehind(theirs)) store.set(NAME, held);
     self.onchange();
   });
 

@@ -10,15 +10,15 @@ from kit import (
     SECRET,
     Line,
     Profile,
-    Redis,
     Upstream,
     from_disk,
     from_http,
     launched,
-    need,
+    make_certificate,
     need_module,
     npm_packages,
     running,
+    running_redis,
     servers,
 )
 
@@ -92,6 +92,12 @@ def open_room(shared):
 
 
 @pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """The flags that give a server a certificate for localhost."""
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="session")
 def upstream():
     """A model's server that says what each test tells it to."""
     with Upstream() as upstream:
@@ -130,13 +136,15 @@ def page(chromium):
 @pytest.fixture
 def redis(tmp_path):
     """A real redis-server of this test's own. Nobody else can name it."""
-    need("redis-server", "apt-get install redis-server")
-    server = Redis(tmp_path)
-    try:
-        server.start()
+    with running_redis(tmp_path) as server:
         yield server
-    finally:
-        server.stop()
+
+
+@pytest.fixture(scope="module")
+def quiet_redis(tmp_path_factory):
+    """The same for the tests of a file, which let it be."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 # ------------------------------------------------------------------------- the pages

@@ -23,6 +23,7 @@ from kit import (
     error_of,
     fetch,
     fetch_events,
+    program,
     sse,
     stream,
     text_of,
@@ -60,9 +61,7 @@ async def test_each_event_of_the_plain_format_carries_a_string_content(quick_dem
 
 
 async def test_the_demo_says_that_it_is_one_and_how_to_plug_in_a_model(quick_demo):
-    text = text_of(
-        await fetch_events("POST", quick_demo.http + CHAT, None, ask("Hello"))
-    )
+    text = text_of(await fetch_events("POST", quick_demo.http + CHAT, None, ask("Hello")))
     assert "demo" in text.lower()
     assert "OPENAI_BASE_URL" in text or "--upstream" in text
 
@@ -125,9 +124,7 @@ def check_usage(usage):
 
 @pytest.mark.parametrize("fields", [{}, {"stream": False}])
 async def test_an_answer_that_is_not_streamed_says_the_same(quick_demo, fields):
-    response = await fetch(
-        "POST", quick_demo.http + OPENAI, None, asking("Hello", **fields)
-    )
+    response = await fetch("POST", quick_demo.http + OPENAI, None, asking("Hello", **fields))
     assert response.status == 200
     whole = response.json
     assert whole["object"] == "chat.completion"
@@ -215,10 +212,23 @@ async def test_the_same_post_with_each_id_gives_the_rest_and_costs_nothing(
 async def test_after_the_last_event_there_is_nothing(relay, upstream, ended, path):
     url, events, prompt = await ended(path)
     head = {"Last-Event-ID": events[-1].id}
-    for method, where in [("GET", url), ("POST", relay.http + path)]:
-        body = ask(prompt) if method == "POST" else None
-        response = await fetch(method, where, head, body)
-        assert (response.status, response.body) == (204, b"")
+    response = await fetch("GET", url, head)
+    assert (response.status, response.body) == (204, b"")
+    assert len(upstream.asked(prompt)) == 1
+
+
+@FORMATS
+async def test_a_question_repeated_after_the_last_event_gets_an_empty_stream(
+    relay, upstream, ended, path
+):
+    """A client that repeats its POST takes anything but a stream for a failure."""
+    _, events, prompt = await ended(path)
+    head = {"Last-Event-ID": events[-1].id}
+    for body in (ask(prompt), None):
+        async with stream("POST", relay.http + path, head, body) as response:
+            assert response.status == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            assert await response.events() == []
     assert len(upstream.asked(prompt)) == 1
 
 
@@ -251,9 +261,7 @@ async def test_an_answers_id_must_be_right(relay, upstream, ended, last):
     assert len(upstream.asked(prompt)) == 1
 
 
-async def test_an_answer_no_longer_known_is_404_and_not_asked_for_again(
-    relay, upstream, ended
-):
+async def test_an_answer_no_longer_known_is_404_and_not_asked_for_again(relay, upstream, ended):
     _, events, prompt = await ended(CHAT)
     head = {"Last-Event-ID": f"{'0' * 32}-{events[0].n}"}
     for path in (CHAT, OPENAI):
@@ -438,10 +446,10 @@ async def test_an_answer_ends_for_late_readers_within_the_linger(relay, upstream
 
 
 async def test_leaving_an_answer_that_is_not_streamed_cancels_it(relay, upstream):
-    prompt = upstream.script(*sse(delta("Hel"), HOLD))
+    prompt = upstream.script(HOLD)
     async with connect(relay.http) as connection:
-        with trio.move_on_after(0.3):
-            await connection.request("POST", OPENAI, None, asking(prompt))
+        await connection.ask("POST", OPENAI, None, asking(prompt))
+        await until(lambda: upstream.asked(prompt))
         assert upstream.asked(prompt)[0].closed_at is None
     await until(lambda: upstream.asked(prompt)[0].closed_at, LINGER + SOON)
 
@@ -550,3 +558,20 @@ async def test_a_failed_answer_is_kept_for_late_readers_too(relay, upstream):
     assert await fetch_events("GET", url) == events
     head = {"Last-Event-ID": events[0].id}
     assert await fetch_events("GET", url, head) == events[1:]
+
+
+async def test_ended_answers_are_forgotten_the_oldest_first(serve, upstream):
+    limits = {"ANSWERS_BYTES": 4_000_000}
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve("--model", "scripted", program=program(**limits), env=env)
+    long = [delta("x" * 300_000)] * 3  # with its overhead, a million bytes or less
+    prompt = upstream.script(*sse(*long, delta(finish="stop"), DONE))
+    names = []
+    for _ in range(7):
+        async with stream("POST", server.http + OPENAI, None, ask(prompt)) as response:
+            names.append(response.headers["x-answer-id"])
+            assert (await response.events())[-1].data == "[DONE]"
+    known = [(await fetch("GET", f"{server.http}/answers/{n}")).status for n in names]
+    assert known == sorted(known, reverse=True)
+    assert known[0] == 404
+    assert known[-3:] == [200, 200, 200]

@@ -1,6 +1,5 @@
 """Whatever comes: no exception but the ones we mean, no 500, no fault in the log."""
 
-import argparse
 import json
 from contextlib import suppress
 from urllib.parse import quote_from_bytes
@@ -28,11 +27,10 @@ from wsproto.frame_protocol import FrameProtocol, ParseFailed
 
 import chatstream
 from chatstream import (
-    ChunkDecoder,
-    Closing,
     FrameParser,
     Problem,
     SSEParser,
+    WebSocketClose,
     parse_close,
     unmask,
 )
@@ -58,9 +56,7 @@ NAMES = """
 WORDS = st.sampled_from(NAMES.split())
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | WORDS,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(WORDS | TEXTS, inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS | TEXTS, inner, max_size=4),
     max_leaves=12,
 )
 CUTS = st.lists(st.integers(0, 400), max_size=8)
@@ -101,30 +97,6 @@ def test_an_event_that_is_too_large_is_a_value_error(data, limit):
                 assert len(event.data) <= limit
 
 
-def decoded(pieces):
-    decoder, payload = ChunkDecoder(), b""
-    for piece in pieces:
-        part = decoder.feed(piece)
-        while part:
-            payload += part
-            part = decoder.feed(b"")
-    return payload, decoder.done
-
-
-@fuzz(300)
-@given(st.lists(st.binary(min_size=1, max_size=60), max_size=6), CUTS)
-def test_chunks_carry_what_was_put_in(payloads, cuts):
-    data = b"".join(map(chatstream.chunk, payloads)) + b"0\r\n\r\n"
-    assert decoded(cut(data, cuts)) == (b"".join(payloads), True)
-
-
-@fuzz(300)
-@given(st.lists(st.binary(max_size=9) | st.sampled_from([b"\r\n", b"5", b"0", b";"])))
-def test_chunks_that_are_none_are_a_value_error(pieces):
-    with suppress(ValueError):  # the one that its caller awaits
-        decoded(pieces)
-
-
 @st.composite
 def client_frames(draw):
     """A frame, mostly a good one; its length is true, so that it is whole."""
@@ -155,13 +127,15 @@ def heard_by_wsproto(data):
                 continue
             parts.append(part.payload)
             if part.message_finished:
-                heard.append(
-                    (int(part.opcode), "".join(parts) if part.opcode == 1 else b"")
-                )
+                heard.append((int(part.opcode), "".join(parts) if part.opcode == 1 else b""))
                 parts = []
     except ParseFailed as failure:
         return heard, int(failure.code)
     return heard, None
+
+
+# What parse_close() says of a payload that is not one.
+NOT_CLOSE = ("this is not a close code", "a reason must be UTF-8")
 
 
 def heard_by_us(pieces):
@@ -172,10 +146,13 @@ def heard_by_us(pieces):
             while said := parser.next():
                 opcode, payload = said
                 if opcode == 8:  # after which nothing counts
-                    return [*heard, (opcode, parse_close(payload))], None
+                    close = parse_close(payload)
+                    if close.reason in NOT_CLOSE:
+                        return heard, close.code
+                    return [*heard, (opcode, (close.code, close.reason))], None
                 heard.append(said)
-    except Closing as closing:
-        return heard, closing.code
+    except WebSocketClose as close:
+        return heard, close.code
     return heard, None
 
 
@@ -198,28 +175,85 @@ def test_no_bytes_surprise_the_frame_parser(pieces):
 # -------------------------------------------------------------------- what reads JSON
 
 
+APIS = (chatstream.CHAT_PAGE, chatstream.CHAT, chatstream.COMPLETIONS,
+        chatstream.RESPONSES, chatstream.MESSAGES)  # fmt: skip
+
+
 @fuzz(500)
-@given(JSON)
-def test_a_question_is_sound_or_a_400(body):
-    refused = None
+@given(JSON, st.sampled_from(APIS))
+def test_a_question_is_sound_or_a_400(body, api):
+    raw, refused = chatstream.to_json(body).encode(), None
     try:
-        assert chatstream.check_messages(body) is body
+        asked = chatstream.check_json(raw)
+        chatstream.check_question(asked.fields, api)
+        question = api.ask(api, asked, {})
+        assert isinstance(chatstream.from_json(question.body), dict)
     except Problem as problem:
         refused = problem
     assert refused is None or (refused.status == 400 and refused.error["message"])
 
 
-ODD = (TypeError, AttributeError, ValueError, LookupError)  # a 502 by whoever called it
+KINDS = """
+    message error response.created response.completed response.failed
+    response.output_item.done response.output_text.delta message_start message_stop
+    content_block_delta
+"""
+TYPES = st.sampled_from(KINDS.split())
+CHUNKS = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": TYPES,
+        "choices": st.lists(st.dictionaries(WORDS, JSON, max_size=4), max_size=2),
+        "response": st.dictionaries(WORDS, JSON, max_size=4),
+        "sequence_number": JSON,
+        "error": JSON,
+        "content": JSON,
+        "usage": JSON,
+    },
+)
+SAID = st.lists(st.tuples(TYPES, CHUNKS | JSON), max_size=5)
 
 
-@fuzz(300)
-@given(st.lists(st.dictionaries(WORDS | TEXTS, JSON, max_size=4), max_size=4))
-def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(chunks):
-    chunks = json.loads(json.dumps(chunks))
-    for chunk in chunks:
-        assert isinstance(chatstream.content_of(chunk), str)
-    with suppress(*ODD):
-        chatstream.to_json(chatstream.join_chunks(chunks)).encode()
+@fuzz(400)
+@given(st.sampled_from(APIS), SAID)
+def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(api, said):
+    def take(relay):
+        for type, chunk in said:
+            data = chatstream.to_json(chunk)
+            relay.take(chatstream.ServerSentEvent(data, type))
+        relay.end()
+
+    make_an_answer(api, True, take)
+
+
+@fuzz(400)
+@given(st.sampled_from(APIS), st.booleans(), CHUNKS | JSON)
+def test_a_whole_answer_of_any_shape_is_one_or_an_upstream_error(api, streamed, said):
+    make_an_answer(
+        api, streamed, lambda relay: relay.take_whole(chatstream.to_json(said))
+    )
+
+
+def make_an_answer(api, streamed, take):
+    """Whatever is taken, there is an answer at the end that every client can read."""
+
+    async def relay():
+        question = chatstream.Question(api, b"{}", streamed)
+        answer = chatstream.Answer("0" * 32, question, chatstream.Model())
+        problem = None
+        try:
+            take(chatstream.Relay(answer, chatstream.Metrics(), ["sk-secret-1"]))
+        except Problem as caught:
+            problem = caught
+        assert problem is None or problem.error["message"]
+        answer.finish(problem)
+        answer.frames(chatstream.SSE, 0)
+        if problem is None and not streamed:
+            json.loads(api.whole(answer))
+        if api is chatstream.RESPONSES:
+            json.loads(chatstream.to_json(chatstream.response_now(answer)))
+
+    trio.run(relay)
 
 
 @fuzz(300)
@@ -236,7 +270,7 @@ def test_any_value_can_be_sent_and_read_again(value):
 @fuzz(300)
 @given(st.binary(max_size=60))
 def test_a_query_always_has_an_answer(query):
-    for source in (query, b"name=" + quote_from_bytes(query).encode()):
+    for source in (query.decode("latin-1"), f"name={quote_from_bytes(query)}"):
         for value in chatstream.parse_query(source).values():
             name = chatstream.clean_name(value)
             assert 1 <= len(name) <= 32
@@ -260,11 +294,10 @@ def test_an_id_is_a_place_of_this_log_or_none(text):
 @given(st.text(max_size=30) | st.from_regex(r"https?://[\[\]a-z0-9.:@/?#]{0,20}"))
 def test_hosts_and_flags_are_understood_or_refused(text):
     assert len(chatstream.split_host(text)) == 2
-    with suppress(chatstream.Usage):
-        chatstream.base_url(text)
-    for reads in (chatstream.origin, chatstream.port, chatstream.seconds):
-        with suppress(argparse.ArgumentTypeError):
-            reads(text)
+    reads = ("base_url", "level", "number", "origin", "port", "workers")
+    for read in (getattr(chatstream, f"to_{name}") for name in reads):
+        with suppress(ValueError):  # the one that its caller awaits
+            read(text)
 
 
 # ------------------------------------------------------------------ the server itself

@@ -5,7 +5,6 @@ import trio
 from kit import (
     TOGETHER,
     Gate,
-    Redis,
     answer,
     asked,
     at,
@@ -15,7 +14,6 @@ from kit import (
     fetch_events,
     hear_of,
     hear_texts,
-    need,
     person,
     say,
     say_and_hear,
@@ -27,21 +25,14 @@ from kit import (
 
 
 @pytest.fixture(scope="module", params=["plain", "redis", "workers"])
-def server(request, tmp_path_factory, upstream):
-    flags, redis = [], None
+def server(request, upstream):
+    flags = [*TOGETHER]
     if request.param != "plain":
-        need("redis-server", "apt-get install redis-server")
-        redis = Redis(tmp_path_factory.mktemp("redis"))
-        redis.start()
-        flags = ["--redis", redis.url]
+        flags += ["--redis", request.getfixturevalue("quiet_redis").url]
     if request.param == "workers":
         flags += ["--workers", "4"]
-    try:
-        with servers(request.config) as start:
-            yield start(*flags, *TOGETHER, env={"OPENAI_BASE_URL": upstream.url})
-    finally:
-        if redis:
-            redis.stop()
+    with servers(request.config) as start:
+        yield start(*flags, env={"OPENAI_BASE_URL": upstream.url})
 
 
 async def test_members_hear_the_same(server):

@@ -115,8 +115,7 @@ INLINE = {
     "<strong>bold</strong> <em>it</em>",
     "***both*** **b *i* b** *i **b** i*": "<strong><em>both</em></strong> "
     "<strong>b <em>i</em> b</strong> <em>i <strong>b</strong> i</em>",
-    "**b *i*** and *i **b***": "<strong>b <em>i</em></strong> and "
-    "<em>i <strong>b</strong></em>",
+    "**b *i*** and *i **b***": "<strong>b <em>i</em></strong> and <em>i <strong>b</strong></em>",
     "snake_case_name, 2*3*4, 2**3**4": "snake_case_name, 2*3*4, 2**3**4",
     "a * b * c, ** x **, 5*, _": "a * b * c, ** x **, 5*, _",
     "**S**erver-**S**ent": "<strong>S</strong>erver-<strong>S</strong>ent",
@@ -129,9 +128,7 @@ INLINE = {
     "[a *b*](https://x.example/y?z=1 'no')": "[a <em>b</em>]("
     + LINK.format("https://x.example/y?z=1", "https://x.example/y?z=1")
     + " 'no')",
-    '[a *b*](https://x.example/y "title").': LINK.format(
-        "https://x.example/y", "a <em>b</em>"
-    )
+    '[a *b*](https://x.example/y "title").': LINK.format("https://x.example/y", "a <em>b</em>")
     + ".",
     "[w](https://x.example/a_(b))": LINK.format("https://x.example/a_(b)", "w"),
     "[a](javascript:alert(1)) [b](data:text/html,x)": "[a](javascript:alert(1)) "

@@ -27,6 +27,7 @@ from kit import (
     read_frame,
     sse,
     stream,
+    whole_answer,
 )
 
 TYPE = re.compile(r"# TYPE ([a-z_]+) (counter|gauge|histogram)")
@@ -103,8 +104,8 @@ async def test_what_is_here_now_is_a_gauge(counted, upstream):
 
 async def test_each_answer_is_counted_by_its_ending(counted, upstream):
     url = counted.http + OPENAI
-    for stream_it in (True, False):
-        done = asking(upstream.script(*answer("Hello")), stream=stream_it)
+    for steps, stream_it in ((answer("Hello"), True), ([whole_answer("Hello")], False)):
+        done = asking(upstream.script(*steps), stream=stream_it)
         assert (await fetch("POST", url, None, done)).status == 200
     broken = asking(upstream.script(*sse(delta("Hel"), RST)), stream=True)
     assert (await fetch_events("POST", url, None, broken))[-1].type == "error"
@@ -160,9 +161,7 @@ async def until_sample(server, name, wanted):
 
 async def test_a_gap_is_counted(counted):
     await fetch("GET", counted.http + "/time")
-    async with stream(
-        "GET", counted.http + "/clock", {"Last-Event-ID": "clock-1"}
-    ) as clock:
+    async with stream("GET", counted.http + "/clock", {"Last-Event-ID": "clock-1"}) as clock:
         assert (await clock.event()).type == "gap"
         assert (await scrape(counted))["gaps_total"] == 1
     await until_sample(counted, "connections", 1)  # the one that asks

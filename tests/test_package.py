@@ -1,5 +1,6 @@
-"""The package as a stranger gets it: built, installed elsewhere, started."""
+"""The package: built, installed elsewhere, started; and how large its module is."""
 
+import ast
 import subprocess
 import sys
 import tarfile
@@ -7,8 +8,9 @@ import venv
 import zipfile
 
 import pytest
-from kit import ROOT, fetch, missing
+from kit import REBUILD, ROOT, fetch, missing
 
+SOURCE = (ROOT / "chatstream.py").read_text()
 PAGES = {path.name for path in (ROOT / "www").iterdir()}
 
 
@@ -113,5 +115,42 @@ def test_nothing_optional_is_needed(installed, tmp_path):
 
 
 def test_what_is_imported_later_is_there(installed, tmp_path):
-    """The classes for HTTP/2 and for an upstream are loaded when they are needed."""
-    run(installed, "-c", "import hypercorn.protocol.h2, h2, httpx2", cwd=tmp_path)
+    """HTTP/2 is loaded when it is needed."""
+    run(installed, "-c", "import hypercorn.protocol.h2, h2", cwd=tmp_path)
+
+
+def test_it_brings_no_more_than_it_says(installed, tmp_path):
+    """Trio, trio-websocket, Hypercorn and what these need."""
+    listed = run(installed, "-m", "pip", "list", "--format=freeze", cwd=tmp_path)
+    names = {line.partition("==")[0].lower() for line in listed.splitlines()}
+    assert not names & {"httpx2", "httpcore2", "httpx", "requests", "aiohttp"}
+
+
+# --------------------------------------------------------------- it can still be read
+
+# What goes over a ceiling takes the place of something else. Longer lines, or two
+# statements in one, are no way to pass.
+
+
+@REBUILD
+def test_the_module_has_at_most_3800_lines():
+    assert len(SOURCE.splitlines()) <= 3800
+
+
+@REBUILD
+def test_no_function_has_more_than_40_lines():
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = [
+        f"{node.name}, line {node.lineno}"
+        for node in ast.walk(ast.parse(SOURCE))
+        if isinstance(node, functions) and node.end_lineno - node.lineno >= 40
+    ]
+    assert long == []
+
+
+@REBUILD
+def test_the_idea_takes_at_most_800_lines():
+    """The log, framing, delivery, writers: they need nothing of what follows."""
+    lines = enumerate(SOURCE.splitlines(), 1)
+    (end,) = [number for number, line in lines if "that is the idea" in line.lower()]
+    assert end <= 800

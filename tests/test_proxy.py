@@ -1,10 +1,13 @@
-"""Behind the proxies of README.md, as its snippets have them: a real nginx and a real
-Caddy, with TLS and HTTP/2, as a browser and as curl see it."""
+"""Behind the proxies of README.md, as its snippets have them (a real nginx, Caddy and
+HAProxy, with TLS and HTTP/2) and behind a development server that compresses: as a
+browser, curl and the checker see it."""
 
+import json
 import re
 import subprocess
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from kit import (
@@ -13,12 +16,15 @@ from kit import (
     OPENAI,
     ROOT,
     Gate,
+    Report,
+    answer,
     asking,
     connect,
     delta,
     free_port,
     launched,
     need,
+    npm_packages,
     refused,
     sse,
     stream,
@@ -58,7 +64,12 @@ def certificate(tmp_path_factory):
     subprocess.run(
         [
             *["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"],
-            *("-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}"),
+            *(
+                "-subj",
+                f"/CN={NAME}",
+                "-addext",
+                f"subjectAltName=DNS:{NAME},DNS:localhost",
+            ),
             *("-keyout", key, "-out", pem),
         ],
         check=True,
@@ -82,10 +93,11 @@ def running(arguments, port, folder):
 
 
 @contextmanager
-def nginx(folder, behind, port, pem, key):
+def nginx(folder, behind, port, pem, key, buffering="proxy_buffering off;"):
     program = need("nginx", "apt-get install nginx")
     text = snippet("nginx").replace("443", f"127.0.0.1:{port}")
     text = text.replace("127.0.0.1:4001", f"127.0.0.1:{behind}")
+    text = text.replace("proxy_buffering off;", buffering)
     text = re.sub("/etc/ssl/.*pem", str(pem), text)
     text = re.sub("/etc/ssl/.*key", str(key), text)
     config = folder / "nginx.conf"
@@ -108,15 +120,77 @@ def caddy(folder, behind, port, pem, key):
         yield
 
 
-@pytest.fixture(scope="module", params=[nginx, caddy])
-def proxy(request, shared, upstream, certificate, tmp_path_factory):
-    """The port of a proxy in front of a server in front of the scripted upstream."""
-    port = free_port()
-    page = f"https://{NAME}:{port}"
-    server = shared("--upstream", upstream.url, "--model", "m", "--allow-origin", page)
-    folder = tmp_path_factory.mktemp(request.param.__name__)
-    with request.param(folder, server.port, port, *certificate):
-        yield port
+@contextmanager
+def haproxy(folder, behind, port, pem, key):
+    program = need("haproxy", "apt-get install haproxy")
+    both = folder / "both.pem"  # it wants the certificate and its key in one file
+    both.write_bytes(pem.read_bytes() + key.read_bytes())
+    text = snippet("haproxy").replace("bind :443", f"bind 127.0.0.1:{port}")
+    text = text.replace("127.0.0.1:4001", f"127.0.0.1:{behind}")
+    config = folder / "haproxy.cfg"
+    config.write_text(re.sub(r"/etc/ssl/\S+", str(both), text))
+    with running([program, "-f", config], port, folder):
+        yield
+
+
+NODE = """
+const fs = require("fs");
+const app = require("express")();
+const [target, port, cert, key] = process.argv.slice(2);
+const proxy = require("http-proxy").createProxyServer({ target, ws: true });
+proxy.on("error", (error, request, response) => response.destroy());
+app.use(require("compression")());
+app.use((request, response) => proxy.web(request, response));
+const tls = { cert: fs.readFileSync(cert), key: fs.readFileSync(key) };
+require("https").createServer(tls, app)
+  .on("upgrade", (request, socket, head) => proxy.ws(request, socket, head))
+  .listen(port, "127.0.0.1");
+"""
+
+
+@contextmanager
+def compressing(folder, behind, port, pem, key):
+    """A development server, as many tools have it: Express with compression()."""
+    packages = npm_packages("express", "compression", "http-proxy")
+    (folder / "node_modules").symlink_to(packages / "node_modules")
+    (folder / "proxy.cjs").write_text(NODE)
+    command = ["node", "proxy.cjs", f"http://127.0.0.1:{behind}", str(port), pem, key]
+    with running(command, port, folder):
+        yield
+
+
+@pytest.fixture(scope="module")
+def behind(shared, upstream, certificate, tmp_path_factory):
+    """behind(proxy): the port of this proxy, before a server, before the upstream."""
+    ports = {proxy: free_port() for proxy in PROXIES}
+    origins = [f"--allow-origin=https://{NAME}:{port}" for port in ports.values()]
+    server = shared("--upstream", upstream.url, "--model", "m", *origins)
+    started = set()
+    with ExitStack() as stack:
+
+        def start(proxy):
+            if proxy not in started:
+                started.add(proxy)
+                folder = tmp_path_factory.mktemp(proxy.__name__)
+                running = proxy(folder, server.port, ports[proxy], *certificate)
+                stack.enter_context(running)
+            return ports[proxy]
+
+        yield start
+
+
+ON_THE_INTERNET = [nginx, caddy, haproxy]
+PROXIES = [*ON_THE_INTERNET, compressing]
+
+
+@pytest.fixture(params=PROXIES)
+def proxy(request, behind):
+    return behind(request.param)
+
+
+@pytest.fixture(params=ON_THE_INTERNET)
+def internet_proxy(request, behind):
+    return behind(request.param)
 
 
 def curl(port, path, *options):
@@ -124,7 +198,7 @@ def curl(port, path, *options):
     need("curl", "apt-get install curl")
     here = f"{NAME}:{port}:127.0.0.1"
     url = f"https://{NAME}:{port}{path}"
-    return ["curl", "-skN", "--resolve", here, *options, url]
+    return ["curl", "-skN", "--compressed", "--resolve", here, *options, url]
 
 
 @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
@@ -154,23 +228,30 @@ def read_until(pipe, mark):
     return heard
 
 
-def test_http_2_reaches_the_browser(proxy):
+def test_http_2_reaches_the_browser(internet_proxy):
     command = curl(
-        proxy, "/healthz", "--http2", "-o", "/dev/null", "-w", "%{http_version}"
+        internet_proxy,
+        "/healthz",
+        "--http2",
+        "-o",
+        "/dev/null",
+        "-w",
+        "%{http_version}",
     )
     assert subprocess.check_output(command) == b"2"
 
 
-def test_who_leaves_the_proxy_leaves_the_server(proxy, upstream):
+def test_who_leaves_the_proxy_leaves_the_server(internet_proxy, upstream):
+    """(http-proxy 1.18, in the development server, tells nobody of it.)"""
     prompt = upstream.script(*sse(delta("One, "), HOLD))
     body = f'{{"stream":true,"messages":[{{"role":"user","content":"{prompt}"}}]}}'
     with subprocess.Popen(
-        curl(proxy, OPENAI, "-d", body), stdout=subprocess.PIPE
+        curl(internet_proxy, OPENAI, "-d", body), stdout=subprocess.PIPE
     ) as process:
         read_until(process.stdout, b"One, ")
-        assert readers(proxy) == 1
+        assert readers(internet_proxy) == 1
         process.kill()
-    wait_until(lambda: readers(proxy) == 0)
+    wait_until(lambda: readers(internet_proxy) == 0)
 
 
 def readers(port):
@@ -185,17 +266,68 @@ def test_resuming_passes(proxy):
     assert f"id: clock-{second + 1}\n".encode() in heard
 
 
-@pytest.fixture
-def page_at(proxy, certificate):
-    """A page in Chromium, which finds the name at this proxy and trusts it."""
+@pytest.fixture(scope="module")
+def browser():
+    """It finds the name here, at whatever port, and trusts the certificate."""
     with launched(f"--host-resolver-rules=MAP {NAME} 127.0.0.1") as browser:
-        page = browser.new_context(ignore_https_errors=True).new_page()
-        page.goto(f"https://{NAME}:{proxy}/#room")
-        yield page
+        context = browser.new_context(ignore_https_errors=True)
+        yield context
 
 
-def test_a_page_joins_the_room_and_streams_over_http_2(page_at):
-    said = page_at.evaluate(
+@pytest.fixture
+def open_page(browser):
+    """open_page(port): our own page, behind this proxy."""
+    page = browser.new_page()
+
+    def go(port, part=""):
+        page.goto(f"https://{NAME}:{port}/{part}")
+        return page
+
+    yield go
+    page.close()
+
+
+PIECES = """async ([url, body]) => {
+  const response = await fetch(url, {method: 'POST', body: JSON.stringify(body)});
+  const reader = response.body.getReader();
+  const decoder = new TextDecoder();
+  const pieces = [];
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return pieces;
+    pieces.push(decoder.decode(value, { stream: true }));
+  }
+}"""
+
+
+def test_chromium_gets_each_event_in_a_piece_of_its_own(proxy, upstream, open_page):
+    paced = [step for n in range(47) for step in (f"word {n} ", 0.04)]
+    prompt = upstream.script(*answer("First: ", 0.04, *paced))
+    question = [OPENAI, asking(prompt, stream=True)]
+    pieces = open_page(proxy).evaluate(PIECES, question)
+    found = [piece.count("\ndata: ") + piece.startswith("data: ") for piece in pieces]
+    assert sum(found) == 50  # with the last two: its finish_reason, and [DONE]
+    assert found.count(1) >= 0.9 * sum(found)
+
+
+TICKS = """(count) => new Promise((resolve, reject) => {
+  const seen = [];
+  const source = new EventSource("clock");
+  source.onerror = reject;
+  source.onmessage = (message) => {
+    seen.push(Number(message.lastEventId.split("-")[1]));
+    if (seen.length === count) { source.close(); resolve(seen); }
+  };
+})"""
+
+
+def test_the_clock_ticks_in_chromium(proxy, open_page):
+    first, second = open_page(proxy).evaluate(TICKS, 2)
+    assert second == first + 1
+
+
+def test_a_page_joins_the_room(proxy, open_page):
+    said = open_page(proxy, "#room").evaluate(
         """() => new Promise((resolve, reject) => {
             const socket = new WebSocket(`wss://${location.host}/room`);
             socket.onopen = () => socket.send("hello");
@@ -204,7 +336,10 @@ def test_a_page_joins_the_room_and_streams_over_http_2(page_at):
         })"""
     )
     assert said == "hello--返回数据"
-    protocol, streams = page_at.evaluate(
+
+
+def test_a_page_has_ten_streams_over_http_2(internet_proxy, open_page):
+    protocol, streams = open_page(internet_proxy).evaluate(
         """async () => {
             const clocks = await Promise.all(
                 Array.from({ length: 10 }, () => fetch("clock")));
@@ -215,6 +350,42 @@ def test_a_page_joins_the_room_and_streams_over_http_2(page_at):
         }"""
     )
     assert (protocol, streams) == ("h2", 10)
+
+
+def checked(port, path, certificate, *options):
+    """What the checker says of a stream behind a proxy."""
+    name = ("--header", f"Host: {NAME}:{port}")
+    trust = {"SSL_CERT_FILE": str(certificate[0])}
+    return Report(f"https://127.0.0.1:{port}{path}", *name, *options, **trust)
+
+
+def test_the_checker_finds_nothing_wrong(behind, upstream, certificate):
+    words = [step for n in range(40) for step in (f"word {n} ", 0.05)]
+    reports = []
+    with ThreadPoolExecutor(2 * len(PROXIES)) as pool:
+        for proxy in PROXIES:
+            port = behind(proxy)
+            body = asking(upstream.script(*answer(*words)), stream=True)
+            question = ("--data", json.dumps(body), "--seconds", "3")
+            reports += [
+                pool.submit(checked, port, OPENAI, certificate, *question),
+                pool.submit(checked, port, "/clock", certificate),
+            ]
+    for report in reports:
+        assert report.result().code == 0, report.result()
+
+
+BUFFER = "proxy_ignore_headers X-Accel-Buffering;"
+
+
+def test_the_checker_finds_a_buffer(demo, certificate, tmp_path):
+    """Of an nginx that has been told not to heed the server."""
+    port = free_port()
+    with nginx(tmp_path, demo.port, port, *certificate, buffering=BUFFER):
+        trust = {"SSL_CERT_FILE": str(certificate[0])}
+        report = Report(f"https://localhost:{port}/clock", "--seconds", "3", **trust)
+    assert report.code == 1
+    assert "held back" in report.says("first event")
 
 
 async def test_a_proxy_that_hides_the_name_is_told_what_to_do(serve):

@@ -13,7 +13,6 @@ from kit import (
     ROOT,
     TOGETHER,
     Gate,
-    Redis,
     answer,
     asked,
     asking,
@@ -26,7 +25,6 @@ from kit import (
     frozen,
     hear_of,
     hear_texts,
-    need,
     person,
     say,
     say_and_hear,
@@ -47,16 +45,10 @@ def two(start, redis, upstream):
 
 
 @pytest.fixture(scope="module")
-def both(request, tmp_path_factory, upstream):
+def both(request, quiet_redis, upstream):
     """Two processes that nothing happens to."""
-    need("redis-server", "apt-get install redis-server")
-    redis = Redis(tmp_path_factory.mktemp("redis"))
-    try:
-        redis.start()
-        with servers(request.config) as start:
-            yield two(start, redis, upstream)
-    finally:
-        redis.stop()
+    with servers(request.config) as start:
+        yield two(start, quiet_redis, upstream)
 
 
 @pytest.fixture
@@ -205,9 +197,7 @@ async def test_the_last_reader_is_the_last_one_anywhere(both, upstream, attempt)
 
 
 @pytest.mark.parametrize("last", ["{}-99", "{}-x", "other-1"])
-async def test_an_answers_id_must_be_right_at_the_other_process_too(
-    both, upstream, last
-):
+async def test_an_answers_id_must_be_right_at_the_other_process_too(both, upstream, last):
     a, b = both
     prompt = upstream.script(*answer("a"))
     async with asked(a, prompt) as response:
@@ -289,9 +279,7 @@ async def test_nobody_pays_for_what_a_killed_process_was_reading(pair, upstream)
         await until(lambda: closed(upstream, prompt), 10)
 
 
-async def test_while_redis_is_away_an_answer_elsewhere_cannot_be_found(
-    pair, redis, upstream
-):
+async def test_while_redis_is_away_an_answer_elsewhere_cannot_be_found(pair, redis, upstream):
     """Which is not the same as: there is none."""
     a, b = pair
     async with asked(a, upstream.script(*answer("a"))) as here:
@@ -430,9 +418,7 @@ async def test_without_the_flag_coredis_is_not_wanted(serve):
 def test_with_the_flag_it_is_asked_for_in_one_line():
     program = [sys.executable, "-c", WITHOUT.format(root=str(ROOT))]
     flags = ["--port", "0", "--room-port", "0", "--redis", "redis://localhost"]
-    done = subprocess.run(
-        program + flags, check=False, capture_output=True, text=True, timeout=15
-    )
+    done = subprocess.run(program + flags, check=False, capture_output=True, text=True, timeout=15)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "chatstream: --redis needs coredis: pip install 'chatstream[redis]'"

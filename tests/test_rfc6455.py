@@ -193,10 +193,7 @@ TEXTS = (
         for k, v in VALID.items()
     }
     | {f"bad: {k}": ([frame(TEXT, v)], [1007]) for k, v in INVALID.items()}
-    | {
-        f"bad in bytes: {k}": (pieces(v, *range(1, len(v))), [1007])
-        for k, v in INVALID.items()
-    }
+    | {f"bad in bytes: {k}": (pieces(v, *range(1, len(v))), [1007]) for k, v in INVALID.items()}
     | {
         "bad, its end never comes": ([frame(TEXT, b"\xff\xff", fin=0)], [1007]),
         "bad, after a good one": (

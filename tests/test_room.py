@@ -4,7 +4,7 @@ import json
 import socket
 import time
 from contextlib import AsyncExitStack
-from urllib.parse import unquote
+from urllib.parse import quote
 
 import pytest
 import trio
@@ -63,9 +63,7 @@ async def test_the_room_has_two_doors(open_room, path):
         assert (await hear(member)).startswith("hello")
 
 
-@pytest.mark.parametrize(
-    ("suffix", "said"), [("", "hello"), (" <- you", "hello <- you")]
-)
+@pytest.mark.parametrize(("suffix", "said"), [("", "hello"), (" <- you", "hello <- you")])
 async def test_the_tail_can_be_changed(serve, suffix, said):
     server = serve("--room-suffix", suffix)
     async with open_websocket_url(server.ws) as member:
@@ -115,10 +113,39 @@ async def test_a_message_has_a_name_a_time_and_an_id(open_room):
         assert second["id"] != heard["id"]
 
 
-@pytest.mark.parametrize("name", ["%E4%BD%A0%E5%A5%BD", "a%20b", "%3Cb%3E", "O'Neil"])
-async def test_a_name_is_told_as_it_was_given(open_room, name):
-    async with person(open_room, name) as member:
-        assert (await say_and_hear(member))["name"] == unquote(name)
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("你好", "你好"),
+        ("a b", "a b"),
+        ("<b>", "<b>"),
+        ("O'Neil", "O'Neil"),
+        ("  An  ", "An"),
+        ("x" * 33, "x" * 32),
+        ("A\u202en\x00\n", "An"),  # no turning round of text, no control character
+        ("\uff21n", "An"),  # NFKC: full width
+        ("A\u200dn\u3164", "An"),  # nothing invisible
+        ("e" + "\u0316" * 9, "e" + "\u0316" * 2),
+    ],
+)
+async def test_a_name_is_told_as_it_can_be_shown(serve, name, shown):
+    async with person(serve(), quote(name)) as member:
+        assert (await say_and_hear(member))["name"] == shown
+
+
+async def test_a_name_that_is_taken_gets_a_number(serve):
+    server = serve()
+    async with person(server, "Ann") as one, person(server, "Ann") as other:
+        names = [(await say_and_hear(member))["name"] for member in (one, other)]
+    assert names[0] == "Ann"
+    assert names[1].startswith("Ann")
+    assert names[1][3:].strip(" -()#").isdecimal()
+
+
+@pytest.mark.parametrize("name", ["", "   ", "\0", "\u200b"])
+async def test_a_guest_has_a_number(open_room, name):
+    async with person(open_room, quote(name)) as member:
+        assert (await say_and_hear(member))["name"].startswith("guest-")
 
 
 @pytest.mark.parametrize("query", ["", "?name=", "?name=%ff", "?name=" + "x" * 5000])
@@ -315,9 +342,7 @@ ALL_CODES += [(f"json: {name}", V1, *JSON_CODES[name]) for name in JSON_CODES]
     [c[1:] for c in ALL_CODES],
     ids=[c[0] for c in ALL_CODES],
 )
-async def test_who_breaks_the_rules_is_told_which_and_goes_alone(
-    open_room, head, frames, code
-):
+async def test_who_breaks_the_rules_is_told_which_and_goes_alone(open_room, head, frames, code):
     async with guest(open_room) as other:
         async with raw_member(open_room.ws, head) as member:
             await member.send(frames)
@@ -445,9 +470,7 @@ async def test_who_talks_too_fast_is_slowed_down_and_not_cut_short(serve):
         await calm.send_message("calm")
         heard = [await hear(fast) for _ in range(26)]
         took = time.monotonic() - began
-    assert [text for text in heard if text != f"calm{TAIL}"] == [
-        f"{n}{TAIL}" for n in range(25)
-    ]
+    assert [text for text in heard if text != f"calm{TAIL}"] == [f"{n}{TAIL}" for n in range(25)]
     assert heard.index(f"calm{TAIL}") < 20  # the others are not slowed down
     assert 1 < took < 5
 

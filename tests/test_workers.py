@@ -14,6 +14,7 @@ from kit import (
     asked,
     at,
     close_code,
+    command,
     delta,
     error_of,
     fetch,
@@ -59,9 +60,7 @@ async def test_a_killed_worker_is_replaced_and_its_answers_end(crew, upstream):
         os.kill(writer, signal.SIGKILL)
         with trio.fail_after(10):
             assert error_of(await there.events())["type"] == "upstream_error"
-    await until(
-        lambda: len(workers_of(server)) == 2 and writer not in workers_of(server)
-    )
+    await until(lambda: len(workers_of(server)) == 2 and writer not in workers_of(server))
     for _ in range(10):
         assert (await fetch("GET", server.http + "/time")).status == 200
 
@@ -85,6 +84,26 @@ async def test_a_stop_goes_to_all(crew, number):
     assert time.monotonic() - began < 1 + 3
     assert codes == [1001] * 9
     assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("child", ["sleep 1", "sleep 1; exit 3", "sleep 1; kill -9 $$"])
+async def test_a_child_of_somebody_else_does_not_end_the_parent(serve, redis, child):
+    """A shell leaves its children to what it is replaced by; so does a container."""
+    shell = ["sh", "-c", f"sh -c '{child}' & exec \"$@\"", "sh", *command()]
+    server = serve("--redis", redis.url, "--workers", "2", program=shell)
+    await until(lambda: len(children(server)) == 2)
+    assert (await fetch("GET", server.http + "/time")).status == 200
+    killed = min(children(server))
+    os.kill(killed, signal.SIGKILL)  # its own are looked after still
+    await until(lambda: len(children(server) - {killed}) == 2)
+    server.signal()
+    assert await server.exit_code(5 + 3) == 0
+    assert "Traceback" not in server.log()
+
+
+def children(server):
+    pid = server.process.pid
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 async def test_workers_do_not_outlive_their_parent(crew):

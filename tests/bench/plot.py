@@ -2,8 +2,8 @@
 
 from math import log10
 
-WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 240, 60, 50, 90
-COLOURS = ["#0b6bcb", "#c2410c", "#6b7280"]
+WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 240, 60, 70, 90
+COLOURS = ["#0b6bcb", "#7c3aed", "#c2410c", "#6b7280"]
 TITLES = {"readers": "readers, at 5 events/s", "events": "events/s, to 100 readers"}
 STYLE = "font: 13px system-ui, sans-serif; background: white"
 
@@ -31,7 +31,7 @@ def text(x, y, words, anchor="middle", colour="#111"):
 
 def legend(names):
     for i, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
-        yield text(LEFT + 350 + i * 150, 20, name, "start", colour)
+        yield text(LEFT + i * 170, 45, name, "start", colour)
 
 
 def panel(left, title, lines, low, high):
@@ -43,18 +43,12 @@ def panel(left, title, lines, low, high):
         at = bottom - up(y)
         parts.append(f'<path d="M{left} {at:.1f}h{WIDTH}" stroke="#ddd"/>')
         parts.append(text(left - 8, at + 4, f"{y:,g}", "end"))
-    parts += [
-        text(left + across(x), bottom + 20, f"{x:,g}")
-        for x in decades(min(xs), max(xs))
-    ]
+    parts += [text(left + across(x), bottom + 20, f"{x:,g}") for x in decades(min(xs), max(xs))]
     for points, colour in zip(lines.values(), COLOURS, strict=False):
         dots = [(left + across(x), bottom - up(cpu)) for x, cpu, _ in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
-            for x, y in dots
-        ]
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in dots]
     return "\n".join(parts)
 
 

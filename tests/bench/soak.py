@@ -151,9 +151,7 @@ class Soak:
             with suppress(*GONE):
                 async with AsyncExitStack() as stack:
                     for _ in range(10):
-                        stuck = await stack.enter_async_context(
-                            narrow(self.server.http)
-                        )
+                        stuck = await stack.enter_async_context(narrow(self.server.http))
                         await stuck.send(ask)
                     await self.shout(20)
                     self.counts["stuck"] += 10
@@ -192,9 +190,7 @@ class Soak:
         while True:
             for lines in SHAPES.values():
                 await self.throw(head("POST", CHAT, "Host: localhost", *lines))
-            chunked = head(
-                "POST", CHAT, "Host: localhost", "Transfer-Encoding: chunked"
-            )
+            chunked = head("POST", CHAT, "Host: localhost", "Transfer-Encoding: chunked")
             for body in BODIES.values():
                 await self.throw(chunked + body)
             with suppress(*GONE):

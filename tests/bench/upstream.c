@@ -1,12 +1,14 @@
 /* The upstream: an OpenAI-compatible model that answers each POST with RATE tokens a second,
- * for ever, each with the time at which it was sent: `@` and 18 digits of CLOCK_MONOTONIC
- * in ns. The answers' phases are spread evenly, as those of real ones are.
+ * for ever, each of 150 bytes and with the time at which it was sent: `@` and 18 digits of
+ * CLOCK_MONOTONIC in ns. The answers' phases are spread evenly, as those of real ones are.
+ * At RATE 0 one token comes, and nothing after it.
  *
- *   upstream PORT RATE */
+ *   upstream PORT RATE [CERTIFICATE KEY]   with these, over TLS */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/tcp.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,8 +16,12 @@
 #include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef TLS
+#include <openssl/ssl.h>
+#endif
 
 enum { MAX = 4096 };
+static const int64_t NEVER = 1000000000000000000; /* 30 years, in ns */
 static int64_t due[MAX]; /* by file descriptor; 0: not asked yet */
 static const char HEAD[] = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
                            "Transfer-Encoding: chunked\r\n\r\n";
@@ -26,18 +32,69 @@ static int64_t now_ns(void) {
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+/* Each call may block: the server under test reads all that comes. */
+#ifdef TLS
+static SSL_CTX *context;
+static SSL *sessions[MAX];
+
+static int start_tls(const char *certificate, const char *key) {
+    context = SSL_CTX_new(TLS_server_method());
+    return SSL_CTX_use_certificate_chain_file(context, certificate) == 1 &&
+           SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) == 1;
+}
+
+static int open_session(int fd) {
+    if (!context) return 1;
+    SSL_set_fd(sessions[fd] = SSL_new(context), fd);
+    return SSL_accept(sessions[fd]) == 1;
+}
+
+static int transmit(int fd, const char *data, int size) {
+    return context ? SSL_write(sessions[fd], data, size) == size
+                   : send(fd, data, size, MSG_NOSIGNAL) == size;
+}
+
+static int receive(int fd, char *data, int size) {
+    return context ? SSL_read(sessions[fd], data, size) : (int)recv(fd, data, size, 0);
+}
+
+static void end_session(int fd) {
+    SSL_free(sessions[fd]);
+    sessions[fd] = 0;
+    close(fd);
+}
+#else
+static int start_tls(const char *certificate, const char *key) {
+    return (void)certificate, (void)key, 0;
+}
+
+static int open_session(int fd) { return fd >= 0; }
+
+static int transmit(int fd, const char *data, int size) {
+    return send(fd, data, size, MSG_NOSIGNAL) == size;
+}
+
+static int receive(int fd, char *data, int size) { return (int)recv(fd, data, size, 0); }
+
+static void end_session(int fd) { close(fd); }
+#endif
+
 static int token(int fd) {
     char event[512], chunk[600];
-    int n = sprintf(event, "data: {\"id\":\"chatcmpl-bench\",\"object\":\"chat.completion.chunk\","
-                    "\"created\":1700000000,\"model\":\"bench\",\"choices\":[{\"index\":0,\"delta\":"
-                    "{\"content\":\"@%018lld \"},\"finish_reason\":null}]}\n\n", (long long)now_ns());
+    int n = sprintf(event, "data: {\"id\":\"load\",\"object\":\"chat.completion.chunk\","
+                    "\"model\":\"bench\",\"choices\":[{\"index\":0,\"delta\":"
+                    "{\"content\":\"@%018lld \"},\"finish_reason\":null}]}\n\n",
+                    (long long)now_ns());
     n = sprintf(chunk, "%x\r\n%s\r\n", n, event);
-    return send(fd, chunk, n, MSG_NOSIGNAL) == n;
+    return transmit(fd, chunk, n);
 }
 
 int main(int argc, char **argv) {
     if (argc < 3) return 2;
-    int64_t gap = (int64_t)(1e9 / atof(argv[2])), phase = 0;
+    if (argc > 4 && !start_tls(argv[3], argv[4])) return fprintf(stderr, "no TLS\n"), 1;
+    signal(SIGPIPE, SIG_IGN);
+    double rate = atof(argv[2]);
+    int64_t gap = rate ? (int64_t)(1e9 / rate) : NEVER, phase = 0;
     int listener = socket(AF_INET, SOCK_STREAM, 0), epoll = epoll_create1(0), top = 0;
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[1]))};
@@ -49,7 +106,7 @@ int main(int argc, char **argv) {
         for (int fd = 0; fd <= top; fd++) {
             if (!due[fd]) continue;
             if (due[fd] <= now) {
-                if (!token(fd)) { due[fd] = 0; close(fd); continue; }
+                if (!token(fd)) { due[fd] = 0, end_session(fd); continue; }
                 due[fd] += gap;
             }
             if (due[fd] < next) next = due[fd];
@@ -65,13 +122,14 @@ int main(int argc, char **argv) {
                 fd = accept(listener, 0, 0);
                 if (fd < 0 || fd >= MAX) { if (fd >= 0) close(fd); continue; }
                 setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+                if (!open_session(fd)) { end_session(fd); continue; }
                 epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &(struct epoll_event){EPOLLIN, {.fd = fd}});
                 if (fd > top) top = fd;
-            } else if (recv(fd, request, sizeof request, 0) <= 0) {
-                due[fd] = 0, close(fd);
+            } else if (receive(fd, request, sizeof request) <= 0) {
+                due[fd] = 0, end_session(fd);
             } else if (!due[fd]) { /* the whole of the request is one segment here */
-                send(fd, HEAD, sizeof HEAD - 1, MSG_NOSIGNAL);
-                phase = (phase + gap * 618 / 1000) % gap; /* golden ratio: evenly spread */
+                transmit(fd, HEAD, sizeof HEAD - 1);
+                if (rate) phase = (phase + gap * 618 / 1000) % gap; /* golden ratio: evenly spread */
                 due[fd] = now_ns() + phase + 1;
             }
         }

@@ -2,6 +2,7 @@
 
     common      waiting, and what is installed
     server      chatstream.py as a process of its own
+    clock       its time, which a test turns
     vitals      what that process holds; that an attack harmed nobody else
     client      HTTP/1.1, byte for byte
     websocket   frames, which may break the protocol
@@ -10,9 +11,13 @@
     answers     questions, and what their answers say
     attacks     all that clients do wrong
     upstream    a model's server that follows a script
+    protocols   what four protocols say, in several manners
+    sdks        the SDKs for Python and Node
     proxy       connections that break or stall
     site        pages of another origin
     browser     Chromium
+    checker     check_stream.py, as its users run it
+    network     machines whose packets can get lost
     pages       the pages, as their users open them
     npm         packages for a browser and for Node
     redis       a real redis-server
@@ -24,14 +29,19 @@ from .answers import *
 from .attacks import *
 from .background import *
 from .browser import *
+from .checker import *
 from .client import *
+from .clock import *
 from .common import *
 from .http2 import *
+from .network import *
 from .npm import *
 from .pages import *
+from .protocols import *
 from .proxy import *
 from .redis import *
 from .room import *
+from .sdks import *
 from .server import *
 from .site import *
 from .upstream import *

@@ -48,9 +48,7 @@ async def visit(server, n):
     """One connection that ends in one of all the ways there are."""
     ways = [leave_reading, leave_answer, leave_room, leave_head, leave_body, garbage]
     with suppress(*BROKEN, OSError):
-        async with connect(
-            server.http if n % 2 else plain_url(server.ws)
-        ) as connection:
+        async with connect(server.http if n % 2 else plain_url(server.ws)) as connection:
             with trio.move_on_after(5):
                 await ways[n % len(ways)](connection)
             if n // len(ways) % 3 == 0:
@@ -85,9 +83,7 @@ async def leave_head(connection):
 
 
 async def leave_body(connection):
-    await connection.send(
-        head("POST", CHAT, "Host: localhost", "Content-Length: 99") + b'{"me'
-    )
+    await connection.send(head("POST", CHAT, "Host: localhost", "Content-Length: 99") + b'{"me')
 
 
 async def garbage(connection):

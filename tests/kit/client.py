@@ -5,6 +5,7 @@ Response    head, body and events, read strictly by the order that real clients 
 """
 
 import json
+import select
 import socket
 import ssl
 import struct
@@ -81,6 +82,12 @@ class Connection:
             raise Cut("end of file")
         return data
 
+    @property
+    def silent(self):
+        """Nothing has come that was not read."""
+        sock = self.transport.socket
+        return not self.buffer and not select.select([sock], [], [], 0)[0]
+
     async def line(self):
         return (await self.up_to(b"\n")).rstrip(b"\r\n")
 
@@ -98,6 +105,11 @@ class Connection:
 
     async def request(self, method, target, headers=None, body=None, host="127.0.0.1"):
         """Send one request and read the head of its answer."""
+        await self.ask(method, target, headers, body, host)
+        return await self.response(method)
+
+    async def ask(self, method, target, headers=None, body=None, host="127.0.0.1"):
+        """Send one request."""
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()
         head = {"Host": host} | (headers or {})
@@ -106,7 +118,6 @@ class Connection:
             head.setdefault("Content-Length", str(len(body)))
         lines = [f"{method} {target} HTTP/1.1", *(f"{k}: {v}" for k, v in head.items())]
         await self.send("\r\n".join([*lines, "\r\n"]).encode("latin-1") + (body or b""))
-        return await self.response(method)
 
     async def response(self, method="GET"):
         lines = (await self.up_to(b"\r\n\r\n")).split(b"\r\n")[:-2]
@@ -125,7 +136,8 @@ class Response:
         self.retry, self.comments = [], []
         self.ended = method == "HEAD" or status in (204, 304)
         self._left = int(headers.get("content-length", 0))
-        self._block, self._text = [], b""
+        self._block, self._text, self._opened = [], b"", False
+        self.opening_id = None
 
     @property
     def json(self):
@@ -194,12 +206,15 @@ class Response:
     def _line(self, line):
         if not line:
             event, self._block = make_event(self._block), []
+            self._opened = True
             return event
         name, _, value = line.partition(": ")
         if line.startswith(":"):
             self.comments.append(line)
         elif name == "retry":
             self.retry.append(int(value))
+        elif name == "id" and not self._opened and not self._block:
+            self.opening_id = value  # after which a resumed stream goes on
         else:
             self._block.append((name, value))
         return None
@@ -218,11 +233,16 @@ class Response:
 
 def make_event(block):
     """Check the order of lines that real clients need (an empty block is dispatched
-    by some; an id that stands before its data is remembered too early by others)."""
+    by some; an id that stands before its data is remembered too early by others).
+
+    But an answer's first block, or a resumed one's, opens with the id after which it
+    begins: that is what a client is to remember until there is more.
+    """
     names = [name for name, _ in block]
     assert "data" in names, f"a blank line that ends no data: {block}"
     assert set(names) <= {"data", "id", "event"}, block
-    assert "id" not in names or names.index("id") > names.index("data"), block
+    later = names[1:] if names[0] == "id" else names
+    assert "id" not in later or later.index("id") > later.index("data"), block
     fields = dict(block)
     data = "\n".join(value for name, value in block if name == "data")
     return Event(data, fields.get("id"), fields.get("event", "message"))

@@ -13,6 +13,7 @@ import pytest
 import trio
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+REBUILD = pytest.mark.xfail(strict=False, reason="the rebuild")
 PATIENCE = 8  # seconds for anything that should come at once, on a busy machine too
 
 

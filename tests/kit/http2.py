@@ -68,9 +68,7 @@ class H2:
             self.bodies[number] = self.bodies.get(number, b"") + event.data
             if self.acknowledge:
                 with suppress(h2.exceptions.ProtocolError):
-                    self.conn.acknowledge_received_data(
-                        event.flow_controlled_length, number
-                    )
+                    self.conn.acknowledge_received_data(event.flow_controlled_length, number)
         elif isinstance(event, h2.events.StreamEnded):
             self.ended.add(number)
         elif isinstance(event, h2.events.StreamReset):

@@ -18,9 +18,9 @@ def npm_packages(*names):
     key = hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
     cache = Path(tempfile.gettempdir()) / f"chatstream-test-npm-{os.getuid()}-{key}"
     if not cache.exists():
-        folder = Path(tempfile.mkdtemp())
         install = [npm, "install", "--no-audit", "--no-fund", "--silent", *names]
-        subprocess.run(install, cwd=folder, check=True, timeout=300)
-        with suppress(OSError):  # another run was faster
-            folder.rename(cache)  # at once whole, for other runs that look for it
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(install, cwd=folder, check=True, timeout=300)
+            with suppress(OSError):  # another run has been faster
+                Path(folder).rename(cache)  # appears whole, for runs that look for it
     return cache

@@ -1,32 +1,39 @@
 """Connections that break or stall where the test wants it.
 
-Proxy   resets the connection in the middle of each mark
-Line    between a page and a server: cut, stalled, down, byte by byte; and it counts
-        what passes
+Proxy       resets the connection at each mark
+EventProxy  resets it after so many events
+Line        between a page and a server: cut, stalled, down, byte by byte; and it counts
+            what passes
 """
 
+import re
 import threading
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
 from .background import Background
 from .client import reset
+from .common import until
 
 
 class Proxy(Background):
-    """Passes bytes on, and resets the connection in the middle of each mark."""
+    """Passes bytes on, and resets the connection at each mark."""
 
     def __init__(self, port):
         self.server_port, self.marks, self.cuts = port, deque(), 0
+        self.seen = b""  # all that the server has sent
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
     def cut_at(self, *marks):
-        """Cut once inside each of these, in their order, on the way to the client."""
+        """Cut once at each of these, in their order, on the way to the client: in the
+        middle of bytes, or half a second after what a pattern matches. (What a reset
+        overtakes, a page never sees.)"""
         self.marks.extend(marks)
 
     async def handle(self, client):
@@ -45,12 +52,67 @@ class Proxy(Background):
         seen = b""
         async for piece in server:
             seen += piece
-            if self.marks and (at := seen.find(self.marks[0])) >= 0:
-                half = at + len(self.marks.popleft()) // 2 - (len(seen) - len(piece))
+            self.seen += piece
+            if self.marks and (place := place_of(self.marks[0], seen)):
+                mark = self.marks.popleft()
+                await client.send_all(piece[: max(place - len(seen) + len(piece), 0)])
+                await trio.sleep(0.5 if isinstance(mark, re.Pattern) else 0)
                 self.cuts += 1
-                await client.send_all(piece[: max(half, 0)])
                 return reset(client)
             await client.send_all(piece)
+
+
+def place_of(mark, seen):
+    """Where to cut for this mark, once it is there."""
+    if isinstance(mark, re.Pattern):
+        found = mark.search(seen)
+        return found and found.end()
+    at = seen.find(mark)
+    return at + len(mark) // 2 if at >= 0 else None
+
+
+class EventProxy(Proxy):
+    """Passes bytes on, and resets a connection after so many more events."""
+
+    def __init__(self, port):
+        super().__init__(port)
+        self._after, self._seen = None, b""
+
+    def cut_after(self, count):
+        self._after, self._seen = count, b""
+
+    async def _down(self, server, client):
+        async for piece in server:
+            place = self._place_in(piece)
+            await client.send_all(piece[:place])
+            if place is not None:
+                await until(lambda: not unread(client))
+                return reset(client)
+
+    def _place_in(self, piece):
+        """Where in this piece the connection is to be cut, if it is."""
+        if self._after is None:
+            return None
+        before, self._seen = self._seen, self._seen + piece
+        *events, _ = self._seen.split(b"\n\n")
+        if len(events) < self._after:
+            return None
+        place = sum(len(event) + 2 for event in events[: self._after])
+        self._after, self.cuts = None, self.cuts + 1
+        return place - len(before)
+
+
+def unread(transport):
+    """How many bytes the peer, a process on this machine, has not read yet.
+
+    A reset would take them away from it.
+    """
+    port = transport.socket.getpeername()[1]
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[1].rpartition(":")[2], 16) == port:
+            return int(fields[4].rpartition(":")[2], 16)
+    return 0
 
 
 @dataclass

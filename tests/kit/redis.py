@@ -2,9 +2,9 @@
 
 import socket
 import subprocess
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
-from .common import free_port, wait_until
+from .common import free_port, need, wait_until
 
 TOGETHER = ("--linger", "0.4", "--room-rate", "0", "--grace", "1")
 
@@ -53,3 +53,14 @@ class Redis:
         if self.process:
             self.process.kill()
             self.process.wait()
+
+
+@contextmanager
+def running_redis(folder):
+    need("redis-server", "apt-get install redis-server")
+    server = Redis(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

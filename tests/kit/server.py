@@ -14,16 +14,19 @@ import pytest
 
 from .common import ROOT, need, until, wait_until
 
-START = re.compile(
-    r"^chatstream: (https?://\S+:(\d+))  (wss?://\S+:(\d+))  model: (.+)$"
-)
+START = re.compile(r"^chatstream: (https?://\S+:(\d+))  (wss?://\S+:(\d+))  model: (.+)$")
 SECRET = "sk-server-7f3a9c55e1"  # the server's own key, which nobody must ever see
 running = pytest.StashKey[list]()
 
 
 def clean_environment(extra=None):
-    """The environment without anybody's real model account in it."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    """The environment without anybody's real model account, settings or proxy in it."""
+    ours = ("OPENAI_", "CHATSTREAM_")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ours) and not name.lower().endswith("_proxy")
+    }
     return kept | (extra or {})
 
 
@@ -133,9 +136,7 @@ def servers(config):
         shutil.rmtree(folder)
 
 
-FULL = (
-    os.environ.get("CHATSTREAM_FULL") == "1"
-)  # real time limits, thousands of clients
+FULL = os.environ.get("CHATSTREAM_FULL") == "1"  # real time limits, thousands of clients
 
 # Starts the server with other time limits, and tells on SIGUSR1 how many tasks it has.
 PROGRAM = """
@@ -166,7 +167,5 @@ def make_certificate(folder):
     make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1"
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     files = ["-out", cert, "-keyout", key]
-    subprocess.run(
-        [openssl, *make.split(), *names, *files], check=True, capture_output=True
-    )
+    subprocess.run([openssl, *make.split(), *names, *files], check=True, capture_output=True)
     return ["--certfile", cert, "--keyfile", key]

@@ -50,7 +50,17 @@ class Heard:
     @property
     def prompt(self):
         """What was asked. That names the script. (None: a request of another kind.)"""
-        return self.json["messages"][-1]["content"] if self.body else None
+        return prompt_of(self.json) if self.body else None
+
+
+def prompt_of(body):
+    """The last thing said in a question, in whichever protocol it is asked."""
+    said = next((body[k] for k in ("messages", "input", "prompt") if body.get(k)), None)
+    while isinstance(said, list | dict):
+        part = said[-1] if isinstance(said, list) else said
+        is_part = isinstance(part, dict)
+        said = part.get("content") or part.get("text") if is_part else part
+    return said
 
 
 class Upstream(Background):
@@ -147,9 +157,7 @@ class SecureUpstream(Upstream):
 
     async def handle(self, transport):
         await super().handle(
-            trio.SSLStream(
-                transport, self._context, server_side=True, https_compatible=True
-            )
+            trio.SSLStream(transport, self._context, server_side=True, https_compatible=True)
         )
 
 
@@ -195,3 +203,14 @@ def plain(status, body, *headers, content_type="application/json"):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"HTTP/1.1 {status} Because", f"Content-Type: {content_type}", *headers]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "\r\n"]).encode() + body
+    lines = [f"HTTP/1.1 {status} Because", f"Content-Type: {content_type}", *headers]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "\r\n"]).encode() + body
+
+
+def whole_answer(text=None, finish="stop", **said):
+    """The one step of a completion that was not to be streamed."""
+    message = {"role": "assistant", "content": text} | said
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    usage = {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
+    chunk = delta() | {"object": "chat.completion", "choices": [choice], "usage": usage}
+    return plain(200, chunk)

@@ -1,6 +1,6 @@
 """FastAPI and httpx2 as a relay, the bytes passed on unread.
 
-fastapi_relay.py PORT UPSTREAM_PORT
+fastapi_relay.py PORT UPSTREAM_URL
 """
 
 import sys
@@ -12,14 +12,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from starlette.background import BackgroundTask
 
-port, upstream = int(sys.argv[1]), int(sys.argv[2])
+port, upstream = int(sys.argv[1]), sys.argv[2]
 limits = httpx2.Limits(max_connections=None)
 
 
 @asynccontextmanager
 async def lifespan(app):
-    base = f"http://127.0.0.1:{upstream}"
-    async with httpx2.AsyncClient(base_url=base, timeout=None, limits=limits) as client:
+    async with httpx2.AsyncClient(timeout=None, limits=limits) as client:
         app.state.client = client
         yield
 
@@ -30,9 +29,8 @@ app = FastAPI(lifespan=lifespan)
 @app.post("/v1/chat/completions")
 async def relay(request: Request):
     client = request.app.state.client
-    asked = client.build_request(
-        "POST", "/v1/chat/completions", content=await request.body()
-    )
+    url, question = f"{upstream}/chat/completions", await request.body()
+    asked = client.build_request("POST", url, content=question)
     answer = await client.send(asked, stream=True)
     return StreamingResponse(
         answer.aiter_raw(),

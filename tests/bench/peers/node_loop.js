@@ -1,31 +1,24 @@
 // One timer, one loop over all responses: what a careful Node author writes.
-// node_loop.js PORT RATE
-const http = require("node:http");
-const [port, rate] = process.argv.slice(2).map(Number);
+// node_loop.js PORT RATE [CERTIFICATE KEY]
+const fs = require("node:fs");
+const feed = require("./feed.js");
+const [port, rate, certificate, key] = process.argv.slice(2);
+const { createServer } = require(certificate ? "node:https" : "node:http");
+const options = certificate
+  ? { cert: fs.readFileSync(certificate), key: fs.readFileSync(key) } : {};
 const readers = new Set();
 
-http.createServer((request, response) => {
+createServer(options, (request, response) => {
   response.writeHead(200, {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
   });
   response.flushHeaders();
+  if (feed.newest) response.write(feed.newest);
   readers.add(response);
   response.on("close", () => readers.delete(response));
-}).listen(port, "127.0.0.1", 1024);
+}).listen(Number(port), "127.0.0.1", 1024);
 
-function tick() {
-  const stamp = String(process.hrtime.bigint()).padStart(18, "0");
-  const event = `data: {"content": "@${stamp} "}\n\n`;
+feed.run(Number(rate), (event) => {
   for (const response of readers) response.write(event);
-}
-
-// setInterval rounds to whole milliseconds and drops what it missed: keep to the clock.
-const start = performance.now();
-let sent = 0;
-function run() {
-  const due = Math.floor(((performance.now() - start) * rate) / 1000);
-  if (due > sent) { sent = due; tick(); }
-  setTimeout(run, Math.max(0, start + ((sent + 1) * 1000) / rate - performance.now()));
-}
-if (rate) run();
+});

@@ -25,9 +25,7 @@ class Member(WSListener):
 
 async def main():
     port = int(sys.argv[1])
-    server = await ws_create_server(
-        lambda request: Member(), "127.0.0.1", port, backlog=1024
-    )
+    server = await ws_create_server(lambda request: Member(), "127.0.0.1", port, backlog=1024)
     await server.serve_forever()
 
 

@@ -1,4 +1,4 @@
-"""uvicorn and Starlette's StreamingResponse.  starlette_sse.py PORT RATE"""
+"""uvicorn and Starlette's StreamingResponse.  starlette_sse.py PORT RATE [CERT KEY]"""
 
 import asyncio
 import sys
@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-port, rate = int(sys.argv[1]), float(sys.argv[2])
+port, rate, tls = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
 
 
 async def frames():
@@ -31,4 +31,5 @@ async def lifespan(app):
 
 
 app = Starlette(routes=[Route("/", stream)], lifespan=lifespan)
-uvicorn.run(app, port=port, log_level="error", access_log=False)
+secure = dict(zip(("ssl_certfile", "ssl_keyfile"), tls, strict=False))
+uvicorn.run(app, port=port, log_level="error", access_log=False, **secure)

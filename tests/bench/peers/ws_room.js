@@ -1,7 +1,13 @@
 // The room with `ws`, as its own documentation broadcasts.
-// ws_room.js PORT
+// ws_room.js PORT ARGUMENT [CERTIFICATE KEY]
+const fs = require("node:fs");
 const { WebSocket, WebSocketServer } = require("ws");
-const server = new WebSocketServer({ port: Number(process.argv[2]), host: "127.0.0.1" });
+const [port, , certificate, key] = process.argv.slice(2);
+const { createServer } = require(certificate ? "node:https" : "node:http");
+const options = certificate
+  ? { cert: fs.readFileSync(certificate), key: fs.readFileSync(key) } : {};
+const http = createServer(options).listen(Number(port), "127.0.0.1", 1024);
+const server = new WebSocketServer({ server: http });
 
 server.on("connection", (socket) => {
   socket.on("error", () => {});

@@ -58,13 +58,7 @@ def test_an_answer_is_counted(profile, model, upstream, expect):
     page = profile.open(from_http(model))
     ask(page, upstream.script(*answer("One ", 0.3, "two ", "three.")))
     stats = page.locator(".stats")
-    numbers = [
-        "scripted",
-        "first token after {}",
-        "{} events/s",
-        "{} events",
-        "{} s in all",
-    ]
+    numbers = ["scripted", "first token after {}", "{} events/s", "{} events", "{} s in all"]
     patterns = [re.compile(number.replace("{}", r"[\d.]+")) for number in numbers]
     expect(stats.locator("span")).to_have_text(patterns)
     expect(stats).to_contain_text("3 events")
@@ -84,9 +78,7 @@ def test_a_finished_answer_is_announced_once(profile, model, upstream, expect):
     expect(page.locator("#send")).to_be_visible()
     expect(last_answer(page)).to_have_text("One two three.")
     assert page.evaluate("announced") == ["Answer: One two three."]
-    expect(page.get_by_role("log", name="Conversation")).to_have_attribute(
-        "aria-live", "off"
-    )
+    expect(page.get_by_role("log", name="Conversation")).to_have_attribute("aria-live", "off")
 
 
 def test_the_model_is_told_what_was_said_before(profile, model, upstream, expect):
@@ -299,9 +291,7 @@ def test_another_view_does_not_end_an_answer(profile, model, upstream, expect):
 # ------------------------------------------------------------------------------ trouble
 
 
-def test_a_failure_says_what_happened_and_can_be_tried_again(
-    profile, model, upstream, expect
-):
+def test_a_failure_says_what_happened_and_can_be_tried_again(profile, model, upstream, expect):
     scripts = iter([sse(delta("Half"), FIN), answer("All of it.")])
     prompt = upstream.script(lambda heard: next(scripts))
     page = profile.open(from_http(model))
@@ -354,14 +344,10 @@ def test_from_disk_it_waits_for_the_server(profile, serve, expect):
     none = f"No server at localhost:{port}. To start one: python chatstream.py"
     expect(page.locator("#chat-state")).to_have_text(none)
     serve("--port", str(port))
-    expect(page.locator("#chat-state")).to_have_text(
-        "Ready. Model: demo", timeout=20_000
-    )
+    expect(page.locator("#chat-state")).to_have_text("Ready. Model: demo", timeout=20_000)
 
 
-def test_a_server_killed_in_mid_answer_and_started_again(
-    profile, serve, upstream, expect
-):
+def test_a_server_killed_in_mid_answer_and_started_again(profile, serve, upstream, expect):
     profile.network_fails = True
     flags = ["--upstream", upstream.url, "--model", "scripted"]
     server = serve(*flags)
@@ -444,9 +430,7 @@ def test_a_stalled_line_is_noticed(profile, line, upstream, expect):
 # --------------------------------------------------------------------------- scrolling
 
 
-def test_the_page_follows_only_a_reader_who_is_at_the_end(
-    profile, model, upstream, expect
-):
+def test_the_page_follows_only_a_reader_who_is_at_the_end(profile, model, upstream, expect):
     more, rest = Gate(), Gate()
     lines = [f"line {n}\n\n" for n in range(40)]
     page = profile.open(from_http(model))
@@ -469,9 +453,7 @@ def test_the_page_follows_only_a_reader_who_is_at_the_end(
 # ---------------------------------------------------------------- a network that is cut
 
 
-def test_an_answer_is_on_hold_while_the_network_is_cut(
-    profile, model, upstream, where, expect
-):
+def test_an_answer_is_on_hold_while_the_network_is_cut(profile, model, upstream, where, expect):
     gate = Gate()
     prompt = upstream.script(*answer("One ", gate, "two ", "three."))
     page = profile.open(where(model))
@@ -613,9 +595,7 @@ def test_an_answer_that_was_cut_short_says_so(profile, model, upstream, expect):
     expect(page.locator(".trouble")).to_have_count(0)
 
 
-def test_enter_while_an_answer_runs_says_why_nothing_happens(
-    profile, model, upstream, expect
-):
+def test_enter_while_an_answer_runs_says_why_nothing_happens(profile, model, upstream, expect):
     page = profile.open(from_http(model))
     ask(page, upstream.script(*sse(delta("One"), HOLD)))
     expect(last_answer(page)).to_have_text("One")
@@ -638,9 +618,7 @@ def test_the_draft_and_the_focus_survive_a_reload(profile, demo, expect):
 
 
 def test_the_model_is_named_and_can_be_chosen(profile, serve, upstream, expect):
-    server = serve(
-        "--upstream", upstream.url, "--model", "scripted", "--model", "other/two"
-    )
+    server = serve("--upstream", upstream.url, "--model", "scripted", "--model", "other/two")
     page = profile.open(from_http(server))
     choice = page.get_by_role("combobox", name="Model")
     expect(choice).to_have_value("scripted")
@@ -666,9 +644,7 @@ def test_there_is_no_choice_of_one(profile, demo, expect):
 # -------------------------------------------------------------- an answer's own address
 
 
-def test_an_answer_is_watched_on_two_screens(
-    chromium, profile, model, upstream, expect
-):
+def test_an_answer_is_watched_on_two_screens(chromium, profile, model, upstream, expect):
     gate = Gate()
     page = profile.open(from_http(model))
     prompt = upstream.script(*answer("One ", gate, "two."))
@@ -705,9 +681,7 @@ def test_an_address_of_no_answer(profile, demo, expect):
 # ------------------------------------------------------------------------ conversations
 
 
-def test_two_tabs_that_ask_at_once_keep_both_questions(
-    profile, model, upstream, expect
-):
+def test_two_tabs_that_ask_at_once_keep_both_questions(profile, model, upstream, expect):
     tabs = [profile.open(from_http(model)) for _ in range(2)]
     gate = Gate()
     prompts = [upstream.script(*answer(f"{n} ", gate, "end.")) for n in "AB"]
@@ -756,9 +730,7 @@ def test_an_address_of_no_view_shows_the_chat(profile, demo, expect, name):
     expect(page.locator("nav [aria-current]")).to_have_text("Chat")
 
 
-def test_a_page_reloaded_before_it_heard_the_answers_id(
-    profile, model, upstream, expect
-):
+def test_a_page_reloaded_before_it_heard_the_answers_id(profile, model, upstream, expect):
     """It asks once more, with the same key, and the model is asked once."""
     gate = Gate()
     prompt = upstream.script(gate, *answer("Yes."))
@@ -812,9 +784,7 @@ def test_a_protected_server_is_opened_once(profile, serve, expect):
     page.click("nav a[href='#chat']")
     ask(page, "Hello?")
     expect(last_answer(page)).to_contain_text("demo")
-    assert "sesame" not in page.evaluate(
-        "document.cookie + JSON.stringify(localStorage)"
-    )
+    assert "sesame" not in page.evaluate("document.cookie + JSON.stringify(localStorage)")
 
 
 def test_an_open_server_asks_for_no_token(profile, demo, expect):
@@ -878,9 +848,7 @@ def test_an_answer_fits_a_narrow_screen(profile, model, upstream, expect, letter
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_in_the_chat(chromium, serve, upstream, axe, expect, scheme):
-    server = serve(
-        "--upstream", upstream.url, "--model", "scripted", "--model", "other"
-    )
+    server = serve("--upstream", upstream.url, "--model", "scripted", "--model", "other")
     context = chromium.new_context(color_scheme=scheme, bypass_csp=True)
     page = context.new_page()
     page.goto(from_http(server))

@@ -105,8 +105,7 @@ BLOCKS = {
     "a | b\nc": "<p>a | b\nc</p>",
     "- [ ] to do": "<ul><li><p>[ ] to do</p></li></ul>",
     "-": "<ul><li></li></ul>",
-    "<b>bold</b> &amp; <!-- x -->": "<p>&lt;b&gt;bold&lt;/b&gt; &amp;amp; "
-    "&lt;!-- x --&gt;</p>",
+    "<b>bold</b> &amp; <!-- x -->": "<p>&lt;b&gt;bold&lt;/b&gt; &amp;amp; &lt;!-- x --&gt;</p>",
 }
 
 LINK = '<a href="{}">{}</a>'
@@ -143,8 +142,7 @@ INLINE = {
     + LINK.format("https://x.example/%E4%B8%80%E9%A1%B5", "https://x.example/一页")
     + "。后文",
     "<https://x.example/>": LINK.format("https://x.example/", "https://x.example/"),
-    "![alt](https://x.example/i.png)": "!"
-    + LINK.format("https://x.example/i.png", "alt"),
+    "![alt](https://x.example/i.png)": "!" + LINK.format("https://x.example/i.png", "alt"),
     r"\(a_1 * b_2\) and \[ x_* y_* \] $$a*b*c$$": r"\(a_1 * b_2\) and "
     r"\[ x_* y_* \] $$a*b*c$$",
     "$x_{*}$ and $*y*$ but $5 and *$6*": "$x_{*}$ and $*y*$ but $5 and <em>$6</em>",
@@ -166,22 +164,7 @@ def test_however_it_is_cut(sheet, step):
 # What Markdown is made of, in any order: that is what a model may come to write.
 PIECES = [
     *("a", "*", "**", "_", "`", "``", "```", "```py", "~~~", "-", ">", "#", "##"),
-    *(
-        "|",
-        "---",
-        "***",
-        "[",
-        "](",
-        "\\",
-        "\\(",
-        "$",
-        "$$",
-        "<",
-        "&",
-        "!",
-        "中文",
-        "，",
-    ),
+    *("|", "---", "***", "[", "](", "\\", "\\(", "$", "$$", "<", "&", "!", "中文", "，"),
     *("1. ", "2) ", "  ", "    ", "\t", "word ", "\n", "\n", "\n", "\n\n", "- "),
     *("| a | b |\n|---|---|\n", "https://x.example/", "http://a.example/b)"),
 ]
@@ -221,12 +204,9 @@ LONG = {
     "code": "```py\n" + "".join(f"line {n}\n\n" for n in range(15_000)) + "```\nend",
     "line": "```\n" + "x" * 200_000 + "\n```",
     "list": "".join(f"- item {n}\n  - inner `{n}`\n" for n in range(8_000)),
-    "table": "| a | b |\n|---|---|\n"
-    + "".join(f"| {n} | *x* |\n" for n in range(15_000)),
+    "table": "| a | b |\n|---|---|\n" + "".join(f"| {n} | *x* |\n" for n in range(15_000)),
     "quote": "".join(f"> line {n}\n" for n in range(15_000)),
-    "nested code": "- a\n  ```\n"
-    + "".join(f"  line {n}\n" for n in range(15_000))
-    + "  ```",
+    "nested code": "- a\n  ```\n" + "".join(f"  line {n}\n" for n in range(15_000)) + "  ```",
     "stars": "*a " * 60_000 + "`b " * 10_000,
     "brackets": "[" * 100_000 + "](" * 50_000,
     "blank": "\n" * 100_000 + " " * 100_000,

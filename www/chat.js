@@ -17,6 +17,7 @@
   const log = $("log");
   const turns = new Map(); // a message's key -> its Turn
   const runs = new Map(); // an answer's key -> what this tab is reading of it
+  const FROM_THE_START = { content: "", reasoning: "", events: 0, caught: 0, first: null, last: "" };
   const ACTS = { again, regenerate: again, edit };
   let editing = null; // the question that is being edited
   let restore = null; // brings back the conversation that was cleared
@@ -222,7 +223,7 @@
     messages.forEach((message, n) => {
       if (isStale(message)) drop(message.key);
       if (!turns.has(message.key)) {
-        if (isUnderWay(message)) Object.assign(message, progress[message.key]);
+        if (isUnderWay(message)) Object.assign(message, FROM_THE_START, progress[message.key]);
         turns.set(message.key, new Turn(message, ACTS));
       }
       const { article } = turns.get(message.key);

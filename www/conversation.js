@@ -34,8 +34,8 @@ const conversation = (() => {
   /* Our own copy, unless we only wait and theirs knows more. */
   function further(ours, theirs) {
     if (!theirs || !isUnderWay(ours) || self.reading.has(ours.key)) return ours;
-    const knows = !isUnderWay(theirs) || (theirs.id && !ours.id);
-    return knows ? Object.assign(ours, theirs) : ours;
+    if (!isUnderWay(theirs)) return Object.assign(ours, theirs);
+    return Object.assign(ours, { id: ours.id ?? theirs.id });
   }
 
   function save() {

@@ -55,9 +55,7 @@ def test_no_word_is_missing_in_either_language(profile, demo):
         assert bool(english) == bool(chinese), key
         assert re.findall(r"\{\d\}", english) == sorted(re.findall(r"\{\d\}", chinese))
     source = "".join(path.read_text() for path in WWW.iterdir())
-    used = set(
-        re.findall(r'(?:say\(|data-(?:say|label|placeholder)=)"([^"]+)"', source)
-    )
+    used = set(re.findall(r'(?:say\(|data-(?:say|label|placeholder)=)"([^"]+)"', source))
     assert used <= set(words)
 
 

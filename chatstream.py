@@ -1639,9 +1639,9 @@ def clean_name(name: str) -> str:
         marks = [unicodedata.combining(s) or unicodedata.category(s) == "Me"
                  for s in (*shown[-2:], c)]  # fmt: skip
         variant = "\ufe00" <= c <= "\ufe0f" or "\U000e0100" <= c <= "\U000e01ef"
-        if c.isprintable() and c not in INVISIBLE and not variant:
-            if not (len(marks) == 3 and all(marks)):
-                shown.append(c)
+        shows = c.isprintable() and c not in INVISIBLE and not variant
+        if shows and not (len(marks) == 3 and all(marks)):
+            shown.append(c)
     text = "".join(shown).strip()[:NAME_CHARACTERS].strip()
     return text or f"guest-{random.randint(1000, 9999)}"
 
@@ -4534,7 +4534,7 @@ PREFIX = "chatstream:2:"
 ROOM, STATE, PRESENCE = PREFIX + "room", PREFIX + "state", PREFIX + "presence"
 ROOM_KEYS = [ROOM, PREFIX + "room:facts", PREFIX + "room:comings", PRESENCE]
 REDIS_TIMEOUT, BEAT, BEATS_MISSED = 2, 1, 4
-LOOK_EVERY, MIRROR_EVERY = 0.05, 0.02
+STATE_EVERY, MIRROR_EVERY = 0.05, 0.02
 FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
 MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
@@ -4836,7 +4836,7 @@ class Cluster:
             events = [answer[n] for n in range(mirror.stored, end)]
             problem = answer.problem if ended else None
             args += [mirror.head, 0, *self.entry(mirror.stored, events, ended, problem)]
-            ends.append(end if ended else inf)
+            ends.append(end if ended else -2)  # a place that no answer has
         results = await self.write([answer.name for answer in answers], args)
         for answer, end, result in zip(answers, ends, results, strict=True):
             self.mirrored[answer].stored = result
@@ -4943,7 +4943,7 @@ class Cluster:
             elif self.wants() != said:
                 await self.say_state(beat=False)
             said = self.wants()
-            await trio.sleep(LOOK_EVERY)
+            await trio.sleep(STATE_EVERY)
 
     def wants(self) -> JSON:
         """Of other processes' answers: which are read here, which are to be stopped."""

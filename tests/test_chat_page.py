@@ -12,8 +12,6 @@ from kit import (
     WWW,
     Gate,
     answer,
-    ask,
-    asked,
     check_axe,
     delta,
     fits,
@@ -21,12 +19,12 @@ from kit import (
     from_disk,
     from_http,
     last_answer,
-    over,
     plain,
     sse,
     stored,
     wait_until,
 )
+from kit.pages import ask, asked, over
 
 # --------------------------------------------------------------------------- the chat
 

@@ -12,14 +12,13 @@ from kit import (
     Line,
     Scripted,
     answer,
-    ask,
     check_axe,
     fits,
     from_http,
     last_answer,
-    over,
     wait_until,
 )
+from kit.pages import ask, over
 
 WAYS = ["polling", "stream", "socket"]
 SIZES = {"phone": 320, "desk": 1280}

@@ -4,20 +4,8 @@ both languages, a narrow screen."""
 import re
 
 import pytest
-from kit import (
-    FIN,
-    HOLD,
-    WWW,
-    ask,
-    check_axe,
-    delta,
-    enter_room,
-    from_disk,
-    from_http,
-    said,
-    speak,
-    sse,
-)
+from kit import FIN, HOLD, WWW, check_axe, delta, enter_room, from_disk, from_http, said, speak, sse
+from kit.pages import ask
 
 VIEWS = ["chat", "clock", "room"]
 

@@ -4,7 +4,8 @@ import re
 import signal
 
 import pytest
-from kit import Line, check_axe, enter_room, from_disk, from_http, over, said, speak
+from kit import Line, check_axe, enter_room, from_disk, from_http, said, speak
+from kit.pages import over
 
 
 def test_two_in_the_room(profile, serve, where, expect):

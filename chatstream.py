@@ -4828,7 +4828,7 @@ class Cluster:
     async def mirror_some(self, answers: list[Answer]) -> None:
         """What is new of these; the end of an answer goes with its last events."""
         args: list[str | int] = []
-        ends: list[float] = []
+        ends: list[int] = []
         for answer in answers:
             mirror = self.mirrored[answer]
             end = min(answer.end, mirror.stored + MIRROR_EVENTS)

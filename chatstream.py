@@ -1639,9 +1639,9 @@ def clean_name(name: str) -> str:
         marks = [unicodedata.combining(s) or unicodedata.category(s) == "Me"
                  for s in (*shown[-2:], c)]  # fmt: skip
         variant = "\ufe00" <= c <= "\ufe0f" or "\U000e0100" <= c <= "\U000e01ef"
-        if c.isprintable() and c not in INVISIBLE and not variant:
-            if not (len(marks) == 3 and all(marks)):
-                shown.append(c)
+        shows = c.isprintable() and c not in INVISIBLE and not variant
+        if shows and not (len(marks) == 3 and all(marks)):
+            shown.append(c)
     text = "".join(shown).strip()[:NAME_CHARACTERS].strip()
     return text or f"guest-{random.randint(1000, 9999)}"
 
@@ -2649,15 +2649,16 @@ class App:
             raise server_stopping()
         return request.path == "/clock"
 
-    async def session(self, wire: Wire, request: Request, is_clock: bool) -> str:
+    async def session(
+        self, wire: Wire, is_clock: bool, head: bytes, trailing: bytes, query: Mapping[str, str]
+    ) -> str:
         """From the handshake to the close frame; returns how it ended."""
         log = self.clock if is_clock else self.room
         now = log.end  # before the handshake ends: it misses nothing of what follows
         with trio.fail_after(HEAD_TIMEOUT):
-            v1 = await shake_hands(wire, request.head, not is_clock)
-        member = self.member(wire, is_clock, v1, now, request.query)
-        member.frames.feed(request.trailing)
-        del request  # 4 KB that a member does not need any more
+            v1 = await shake_hands(wire, head, not is_clock)
+        member = self.member(wire, is_clock, v1, now, query)
+        member.frames.feed(trailing)
         try:
             if is_clock:
                 await member.stay(ignore, 0)
@@ -2838,18 +2839,18 @@ class Server:
         request = await http1.serve(functools.partial(self.handle, wire))
         if request is None:
             return
-        started = time.monotonic()
+        started, path, query = time.monotonic(), request.path, request.query
         try:
             is_clock = self.app.admit(request)
         except Problem as problem:
             await http1.refuse(problem)
             return await wire.finish()
-        del http1  # 4 KB that a member does not need any more
+        head, trailing = request.head, request.trailing
+        del http1, request  # 4 KB that a member does not need any more
         self.app.active += 1
         ended = "cut off"
         try:
-            path = request.path
-            ended = await self.app.session(wire, request, is_clock)
+            ended = await self.app.session(wire, is_clock, head, trailing, query)
         finally:
             await wire.finish()
             self.app.active -= 1
@@ -3519,8 +3520,7 @@ CONNECT_TIMEOUT, CONNECT_TRIES = 5, 3
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT, MODELS_BYTES = 10, 10, 4 * MiB
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
-INTAKE_REST = 0.0005  # seconds, after a pass that found many
-MANY = 8
+INTAKE_REST = 0.001  # seconds, after a pass
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
     "openai-.*|anthropic-.*|http-referer|x-title|traceparent|tracestate|idempotency-key"
@@ -3648,8 +3648,9 @@ class Exchange:
 class Intake:
     """The pump's counterpart: one task reads from all upstreams that have news.
 
-    To wake a task for each token costs more than the token. After a pass that found many it
-    rests for a moment, so that the next one finds many, too. A lone token waits for nobody.
+    To wake a task for each token costs more than the token. So it rests for a moment after a
+    pass, and the next one finds many. A token that comes alone, after the rest, waits for
+    nobody.
 
     Linux's selector (epoll) is itself a file that can be waited for, so Trio waits for this
     one only. Where there is none, each upstream has a task that reads it.
@@ -3667,10 +3668,7 @@ class Intake:
                 await turn.pause()
                 if self._selector.get_map().get(key.fd) is key:  # still
                     key.data()
-            if len(ready) > MANY:
-                await trio.sleep(INTAKE_REST)
-            else:
-                await trio.lowlevel.checkpoint()
+            await trio.sleep(INTAKE_REST)
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
         """The rest of a body, to its end. Raises what `take` and the exchange raise."""
@@ -4536,7 +4534,7 @@ PREFIX = "chatstream:2:"
 ROOM, STATE, PRESENCE = PREFIX + "room", PREFIX + "state", PREFIX + "presence"
 ROOM_KEYS = [ROOM, PREFIX + "room:facts", PREFIX + "room:comings", PRESENCE]
 REDIS_TIMEOUT, BEAT, BEATS_MISSED = 2, 1, 4
-LOOK_EVERY, MIRROR_EVERY = 0.05, 0.02
+STATE_EVERY, MIRROR_EVERY = 0.05, 0.02
 FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
 MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
@@ -4830,7 +4828,7 @@ class Cluster:
     async def mirror_some(self, answers: list[Answer]) -> None:
         """What is new of these; the end of an answer goes with its last events."""
         args: list[str | int] = []
-        ends: list[float] = []
+        ends: list[int] = []
         for answer in answers:
             mirror = self.mirrored[answer]
             end = min(answer.end, mirror.stored + MIRROR_EVENTS)
@@ -4838,7 +4836,7 @@ class Cluster:
             events = [answer[n] for n in range(mirror.stored, end)]
             problem = answer.problem if ended else None
             args += [mirror.head, 0, *self.entry(mirror.stored, events, ended, problem)]
-            ends.append(end if ended else inf)
+            ends.append(end if ended else -2)  # a place that no answer has
         results = await self.write([answer.name for answer in answers], args)
         for answer, end, result in zip(answers, ends, results, strict=True):
             self.mirrored[answer].stored = result
@@ -4945,7 +4943,7 @@ class Cluster:
             elif self.wants() != said:
                 await self.say_state(beat=False)
             said = self.wants()
-            await trio.sleep(LOOK_EVERY)
+            await trio.sleep(STATE_EVERY)
 
     def wants(self) -> JSON:
         """Of other processes' answers: which are read here, which are to be stopped."""

@@ -78,12 +78,7 @@ async def test_all_members_hear_all_messages_once_and_in_one_order(both):
         said = [await hear_of(member, "message") for _ in range(4 * count)]
         heard.append([(message["id"], message["text"]) for message in said])
 
-    async with (
-        person(a) as one,
-        person(a) as two,
-        person(b) as three,
-        person(b) as four,
-    ):
+    async with person(a) as one, person(a) as two, person(b) as three, person(b) as four:
         members = (one, two, three, four)
         after = (await say_and_hear(one))["id"]
         for member in members[1:]:
@@ -361,11 +356,7 @@ async def while_away(a, b, upstream, away, kept=True):
     """What must hold before, during and after an absence of Redis."""
     gates = Gate(), Gate()
     prompt = upstream.script(*answer("a ", gates[0], "b ", gates[1], "c"))
-    async with (
-        person(a, "Ann") as ann,
-        person(b, "Bob") as bob,
-        asked(a, prompt) as here,
-    ):
+    async with person(a, "Ann") as ann, person(b, "Bob") as bob, asked(a, prompt) as here:
         said = await say_and_hear(ann)
         await hear_of(bob, "message", text=said["text"])
         async with stream("GET", at(b, here)) as there:

@@ -4563,7 +4563,8 @@ for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumb
 local known = redis.call('HMGET', facts, 'name', 'end', 'last')
 local name, place, last = known[1], tonumber(known[2] or 0), tonumber(known[3] or -1)
 if not name then
-  redis.call('DEL', room, comings)
+  redis.call('XTRIM', room, 'MAXLEN', 0)  --which keeps its last id, as DEL would not
+  redis.call('DEL', comings)
   name = our_name
 end
 if name == our_name and place < tonumber(our_end) then
@@ -4785,12 +4786,15 @@ class Cluster:
         for answer in list(self.mirrored):  # while Redis was away, some were forgotten
             if answer.name not in self.app.answers.by_id:
                 del self.mirrored[answer]
+        looked = -inf
         while True:
+            stood_still = trio.current_time() > looked + BEAT  # has somebody ended ours?
+            looked = trio.current_time()
+            await self.mirror_news(stood_still)
             await trio.sleep(MIRROR_EVERY)
-            await self.mirror_news()
 
-    async def mirror_news(self) -> None:
-        news = [a for a, stored in self.mirrored.items() if stored < a.end or a.closed]
+    async def mirror_news(self, of_all: bool = False) -> None:
+        news = [a for a, stored in self.mirrored.items() if of_all or stored < a.end or a.closed]
         for first in range(0, len(news), MIRROR_ANSWERS):
             with trio.fail_after(REDIS_TIMEOUT):
                 await self.mirror_some(news[first : first + MIRROR_ANSWERS])

@@ -512,6 +512,7 @@ async def test_a_process_that_stood_still_goes_on(pair, upstream, seconds):
             assert await there.events(1) == first
             with frozen(a.process):
                 await trio.sleep(seconds)
+            if seconds == 1:
                 gate.open()
             ended = await there.events()
         if seconds == 1:

@@ -4511,17 +4511,16 @@ def http2_config() -> Config:
 # Event n of a log is the same everywhere. An entry that is read twice changes nothing,
 # so a process that has lost touch reads all streams again from their beginning.
 #
-# The processes tell each other their state (their counts, which copies somebody reads,
-# which of these are to be stopped): all of it, once a second and when it changes, into
-# one stream. A process of which nothing is heard while we hear ourselves five times, a
-# second apart, is gone.
+# The processes tell each other their state: their counts, which copies somebody reads,
+# which of these are to be stopped. All of it goes into one stream, once a second and
+# when it changes. A process of which nothing is heard while we hear ourselves five
+# times, a second apart, is gone.
 #
 # Redis, and any of the others, may be gone at any moment, or stand still and wake up
 # later. So nothing waits for Redis longer than REDIS_TIMEOUT, and a message that its
 # sender was told is not stored will not turn up later.
 #
 #   room           stream of what was said, each entry with its place in the log
-#   room:facts     hash: the room's name, its end, the place of the last message
 #   room:comings   list: which entries of the room are comings and goings
 #   presence       hash: members in each process
 #   state          stream of states
@@ -4529,59 +4528,65 @@ def http2_config() -> Config:
 #   key:DIGEST     the answer that an Idempotency-Key has started
 #
 # Redis numbers all entries by itself (`*`): with ids of our own, one foreign entry with
-# a later id would block them for ever. A key of another type is not ours and is
-# deleted: it would block every command that names it beside others.
+# a later id would block them for ever.
 
 PREFIX = "chatstream:2:"
-ROOM, STATE, PRESENCE = PREFIX + "room", PREFIX + "state", PREFIX + "presence"
-ROOM_KEYS = [ROOM, PREFIX + "room:facts", PREFIX + "room:comings", PRESENCE]
+ROOM, STATE, COMINGS, PRESENCE = (
+    PREFIX + name for name in ("room", "state", "room:comings", "presence")
+)
+ANSWER_PREFIX = PREFIX + "answer:"
 REDIS_TIMEOUT, BEAT, BEAT_APART, BEATS_MISSED = 2, 1, 0.8, 4
 WANTS_EVERY, MIRROR_EVERY = 0.05, 0.02
 FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
 MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
 
-HEAL = """
+LUA = """
+-- A key of another type is not ours. It would block commands that name it beside others.
 local function heal(key, type)
   if redis.call('TYPE', key).ok ~= type then redis.call('DEL', key) end
+end
+-- The last entry that has this field: others are not ours.
+local function last_entry(key, field)
+  heal(key, 'stream')
+  for _, entry in ipairs(redis.call('XREVRANGE', key, '+', '-', 'COUNT', 5)) do
+    local fields = {}
+    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+    if tonumber(fields[field]) then return fields end
+  end
+  return {}
 end
 """
 # A command is not taken back when we give up waiting for its reply: a Redis that was
 # frozen would carry it out on waking up, after the sender has been told to say it again.
 # So it comes with a time, on Redis's clock, after which it is void.
 SAY = """
-local room, facts, comings, presence = unpack(KEYS)
+local room, comings, presence = unpack(KEYS)
 local late, our_name, our_end, our_last, me, here, max, at = unpack(ARGV)
 local now = redis.call('TIME')
 if now[1] + now[2] / 1000000 > tonumber(late) then
   return redis.error_reply('LATE: its sender has been told that it was not stored')
 end
-heal(room, 'stream') heal(facts, 'hash') heal(comings, 'list') heal(presence, 'hash')
+heal(comings, 'list') heal(presence, 'hash')
 redis.call('HSET', presence, me, here)
 local members = 0
 for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumber(n) or 0) end
-local known = redis.call('HMGET', facts, 'name', 'end', 'last')
-local name, place, last = known[1], tonumber(known[2] or 0), tonumber(known[3] or -1)
-if not name then
-  redis.call('XTRIM', room, 'MAXLEN', 0)  --which keeps its last id, as DEL would not
-  redis.call('DEL', comings)
-  name = our_name
-end
+local tail = last_entry(room, 'place')
+local name, place, last = tail.room or our_name, (tail.place or -1) + 1, tail.last or -1
 if name == our_name and place < tonumber(our_end) then
   -- Redis has lost what we have heard: go on where no process can have been.
-  place, last = our_end + max, tonumber(our_last)
+  place, last = our_end + max, our_last
 end
 for i = 9, #ARGV, 2 do
+  local after = last
+  if ARGV[i] == 'message' then last = place end
   local id = redis.call('XADD', room, 'MAXLEN', max, '*', 'room', name, 'place', place,
-    'after', last, 'members', members, 'at', at, 'said', ARGV[i + 1])
-  if ARGV[i] == 'message' then
-    last = place
-  elseif redis.call('RPUSH', comings, id) > 50 then
+    'after', after, 'last', last, 'members', members, 'at', at, 'said', ARGV[i + 1])
+  if last ~= place and redis.call('RPUSH', comings, id) > 50 then
     redis.call('XDEL', room, redis.call('LPOP', comings))
   end
   place = place + 1
 end
-redis.call('HSET', facts, 'name', name, 'end', place, 'last', last)
 """
 # The next events of some answers. A batch is stored once, also if it is sent twice
 # because the first reply was lost. Returns for each answer the place up to which it is
@@ -4590,26 +4595,17 @@ MIRROR = """
 local results = {}
 for k, key in ipairs(KEYS) do
   local head, base, from, to, events, ending, keep = unpack(ARGV, k * 7 - 6, k * 7)
-  local stored, ended
-  heal(key, 'stream')
-  for _, entry in ipairs(redis.call('XREVRANGE', key, '+', '-', 'COUNT', 5)) do
-    local fields = {}
-    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
-    if not stored then stored, ended = tonumber(fields.to), fields['end'] or '' end
-  end
-  if not stored then
-    redis.call('XADD', key, '*', 'head', head, 'to', base)
-    stored, ended = tonumber(base), ''
-  end
-  if ended ~= '' then
-    results[k] = stored == tonumber(to) and ended == ending and stored or -1
-  elseif stored == tonumber(from) and (from ~= to or ending ~= '') then
+  local tail = last_entry(key, 'to')
+  local stored, ended = tail.to or base, tail['end'] or ''
+  if not tail.to then redis.call('XADD', key, '*', 'head', head, 'to', base) end
+  if ended ~= '' and (ended ~= ending or stored ~= to) then
+    stored = -1
+  elseif ended == '' and stored == from and (from ~= to or ending ~= '') then
     redis.call('XADD', key, '*', 'from', from, 'to', to, 'events', events, 'end', ending)
-    results[k] = tonumber(to)
-  else
-    results[k] = stored
+    stored = to
   end
   redis.call('EXPIRE', key, keep)
+  results[k] = tonumber(stored)
 end
 return results
 """
@@ -4632,12 +4628,10 @@ class Neighbour:
         self.reads: set[str] = set()  # answers
 
 
-class Batch:
+class Batch(list[Said]):
     """What goes into the room in one round trip."""
 
-    def __init__(self) -> None:
-        self.said: list[Said] = []
-        self.stored = False
+    stored = False
 
 
 class Elsewhere(Model):
@@ -4676,7 +4670,7 @@ class Cluster:
             url, decode_responses=True, connect_timeout=1, stream_timeout=REDIS_TIMEOUT
         )
         self.trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError)
-        scripts = (self.redis.register_script(HEAL + text) for text in (SAY, MIRROR, TELL))
+        scripts = (self.redis.register_script(LUA + text) for text in (SAY, MIRROR, TELL))
         self.say_script, self.mirror_script, self.tell_script = scripts
         # What we have heard
         self.read = {ROOM: "0-0", STATE: "0-0"}  # the last entry of each stream
@@ -4734,7 +4728,7 @@ class Cluster:
         them has the lock first takes the others along.
         """
         batch = self.batch
-        batch.said.append(said)
+        batch.append(said)
         with trio.CancelScope(shield=True):  # said is said; it takes two timeouts at most
             async with self.saying:
                 if batch is self.batch:
@@ -4750,26 +4744,26 @@ class Cluster:
         args: list[str | int | float] = [
             late, room.name, room.end, self.last, self.me, room.here, ROOM_EVENTS, now_ms()
         ]  # fmt: skip
-        for said in batch.said:
+        for said in batch:
             args += [said.type, to_json(said)]
         with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
-            await self.say_script(ROOM_KEYS, args)
+            await self.say_script([ROOM, COMINGS, PRESENCE], args)
             batch.stored = True
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
         room, said = self.app.room, Said(*from_json(entry["said"]))
-        place, after, at = int(entry["place"]), int(entry["after"]), int(entry["at"])
+        place, at, last = int(entry["place"]), int(entry["at"]), int(entry["last"])
         known = entry["room"] == room.name
         if known and place < room.end:
             return
         room.elsewhere = int(entry["members"]) - room.here
-        if not known or after > self.last:  # we are new; or messages between are lost
+        if not known or int(entry["after"]) > self.last:  # we are new; or messages between are lost
             room.name = entry["room"]
             room.skip_to(place)
             for reader in room.readers:
                 reader.rewind(place - 1)  # so that each is told of a gap
-        self.last = place if said.type == "message" else after
+        self.last = last
         room.add(said, at, place)
 
     # ── our answers, for others ──
@@ -5014,7 +5008,6 @@ class Cluster:
 
 
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
-ANSWER_PREFIX = PREFIX + "answer:"
 
 
 def answer_key(answer: Answer) -> str:

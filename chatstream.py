@@ -4535,6 +4535,7 @@ ROOM, STATE, COMINGS, PRESENCE = (
     PREFIX + name for name in ("room", "state", "room:comings", "presence")
 )
 ANSWER_PREFIX = PREFIX + "answer:"
+APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 REDIS_TIMEOUT, BEAT, BEAT_APART, BEATS_MISSED = 2, 1, 0.8, 4
 WANTS_EVERY, MIRROR_EVERY = 0.05, 0.02
 FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
@@ -4645,7 +4646,7 @@ class Elsewhere(Model):
         try:
             await answer.ended.wait()
         finally:
-            self.cluster.read.pop(answer_key(answer), None)
+            self.cluster.read.pop(ANSWER_PREFIX + answer.name, None)
             self.cluster.stops.discard(answer.name)
             if not answer.closed:  # nobody here reads it any more: it goes on elsewhere
                 answer.discard()
@@ -4803,7 +4804,7 @@ class Cluster:
             ended = answer.closed and end == answer.end
             ends.append((end, ended))
             args += self.entry(answer, start, end, ended)
-        results: Any = await self.mirror_script([answer_key(a) for a in answers], args)
+        results: Any = await self.mirror_script([ANSWER_PREFIX + a.name for a in answers], args)
         for answer, (end, ended), result in zip(answers, ends, results, strict=True):
             self.mirrored[answer] = int(result)
             if int(result) < 0:
@@ -4829,7 +4830,7 @@ class Cluster:
 
     async def find(self, name: str) -> Answer | None:
         """Another process's answer, copied from now on. Raises Problem 503."""
-        key = f"{ANSWER_PREFIX}{name}"
+        key = ANSWER_PREFIX + name
         try:
             with trio.fail_after(REDIS_TIMEOUT):
                 entries: Any = await self.redis.xrange(key) or ()
@@ -4840,7 +4841,9 @@ class Cluster:
             return answers.by_id[name]  # somebody else asked at the same moment
         heads = (entry.field_values.get("head") for entry in entries)
         try:
-            writer, question = question_elsewhere(from_json(next(filter(None, heads))))
+            head = from_json(next(filter(None, heads)))
+            writer = str(head.pop("writer"))
+            question = Question(APIS[head.pop("api")], b"", **head)
         except (StopIteration, KeyError, ValueError, TypeError, IndexError):
             return None
         copy = answers.begin(self.app.writers, Elsewhere(self, writer), question, name)
@@ -5005,22 +5008,6 @@ class Cluster:
             if key not in self.warned:
                 self.warned.add(key)
                 logger.warning("redis: entry %s of %s is not ours: %r", identifier, key, error)
-
-
-APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
-
-
-def answer_key(answer: Answer) -> str:
-    return ANSWER_PREFIX + answer.name
-
-
-def question_elsewhere(head: JSON) -> tuple[str, Question]:
-    """Who writes an answer, and the question that it answers."""
-    question = Question(
-        APIS[head["api"]], b"", head["stream"], head["model"],
-        polled=head["polled"], digest=head["digest"],
-    )  # fmt: skip
-    return str(head["writer"]), question
 
 
 def cannot_know(what: str) -> Problem:

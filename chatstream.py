@@ -1298,6 +1298,7 @@ class Http1:
                 # could be taken for it.
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
+                self.raw = self.conn.trailing_data[0]  # of a pipelined request
                 self.conn.start_next_cycle()
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except h11.RemoteProtocolError as error:

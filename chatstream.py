@@ -2870,10 +2870,10 @@ class Server:
         """One line that nobody can forge, and that gives no answer away."""
         if logger.isEnabledFor(logging.INFO):
             what = re.sub("([0-9a-f]{6})[0-9a-f]{26}", r"\1...", what)[:200]
-            text = what.encode("ascii", "backslashreplace").decode()
+            text = f"{what} {ended}".encode("ascii", "backslashreplace").decode()
             text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
             logger.info(
-                "%s %s %s %d bytes %.1f s", wire.peer, text, ended,
+                "%s %s %d bytes %.1f s", wire.peer, text,
                 wire.sent - sent, time.monotonic() - started,
             )  # fmt: skip
 
@@ -4840,9 +4840,10 @@ class Cluster:
             ends.append(end if ended else -2)  # a place that no answer has
         results = await self.write([answer.name for answer in answers], args)
         for answer, end, result in zip(answers, ends, results, strict=True):
-            self.mirrored[answer].stored = result
-            if result in (end, -1):
-                del self.mirrored[answer]
+            if answer in self.mirrored:  # nobody else has seen its end meanwhile
+                self.mirrored[answer].stored = result
+                if result in (end, -1):
+                    del self.mirrored[answer]
             if result == -1:
                 gone = "the server that wrote this answer was silent for too long"
                 self.app.answers.stop(answer, upstream_problem(gone))

@@ -85,6 +85,7 @@ class NotesServer(Server):
 
 
 NOTES = {"GET": Route(Notes.get_notes, OWN), "POST": Route(Notes.post_note, OWN)}
+WITH_NOTES = ROUTES | {re.compile("/notes"): NOTES}
 
 
 class Patient(App):

@@ -483,6 +483,7 @@ class Wire:
         `wait` says what a plain socket waits for; TLS itself says what it needs.
         Raises BrokenResourceError if the connection is broken.
         """
+        needed: Callable[[Any], Awaitable[None]]
         while True:
             try:
                 return call()

@@ -1298,6 +1298,7 @@ class Http1:
                 # could be taken for it.
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
+                self.raw = self.conn.trailing_data[0]  # of a pipelined request
                 self.conn.start_next_cycle()
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except h11.RemoteProtocolError as error:
@@ -1639,9 +1640,9 @@ def clean_name(name: str) -> str:
         marks = [unicodedata.combining(s) or unicodedata.category(s) == "Me"
                  for s in (*shown[-2:], c)]  # fmt: skip
         variant = "\ufe00" <= c <= "\ufe0f" or "\U000e0100" <= c <= "\U000e01ef"
-        if c.isprintable() and c not in INVISIBLE and not variant:
-            if not (len(marks) == 3 and all(marks)):
-                shown.append(c)
+        shows = c.isprintable() and c not in INVISIBLE and not variant
+        if shows and not (len(marks) == 3 and all(marks)):
+            shown.append(c)
     text = "".join(shown).strip()[:NAME_CHARACTERS].strip()
     return text or f"guest-{random.randint(1000, 9999)}"
 
@@ -2649,15 +2650,16 @@ class App:
             raise server_stopping()
         return request.path == "/clock"
 
-    async def session(self, wire: Wire, request: Request, is_clock: bool) -> str:
+    async def session(
+        self, wire: Wire, is_clock: bool, head: bytes, trailing: bytes, query: Mapping[str, str]
+    ) -> str:
         """From the handshake to the close frame; returns how it ended."""
         log = self.clock if is_clock else self.room
         now = log.end  # before the handshake ends: it misses nothing of what follows
         with trio.fail_after(HEAD_TIMEOUT):
-            v1 = await shake_hands(wire, request.head, not is_clock)
-        member = self.member(wire, is_clock, v1, now, request.query)
-        member.frames.feed(request.trailing)
-        del request  # 4 KB that a member does not need any more
+            v1 = await shake_hands(wire, head, not is_clock)
+        member = self.member(wire, is_clock, v1, now, query)
+        member.frames.feed(trailing)
         try:
             if is_clock:
                 await member.stay(ignore, 0)
@@ -2838,18 +2840,18 @@ class Server:
         request = await http1.serve(functools.partial(self.handle, wire))
         if request is None:
             return
-        started = time.monotonic()
+        started, path, query = time.monotonic(), request.path, request.query
         try:
             is_clock = self.app.admit(request)
         except Problem as problem:
             await http1.refuse(problem)
             return await wire.finish()
-        del http1  # 4 KB that a member does not need any more
+        head, trailing = request.head, request.trailing
+        del http1, request  # 4 KB that a member does not need any more
         self.app.active += 1
         ended = "cut off"
         try:
-            path = request.path
-            ended = await self.app.session(wire, request, is_clock)
+            ended = await self.app.session(wire, is_clock, head, trailing, query)
         finally:
             await wire.finish()
             self.app.active -= 1
@@ -3519,8 +3521,7 @@ CONNECT_TIMEOUT, CONNECT_TRIES = 5, 3
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT, MODELS_BYTES = 10, 10, 4 * MiB
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
-INTAKE_REST = 0.0005  # seconds, after a pass that found many
-MANY = 8
+INTAKE_REST = 0.001  # seconds, after a pass
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
     "openai-.*|anthropic-.*|http-referer|x-title|traceparent|tracestate|idempotency-key"
@@ -3648,8 +3649,9 @@ class Exchange:
 class Intake:
     """The pump's counterpart: one task reads from all upstreams that have news.
 
-    To wake a task for each token costs more than the token. After a pass that found many it
-    rests for a moment, so that the next one finds many, too. A lone token waits for nobody.
+    To wake a task for each token costs more than the token. So it rests for a moment after a
+    pass, and the next one finds many. A token that comes alone, after the rest, waits for
+    nobody.
 
     Linux's selector (epoll) is itself a file that can be waited for, so Trio waits for this
     one only. Where there is none, each upstream has a task that reads it.
@@ -3667,10 +3669,7 @@ class Intake:
                 await turn.pause()
                 if self._selector.get_map().get(key.fd) is key:  # still
                     key.data()
-            if len(ready) > MANY:
-                await trio.sleep(INTAKE_REST)
-            else:
-                await trio.lowlevel.checkpoint()
+            await trio.sleep(INTAKE_REST)
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
         """The rest of a body, to its end. Raises what `take` and the exchange raise."""
@@ -4510,105 +4509,153 @@ def http2_config() -> Config:
 # each process copies that into its room. An answer is written by the process that asks
 # the upstream, and mirrored into a stream of its own; a process that is asked for
 # somebody else's answer has a copy, whose model reads Redis where others read HTTP.
-# Event n of a log is the same everywhere.
+# Event n of a log is the same everywhere. An entry that is read twice changes nothing,
+# so a process that has lost touch reads all streams again from their beginning.
 #
 # The processes tell each other their state (their counts, which copies somebody reads,
 # which of these are to be stopped): all of it, once a second and when it changes, into
-# one stream. Every entry is whole, so nothing is lost with one that is missed. A
-# process whose entries are missing while four of our own went through is gone.
+# one stream. A process that says nothing while four of our own beats are heard is gone.
 #
 # Redis, and any of the others, may be gone at any moment, or stand still and wake up
 # later. So nothing waits for Redis longer than REDIS_TIMEOUT, and a message that its
 # sender was told is not stored will not turn up later.
 #
-#   room         stream of messages, each with its place; at most the last 50 comings
-#   room:facts   hash: the room's name, its end, how many messages there were
-#   room:comings list: which entries of the room are comings and goings
-#   presence     hash: members in each process
-#   answer:ID    stream of batches of events; the first entry says who writes it
-#   key:DIGEST   the answer that an Idempotency-Key has started
-#   state        stream of states
+#   room           stream of what was said, each entry with its place in the log
+#   room:facts     hash: the room's name, its end, the place of the last message
+#   room:comings   list: which entries of the room are comings and goings
+#   presence       hash: members in each process
+#   state          stream of states
+#   answer:ID      stream of batches of events; the first entry says who writes it
+#   key:DIGEST     the answer that an Idempotency-Key has started
 #
 # Redis numbers all entries by itself (`*`): with ids of our own, one foreign entry with
 # a later id would block them for ever.
 
 PREFIX = "chatstream:2:"
+ROOM, STATE, PRESENCE = PREFIX + "room", PREFIX + "state", PREFIX + "presence"
+ROOM_KEYS = [ROOM, PREFIX + "room:facts", PREFIX + "room:comings", PRESENCE]
 REDIS_TIMEOUT, BEAT, BEATS_MISSED = 2, 1, 4
-MIRROR_EVERY, FOLLOW_BLOCK = 0.02, 0.1  # an XREAD under way misses streams added to it
-MIRROR_ANSWERS, MIRROR_EVENTS, ROOM_BATCH = 100, 200, 256  # in one round trip
+STATE_EVERY, MIRROR_EVERY = 0.05, 0.02
+FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
+MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
 
+# What all scripts share. A key of another type is not ours, and one such key would
+# block every command that names it beside others.
+LUA = """
+local function heal(key, type)
+  if redis.call('TYPE', key).ok ~= type then redis.call('DEL', key) end
+end
+local function set_members(presence, process, members)
+  heal(presence, 'hash')
+  if members == '0' then
+    redis.call('HDEL', presence, process)
+  else
+    redis.call('HSET', presence, process, members)
+  end
+end
+"""
 # A command is not taken back when we give up waiting for its reply: a Redis that was
 # frozen would carry it out on waking up, after the sender has been told to say it again.
 # So it comes with a time, on Redis's clock, after which it is void.
 SAY = """
-local t = redis.call('TIME')
-if t[1] + t[2] / 1000000 > tonumber(ARGV[1]) then
+local room, facts, comings, presence = unpack(KEYS)
+local late, our_name, our_end, our_last, me, here, max, at = unpack(ARGV)
+local now = redis.call('TIME')
+if now[1] + now[2] / 1000000 > tonumber(late) then
   return redis.error_reply('LATE: its sender has been told that it was not stored')
 end
-if redis.call('HSETNX', KEYS[2], 'name', ARGV[2]) == 1 then
-  redis.call('HSET', KEYS[2], 'end', ARGV[3], 'said', 0)
-  redis.call('DEL', KEYS[1], KEYS[4])
+heal(room, 'stream') heal(facts, 'hash') heal(comings, 'list')
+set_members(presence, me, here)
+local members = 0
+for _, n in ipairs(redis.call('HVALS', presence)) do
+  members = members + (tonumber(n) or 0)
 end
-local name, members = redis.call('HGET', KEYS[2], 'name'), 0
-redis.call('HSET', KEYS[3], ARGV[4], ARGV[5])
-for _, n in ipairs(redis.call('HVALS', KEYS[3])) do members = members + n end
-for i = 8, #ARGV, 4 do
-  local coming = ARGV[i] ~= 'message'
-  local place = redis.call('HINCRBY', KEYS[2], 'end', 1) - 1
-  local said = redis.call('HINCRBY', KEYS[2], 'said', coming and 0 or 1)
-  local id = redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[6], '*', 'room', name,
-    'place', place, 'said', said, 'type', ARGV[i], 'name', ARGV[i + 1],
-    'text', ARGV[i + 2], 'key', ARGV[i + 3], 'at', ARGV[7], 'members', members)
-  if coming and redis.call('RPUSH', KEYS[4], id) > 50 then
-    redis.call('XDEL', KEYS[1], redis.call('LPOP', KEYS[4]))
+local known = redis.call('HMGET', facts, 'name', 'end', 'last')
+local name, place, last = known[1], tonumber(known[2] or 0), tonumber(known[3] or -1)
+if not name then
+  redis.call('DEL', room, comings)
+  name = our_name
+end
+if name == our_name and place < tonumber(our_end) then
+  -- Redis has lost what we have heard: go on where no process can have been.
+  place, last = our_end + max, tonumber(our_last)
+end
+for i = 9, #ARGV, 2 do
+  local id = redis.call('XADD', room, 'MAXLEN', max, '*', 'room', name, 'place', place,
+    'after', last, 'members', members, 'at', at, 'said', ARGV[i + 1])
+  if ARGV[i] == 'message' then
+    last = place
+  elseif redis.call('RPUSH', comings, id) > 50 then
+    redis.call('XDEL', room, redis.call('LPOP', comings))
   end
+  place = place + 1
 end
+redis.call('HSET', facts, 'name', name, 'end', place, 'last', last)
 """
-# A batch is stored once, also if it is sent twice because the first reply was lost.
-# Returns for each answer the place up to which it is stored, -1 if its stream is not
-# there (any more), -2 if another process has ended it.
+# The next events of some answers. A batch is stored once, also if it is sent twice
+# because the first reply was lost. Returns for each answer the place up to which it is
+# stored, from where the next batch has to go on; -1 if another process has ended it.
 MIRROR = """
 local results = {}
 for k, key in ipairs(KEYS) do
-  local a, stored, ended = (k - 1) * 5, nil, false
+  local head, base, from, to, events, ending, keep = unpack(ARGV, k * 7 - 6, k * 7)
+  heal(key, 'stream')
+  local stored, ended
   for _, entry in ipairs(redis.call('XREVRANGE', key, '+', '-', 'COUNT', 5)) do
-    local f = {}
-    for i = 1, #entry[2], 2 do f[entry[2][i]] = entry[2][i + 1] end
-    if f['to'] and not stored then
-      stored, ended = tonumber(f['to']), f['end'] == '1'
+    local fields = {}
+    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+    if not stored and tonumber(fields['to']) then
+      stored, ended = tonumber(fields['to']), fields['end'] or ''
     end
   end
   if not stored then
-    results[k] = -1
-  elseif ended then
-    results[k] = stored == tonumber(ARGV[a + 2]) and ARGV[a + 4] == '1' and stored or -2
-  elseif stored > tonumber(ARGV[a + 1]) then
-    results[k] = stored
-  else
-    redis.call('XADD', key, '*', 'from', ARGV[a + 1], 'to', ARGV[a + 2],
-               'events', ARGV[a + 3], 'end', ARGV[a + 4])
-    redis.call('EXPIRE', key, ARGV[a + 5])
-    results[k] = tonumber(ARGV[a + 2])
+    redis.call('XADD', key, '*', 'head', head, 'to', base)
+    stored, ended = tonumber(base), ''
   end
+  if ended ~= '' then
+    stored = stored == tonumber(to) and ended == ending and stored or -1
+  elseif stored == tonumber(from) and (from ~= to or ending ~= '') then
+    redis.call('XADD', key, '*', 'from', from, 'to', to, 'events', events, 'end', ending)
+    stored = tonumber(to)
+  end
+  if stored >= 0 then redis.call('EXPIRE', key, keep) end
+  results[k] = stored
 end
 return results
 """
-
-
-CLAIM = """
-return redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) and ARGV[1]
-       or redis.call('GET', KEYS[1])
+BEAT_SCRIPT = """
+local me, members, state, beat = unpack(ARGV)
+set_members(KEYS[1], me, members)
+for i = 2, #KEYS do heal(KEYS[i], 'stream') end
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state, 'beat', beat)
+return redis.call('TIME')
 """
 
 
+@dataclasses.dataclass
 class Neighbour:
     """Another process, as far as we have heard of it."""
 
-    def __init__(self) -> None:
-        self.missed = 0  # beats of ours since its last word
-        self.counts: Counter[str] = Counter()
-        self.reads: set[str] = set()  # answers
+    missed: int = 0  # beats of ours since its last word
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    reads: set[str] = dataclasses.field(default_factory=set)  # answers
+
+
+@dataclasses.dataclass
+class Batch:
+    """Messages that go to Redis in one round trip."""
+
+    said: list[Said] = dataclasses.field(default_factory=list)
+    stored: bool = False
+
+
+@dataclasses.dataclass
+class Mirror:
+    """How far an answer of ours is stored in Redis."""
+
+    head: str
+    stored: int = 0
 
 
 class Elsewhere(Model):
@@ -4621,18 +4668,18 @@ class Elsewhere(Model):
     async def write(self, answer: Answer) -> None:
         try:
             await answer.ended.wait()
-        finally:  # nobody here reads it any more: it goes on elsewhere
-            if not answer.closed:
+        finally:
+            self.cluster.read.pop(answer_key(answer.name), None)
+            self.cluster.stops.discard(answer.name)
+            if not answer.closed:  # nobody here reads it any more: it goes on elsewhere
                 answer.discard()
 
     def stop(self, answer: Answer, problem: Problem) -> None:
         """Its writer is told; what becomes of it is read from Redis."""
         if problem.type == "stopped":
             self.cluster.stops.add(answer.name)
-            self.cluster.changed.set()
         else:
             answer.discard()
-            answer.scope.cancel()
 
 
 class Cluster:
@@ -4647,29 +4694,33 @@ class Cluster:
             url, decode_responses=True, connect_timeout=1, stream_timeout=REDIS_TIMEOUT
         )
         self.trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError)
-        self.say_script = self.redis.register_script(SAY)
-        self.mirror_script = self.redis.register_script(MIRROR)
-        # What we have read
-        self.read = {PREFIX + "room": "0-0", PREFIX + "state": ""}  # up to here
-        self.said = -1  # messages in the room; -1: we know nothing yet
+        self.say_script = self.redis.register_script(LUA + SAY)
+        self.mirror_script = self.redis.register_script(LUA + MIRROR)
+        self.beat_script = self.redis.register_script(LUA + BEAT_SCRIPT)
+        # What we have heard
+        self.read = {ROOM: "0-0", STATE: "0-0"}  # the last entry of each stream
+        self.last = -1  # the place of the room's last message
         self.neighbours: dict[str, Neighbour] = {}
-        self.warned: set[str] = set()
-        # What we have to say
-        self.unsaid: list[tuple[Said, Outcome]] = []
-        self.news = trio.Event()  # there is something unsaid
-        self.changed = trio.Event()  # our state is not what we said last
-        self.stops: set[str] = set()  # copies that somebody here wants stopped
-        self.mirrored: dict[Answer, int] = {}
+        self.warned: set[str] = set()  # of these streams
         self.offset = 0.0  # Redis's time less ours, in seconds
+        # What we have to say
+        self.batch = Batch()
+        self.saying = trio.Lock()
+        self.mirrored: dict[Answer, Mirror] = {}
+        self.stops: set[str] = set()  # copies that somebody here wants stopped
+        self.beats = 0
+        self.leaving = False
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Everything that this process does for the others, and they for it."""
         async with self.redis, trio.open_nursery() as nursery:
             try:  # know what was said before the first client comes
-                await self.catch_up()
+                await self.say_state(beat=False)
+                while await self.follow_once():
+                    pass
             except self.trouble as error:
                 logger.warning("redis: %s", error)
-            for task in (self.follow, self.beat, self.mirror, self.say):
+            for task in (self.follow, self.beat, self.mirror):
                 nursery.start_soon(self.for_ever, task)
             task_status.started()
 
@@ -4691,161 +4742,141 @@ class Cluster:
 
     async def goodbye(self) -> None:
         """The last events of our answers, for those who read them elsewhere."""
+        self.leaving = True
         with contextlib.suppress(*self.trouble), trio.fail_after(0.5):
-            while await self.mirror_once():
-                pass
-            await self.redis.hdel(PREFIX + "presence", [self.me])
-            await self.say_state(gone=True)
+            while self.mirrored:
+                await self.mirror_once()
+            await self.say_state(beat=False)
 
     # ── the room ──
 
     async def store(self, said: Said) -> None:
-        """Say it to all processes. Raises Problem if it could not be stored."""
-        outcome = Outcome()
-        self.unsaid.append((said, outcome))
-        self.news.set()
-        with trio.CancelScope(shield=True):  # said is said; say() takes no longer
-            await outcome.known.wait()
-        if not outcome.good:
+        """Say it to all processes. Raises Problem if it could not be stored.
+
+        All that waits while a round trip is under way goes in the next one: whoever of
+        them has the lock first takes the others along.
+        """
+        batch = self.batch
+        batch.said.append(said)
+        with trio.CancelScope(shield=True):  # said is said; it takes two timeouts at most
+            async with self.saying:
+                if batch is self.batch:
+                    self.batch = Batch()
+                    await self.say(batch)
+        if not batch.stored:
             away = "the room cannot store messages at the moment: say it again later"
             raise Problem(503, away, "server_error", code="not_stored")
 
-    async def say(self) -> None:
-        """All that waits goes in one round trip."""
-        while True:
-            await self.news.wait()
-            self.news = trio.Event()
-            while self.unsaid:
-                batch = self.unsaid[:ROOM_BATCH]
-                del self.unsaid[:ROOM_BATCH]
-                try:
-                    with trio.fail_after(REDIS_TIMEOUT):
-                        await self.say_batch([said for said, _ in batch])
-                    for _, outcome in batch:
-                        outcome.good = True
-                finally:
-                    for _, outcome in batch:
-                        outcome.known.set()
-
-    async def say_batch(self, batch: list[Said]) -> None:
+    async def say(self, batch: Batch) -> None:
         room = self.app.room
-        # Should Redis have lost the room, it goes on where no process can have been.
-        end = room.end + (ROOM_EVENTS if room.end else 0)
         late = self.offset + trio.current_time() + REDIS_TIMEOUT
         args: list[str | int | float] = [
-            late, room.name, end, self.me, room.here, ROOM_EVENTS, now_ms()
+            late, room.name, room.end, self.last, self.me, room.here, ROOM_EVENTS, now_ms()
         ]  # fmt: skip
-        for said in batch:
-            key = "" if said.key is None else f"={said.key}"
-            args += [said.type, said.name, said.text, key]
-        names = ("room", "room:facts", "presence", "room:comings")
-        await self.say_script([PREFIX + name for name in names], args)
+        for said in batch.said:
+            args += [said.type, to_json(said)]
+        with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
+            await self.say_script(ROOM_KEYS, args)
+            batch.stored = True
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
-        room, place = self.app.room, int(entry["place"])
-        said, type = int(entry["said"]), entry["type"]
-        if entry["room"] != room.name:  # we are new, or Redis has been emptied
-            room.name = entry["room"]
-            self.start_room(place)
-        elif place < room.end:
+        room, said = self.app.room, Said(*from_json(entry["said"]))
+        place, after, at = int(entry["place"]), int(entry["after"]), int(entry["at"])
+        known = entry["room"] == room.name
+        if known and place < room.end:
             return
-        elif said > self.said + (type == "message"):  # messages were lost between
-            self.start_room(place)
-        self.said = said
-        key = entry["key"][1:] if entry["key"] else None
-        what = Said(type, entry["name"], entry["text"], key)
         room.elsewhere = int(entry["members"]) - room.here
-        room.add(what, int(entry["at"]), place)
+        if not known or after > self.last:  # we are new; or messages between are lost
+            room.name = entry["room"]
+            room.skip_to(place)
+            for reader in room.readers:
+                reader.rewind(place - 1)  # so that each is told of a gap
+        self.last = place if said.type == "message" else after
+        room.add(said, at, place)
 
-    def start_room(self, place: int) -> None:
-        self.app.room.skip_to(place)
-        for reader in self.app.room.readers:
-            reader.rewind(place - 1)  # so that each is told of a gap
-
-    # ── answers ──
+    # ── our answers, for others ──
 
     async def announce(self, answer: Answer) -> None:
         """Before a client learns an answer's name: let every process find it."""
         if answer not in self.mirrored and not answer.model.writer:
+            self.mirrored[answer] = Mirror(to_json(self.head(answer.question)))
             with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
-                await self.found(answer)
-            self.mirrored.setdefault(answer, 0)
+                await self.mirror_some([answer])
 
-    async def found(self, answer: Answer) -> None:
-        """The first entry of its stream: who writes it, and what was asked."""
-        question = answer.question
-        about = {"api": APIS.index(question.api), "stream": question.stream,
-                 "polled": question.polled, "model": question.model,
-                 "digest": question.digest}  # fmt: skip
-        key = f"{PREFIX}answer:{answer.name}"
-        entry = {"writer": self.me, "about": to_json(about), "to": "0", "end": ""}
-        await self.redis.delete([key])
-        await self.redis.xadd(key, entry)
-        await self.redis.expire(key, UNHEARD_EXPIRES)
-        self.mirrored[answer] = 0
+    def head(self, question: Question) -> JSON:
+        """Who writes the answer, and what was asked, without its words."""
+        return {
+            "writer": self.me, "api": APIS.index(question.api), "stream": question.stream,
+            "model": question.model, "polled": question.polled, "digest": question.digest,
+        }  # fmt: skip
 
     async def mirror(self) -> None:
         """Our answers into their streams, many in one round trip."""
+        for answer in list(self.mirrored):  # while Redis was away, some were forgotten
+            if answer.name not in self.app.answers.by_id:
+                del self.mirrored[answer]
         while True:
             await trio.sleep(MIRROR_EVERY)
+            await self.mirror_once()
+
+    async def mirror_once(self) -> None:
+        new = [a for a, mirror in self.mirrored.items() if mirror.stored < a.end or a.closed]
+        for first in range(0, len(new), MIRROR_ANSWERS):
             with trio.fail_after(REDIS_TIMEOUT):
-                await self.mirror_once()
+                await self.mirror_some(new[first : first + MIRROR_ANSWERS])
 
-    async def mirror_once(self) -> bool:
-        """Some of what is new. False: there was nothing."""
-        for answer, to in list(self.mirrored.items()):
-            if answer.closed and to >= answer.end:
+    async def mirror_some(self, answers: list[Answer]) -> None:
+        """What is new of these; the end of an answer goes with its last events."""
+        args: list[str | int] = []
+        ends: list[int] = []
+        for answer in answers:
+            mirror = self.mirrored[answer]
+            end = min(answer.end, mirror.stored + MIRROR_EVENTS)
+            ended = answer.closed and end == answer.end
+            events = [answer[n] for n in range(mirror.stored, end)]
+            problem = answer.problem if ended else None
+            args += [mirror.head, 0, *self.entry(mirror.stored, events, ended, problem)]
+            ends.append(end if ended else -2)  # a place that no answer has
+        results = await self.write([answer.name for answer in answers], args)
+        for answer, end, result in zip(answers, ends, results, strict=True):
+            self.mirrored[answer].stored = result
+            if result in (end, -1):
                 del self.mirrored[answer]
-        new = [(a, to) for a, to in self.mirrored.items() if to < a.end]
-        batch = new[:MIRROR_ANSWERS]
-        keys, args = [], list[str | int]()
-        for answer, start in batch:
-            end = min(answer.end, start + MIRROR_EVENTS)
-            events = [answer[n] for n in range(max(start, answer.start), end)]
-            last = answer.closed and end == answer.end
-            keys.append(f"{PREFIX}answer:{answer.name}")
-            args += [
-                start, end, to_json([[event.type, event.data] for event in events]),
-                "1" if last else "",
-                int(self.app.settings.keep) + 1 if last else UNHEARD_EXPIRES,
-            ]  # fmt: skip
-        if keys:
-            results: Any = await self.mirror_script(keys, args)
-            for (answer, _), result in zip(batch, results, strict=True):
-                await self.mirror_result(answer, int(result))
-        return bool(keys)
+            if result == -1:
+                gone = "the server that wrote this answer was silent for too long"
+                self.app.answers.stop(answer, upstream_problem(gone))
 
-    async def mirror_result(self, answer: Answer, result: int) -> None:
-        if result >= 0:
-            self.mirrored[answer] = result
-        elif result == -1:
-            await self.found(answer)
-        else:  # we were silent for so long that another process has ended it
-            self.mirrored.pop(answer, None)
-            gone = "the server that wrote this answer was silent for too long"
-            self.app.answers.stop(answer, upstream_problem(gone))
+    def entry(
+        self, start: int, events: list[Event], ended: bool, problem: Problem | None
+    ) -> list[str | int]:
+        """The fields of an entry, and for how long its stream is kept."""
+        said = to_json([[event.type, event.data] for event in events])
+        ending = to_json(problem and [problem.status, problem.error]) if ended else ""
+        keep = int(self.app.settings.keep) + 1 if ended else UNHEARD_EXPIRES
+        return [start, start + len(events), said, ending, keep]
+
+    async def write(self, names: list[str], args: list[str | int]) -> list[int]:
+        results: Any = await self.mirror_script([answer_key(name) for name in names], args)
+        return [int(result) for result in results]
+
+    # ── others' answers, for us ──
 
     async def find(self, name: str) -> Answer | None:
         """Another process's answer, copied from now on. Raises Problem 503."""
-        key = f"{PREFIX}answer:{name}"
+        key = answer_key(name)
         try:
             with trio.fail_after(REDIS_TIMEOUT):
-                entries: Any = await self.redis.xrange(key)
+                entries: Any = await self.redis.xrange(key) or ()
         except self.trouble:
-            away = "this answer cannot be found at the moment: try again"
-            retry = {"retry-after": "2"}
-            raise Problem(503, away, "server_error", headers=retry) from None
+            raise cannot_know("this answer cannot be found at the moment") from None
         answers = self.app.answers
         if name in answers.by_id:
             return answers.by_id[name]  # somebody else asked at the same moment
-        first = next((e for e in entries or () if "writer" in e.field_values), None)
-        if first is None:
-            return None
+        heads = (entry.field_values.get("head") for entry in entries)
         try:
-            writer = str(first.field_values["writer"])
-            question = question_elsewhere(from_json(first.field_values["about"]))
-        except (KeyError, ValueError, TypeError, IndexError):
+            writer, question = question_elsewhere(from_json(next(filter(None, heads))))
+        except (StopIteration, KeyError, ValueError, TypeError, IndexError):
             return None
         copy = answers.begin(self.app.writers, Elsewhere(self, writer), question, name)
         copy.accepted.set()
@@ -4857,53 +4888,40 @@ class Cluster:
 
     def hear_answer(self, copy: Answer, entry: Mapping[str, str]) -> None:
         """A batch of its events, of which we may have some already."""
-        if "events" not in entry or copy.closed:
+        if "head" in entry or copy.closed:
             return
         events, start = from_json(entry["events"]), int(entry["from"])
         if start > copy.end:
             copy.skip_to(start)  # what Redis has lost, readers are told of by a gap
         for type, data in events[copy.end - start :]:
             copy.append(data, type)
-            if type == "error":
-                copy.problem = problem_elsewhere(data)
-        if entry.get("end"):
+        if entry["end"]:
+            if problem := from_json(entry["end"]):
+                status, error = problem
+                copy.problem = Problem(status, error["message"], error["type"])
+                copy.problem.error = error
             copy.close()
-            self.stops.discard(copy.name)
-
-    async def bury(self, copy: Answer) -> None:
-        """Its writer is gone: the answer ends for all who read that stream."""
-        gone = upstream_problem("the server that wrote this answer is gone")
-        closing = copy.question.closing(copy, gone)
-        events = to_json([[event.type, event.data] for event in closing])
-        end = copy.end + len(closing)
-        args: list[str | int] = [copy.end, end, events, "1", int(copy.linger) + 1]
-        await self.mirror_script([f"{PREFIX}answer:{copy.name}"], args)
 
     async def claim_key(self, question: Question) -> tuple[Answer | None, str]:
         """The answer that this Idempotency-Key has started in another process, if any;
         else the name under which it may be started here. Raises Problem."""
+        from coredis.tokens import PureToken
+
         key, name = f"{PREFIX}key:{question.key}", secrets.token_hex(16)
-        claim: list[str | int] = [f"{name} {question.digest}", UNHEARD_EXPIRES]
+        claim = f"{name} {question.digest}"
         try:
             with trio.fail_after(REDIS_TIMEOUT):
-                claimed = str(await self.redis.eval(CLAIM, [key], claim))
-                asked, _, digest = claimed.partition(" ")
-                for _ in range(20):  # it may not have been announced yet
-                    if asked == name or (answer := await self.find(asked)):
-                        break
-                    await trio.sleep(0.05)
-                else:  # it is forgotten
-                    await self.redis.set(key, claim[0], ex=UNHEARD_EXPIRES)
+                if await self.redis.set(key, claim, condition=PureToken.NX, ex=UNHEARD_EXPIRES):
                     return None, name
+                asked = str(await self.redis.get(key)).partition(" ")[0]
+                for _ in range(20):  # it may not have been announced yet
+                    if answer := await self.find(asked):
+                        return answer, asked
+                    await trio.sleep(0.05)
+                await self.redis.set(key, claim, ex=UNHEARD_EXPIRES)  # it is forgotten
+                return None, name
         except self.trouble:
-            away = "whether this was asked before cannot be known now: try again"
-            retry = {"retry-after": "2"}
-            raise Problem(503, away, "server_error", headers=retry) from None
-        if asked == name:
-            return None, name
-        assert answer
-        answer.question.digest = digest
-        return answer, asked
+            raise cannot_know("whether this was asked before cannot be known now") from None
 
     async def free_key(self, question: Question) -> None:
         """The question was refused: it may be asked again."""
@@ -4916,52 +4934,50 @@ class Cluster:
         return sum((n.counts for n in self.neighbours.values()), Counter())
 
     async def beat(self) -> None:
-        """Our state, once a second and when it changes."""
-        said, beaten = "", -inf
+        """Our state, once a second and when somebody begins or ceases to want something."""
+        said, due = self.wants(), -inf
         while True:
-            due = trio.current_time() >= beaten + BEAT
-            if (state := self.state()) != said or due:
-                with trio.fail_after(REDIS_TIMEOUT):
-                    await self.say_state(beat=due)
-                said = state
-            if due:
-                beaten = trio.current_time()
+            if trio.current_time() >= due:
+                due = trio.current_time() + BEAT
+                await self.say_state(beat=True)
                 await self.bury_the_dead()
-            with trio.move_on_after(0.05):
-                await self.changed.wait()
-            self.changed = trio.Event()
+            elif self.wants() != said:
+                await self.say_state(beat=False)
+            said = self.wants()
+            await trio.sleep(STATE_EVERY)
 
-    def state(self) -> str:
+    def wants(self) -> JSON:
+        """Of other processes' answers: which are read here, which are to be stopped."""
+        copies = [answer for answer in self.app.answers.open() if answer.model.writer]
+        reads = [copy.name for copy in copies if copy.attendants]
+        return {"reads": reads, "stops": sorted(self.stops)}
+
+    async def say_state(self, beat: bool) -> None:
         """All that the others need to know of us."""
-        answers = self.app.answers.open()
-        copies = {a.name for a in answers if a.model.writer}
-        self.stops &= copies
-        reads = [a.name for a in answers if a.name in copies and a.attendants]
-        counts = dict(self.app.counts())
-        return to_json({"counts": counts, "reads": reads, "stops": [*self.stops]})
-
-    async def say_state(self, beat: bool = False, gone: bool = False) -> None:
-        from coredis.tokens import PureToken
-
-        entry = {"from": self.me, "state": self.state(),
-                 "beat": "1" if beat else "", "gone": "1" if gone else ""}  # fmt: skip
-        await self.redis.xadd(
-            PREFIX + "state", entry, trim_strategy=PureToken.MAXLEN, threshold=1000
-        )
-        if beat:
-            self.offset = (await self.redis.time()).timestamp() - trio.current_time()
+        self.beats += beat
+        counts = self.app.counts()
+        state = {"counts": counts, "leaving": self.leaving, **self.wants()}
+        members = 0 if self.leaving else counts["members"]
+        args: list[str | int] = [
+            self.me, members, to_json(state), self.beats if beat else ""
+        ]  # fmt: skip
+        with trio.fail_after(REDIS_TIMEOUT):
+            now: Any = await self.beat_script([PRESENCE, STATE, *self.read], args)
+        self.offset = int(now[0]) + int(now[1]) / 1e6 - trio.current_time()
 
     def hear_state(self, entry: Mapping[str, str]) -> None:
         if entry["from"] == self.me:
-            if entry["beat"]:
+            # Only the last one counts: a Redis that was frozen has more to carry out.
+            if entry["beat"] == str(self.beats):
                 for neighbour in self.neighbours.values():
                     neighbour.missed += 1
             return
-        neighbour = self.neighbours.setdefault(entry["from"], Neighbour())
         state = from_json(entry["state"])
-        neighbour.missed = BEATS_MISSED + 1 if entry["gone"] else 0
-        neighbour.counts = Counter({k: int(v) for k, v in state["counts"].items()})
-        self.set_reads(neighbour, set() if entry["gone"] else set(state["reads"]))
+        counts, reads = Counter(state["counts"]), set(state["reads"])
+        neighbour = self.neighbours.setdefault(entry["from"], Neighbour())
+        neighbour.missed = BEATS_MISSED + 1 if state["leaving"] else 0
+        neighbour.counts = counts
+        self.set_reads(neighbour, reads)
         for name in state["stops"]:
             if answer := self.ours(name):
                 self.app.answers.stop(answer, stopped())
@@ -4981,95 +4997,83 @@ class Cluster:
         return answer if answer and not answer.model.writer else None
 
     async def bury_the_dead(self) -> None:
-        """What a process that is gone has left: members, readers, answers."""
+        """What a process that is gone has left: readers, answers, members."""
         for name, neighbour in list(self.neighbours.items()):
             if neighbour.missed <= BEATS_MISSED:
                 continue
-            with trio.fail_after(REDIS_TIMEOUT):
-                for copy in self.app.answers.open():
-                    if copy.model.writer == name:
-                        await self.bury(copy)
-                members = await self.redis.hget(PREFIX + "presence", name)
-                ours = await self.redis.hdel(PREFIX + "presence", [name])
             self.set_reads(neighbour, set())
-            del self.neighbours[name]
-            if ours and members and int(members):
-                with contextlib.suppress(Problem):
-                    await self.store(Said("left", f"{int(members)} members"))
+            copies = [a for a in self.app.answers.open() if a.model.writer == name]
+            for copy in copies:
+                await self.bury(copy)
+            if not copies:  # any more: we have heard that they have ended
+                del self.neighbours[name]
+                await self.bury_members(name)
+
+    async def bury(self, copy: Answer) -> None:
+        """Its writer is gone: the answer ends for all who read that stream."""
+        gone = upstream_problem("the server that wrote this answer is gone")
+        entry = self.entry(copy.end, copy.question.closing(copy, gone), True, gone)
+        with trio.fail_after(REDIS_TIMEOUT):
+            await self.write([copy.name], [to_json(self.head(copy.question)), copy.end, *entry])
+
+    async def bury_members(self, name: str) -> None:
+        with trio.fail_after(REDIS_TIMEOUT):
+            members = await self.redis.hget(PRESENCE, name)
+            ours = await self.redis.hdel(PRESENCE, [name])  # and no other process's to tell
+        if members and ours:
+            with contextlib.suppress(Problem):
+                await self.store(Said("left", f"{members} members"))
 
     async def follow(self) -> None:
         """The one task that copies: every stream that we read, into its log."""
+        self.read = dict.fromkeys(self.read, "0-0")  # Redis may have begun anew
         while True:
-            self.unfollow()
             await self.follow_once(int(FOLLOW_BLOCK * 1000))
 
-    async def catch_up(self) -> None:
-        """What there is when we start."""
-        if not self.read[PREFIX + "state"]:  # what is said from now on
-            last: Any = await self.redis.xrevrange(PREFIX + "state", count=1)
-            self.read[PREFIX + "state"] = last[0].identifier if last else "0-0"
-        while await self.follow_once(1):
-            pass
-
-    async def follow_once(self, block: int) -> bool:
-        if not self.read[PREFIX + "state"]:
-            await self.catch_up()
+    async def follow_once(self, block: int | None = None) -> bool:
         with trio.fail_after(REDIS_TIMEOUT):
             news: Any = await self.redis.xread(self.read, count=500, block=block)
         for key, entries in (news or {}).items():
-            self.read[key] = entries[-1].identifier
+            if key in self.read:
+                self.read[key] = entries[-1].identifier
             for entry in entries:
                 self.hear(key, entry.identifier, entry.field_values)
         return bool(news)
 
     def hear(self, key: str, identifier: str, entry: Mapping[str, str]) -> None:
         """What is foreign or broken is skipped: it must not end what we do."""
-        kind = key.removeprefix(PREFIX)
         try:
-            if kind == "room":
+            if key == ROOM:
                 self.hear_room(entry)
-            elif kind == "state":
+            elif key == STATE:
                 self.hear_state(entry)
-            elif copy := self.app.answers.by_id.get(kind.removeprefix("answer:")):
+            elif copy := self.app.answers.by_id.get(key.removeprefix(answer_key(""))):
                 self.hear_answer(copy, entry)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever somebody has written there
             if key not in self.warned:
                 self.warned.add(key)
-                logger.warning("redis: entry %s of %s is skipped: %r is not ours",
-                               identifier, key, error)  # fmt: skip
-
-    def unfollow(self) -> None:
-        for key in [key for key in self.read if ":answer:" in key]:
-            copy = self.app.answers.by_id.get(key.rpartition(":")[2])
-            if copy is None or copy.closed:
-                del self.read[key]
-
-
-class Outcome:
-    """Whether something was stored, as soon as that is known."""
-
-    def __init__(self) -> None:
-        self.known = trio.Event()
-        self.good = False
+                logger.warning("redis: entry %s of %s is not ours: %r", identifier, key, error)
 
 
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 
 
-def question_elsewhere(about: JSON) -> Question:
-    """A question as another process tells of it: without its words."""
-    return Question(
-        APIS[about["api"]], b"", about["stream"], about["model"],
-        polled=about["polled"], digest=about["digest"],
+def answer_key(name: str) -> str:
+    return f"{PREFIX}answer:{name}"
+
+
+def question_elsewhere(head: JSON) -> tuple[str, Question]:
+    """Who writes an answer, and the question that it answers."""
+    question = Question(
+        APIS[head["api"]], b"", head["stream"], head["model"],
+        polled=head["polled"], digest=head["digest"],
     )  # fmt: skip
+    return str(head["writer"]), question
 
 
-def problem_elsewhere(data: str) -> Problem:
-    error = from_json(data)["error"]
-    status = 400 if error["type"] in ("stopped", "abandoned") else 502
-    problem = Problem(status, error["message"], error["type"])
-    problem.error = error
-    return problem
+def cannot_know(what: str) -> Problem:
+    retry = {"retry-after": "2"}
+    return Problem(503, f"{what}: try again", "server_error", headers=retry)
 
 
 # ─── Flags ───────────────────────────────────────────────────────────────────────────
@@ -5448,61 +5452,55 @@ class Supervisor:
 
     They share the listening sockets, opened once: the kernel gives each new connection
     to one of them, so no port is ever closed while a worker is replaced. Each watches a
-    pipe that ends with this process.
+    pipe, its stdin, that ends with this process.
     """
 
     def __init__(self, settings: Settings, argv: list[str], fds: list[list[int]]) -> None:
         self.settings = settings
-        self.command = [sys.executable, str(Path(__file__).resolve()), *argv]
-        self.fds = fds
-        self.stopped = trio.Event()
+        self.start_worker = functools.partial(
+            trio.run_process,
+            [sys.executable, str(Path(__file__).resolve()), *argv],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "CHATSTREAM_LISTENERS": json.dumps(fds)},
+            pass_fds=[fd for pair in fds for fd in pair],
+            process_group=0,  # Ctrl-C is for this process, which passes it on
+            check=False,
+            deliver_cancel=kill,
+        )
+        self.stopping = False
         self.alive: set[trio.Process] = set()
 
     async def run(self, start: str) -> int:
-        on_signals(self.stop)
         async with trio.open_nursery() as nursery:
+            on_signals(functools.partial(self.stop, nursery.cancel_scope))
             for _ in range(self.settings.workers):
                 nursery.start_soon(self.keep_one)
             print(start, flush=True)
-            await self.stopped.wait()
-            # In time for the promise of `grace` plus 3 s, also for one that is frozen.
-            nursery.cancel_scope.deadline = trio.current_time() + self.settings.grace + 2.5
-        for process in self.alive:
-            process.kill()
         return 0
 
-    def stop(self) -> None:
-        """Passed on to all."""
-        self.stopped.set()
+    def stop(self, scope: trio.CancelScope) -> None:
+        """Passed on to all. What is still there in the end, perhaps frozen, is killed."""
+        self.stopping = True
+        scope.deadline = trio.current_time() + self.settings.grace + 2.5
         for process in self.alive:
             process.terminate()
 
     async def keep_one(self) -> None:
-        while not self.stopped.is_set():
+        while not self.stopping:
             started = trio.current_time()
-            status = await self.run_one()
-            if not self.stopped.is_set():
-                logger.error("a worker died (%d) and is replaced", status)
-                # One that cannot live: not in a hurry.
-                await trio.sleep(max(0, 1 - (trio.current_time() - started)))
+            async with trio.open_nursery() as nursery:
+                process = await nursery.start(self.start_worker)
+                self.alive.add(process)
+                if self.stopping:
+                    process.terminate()
+            self.alive.discard(process)
+            if not self.stopping:
+                logger.error("a worker died (%d) and is replaced", process.returncode)
+                await trio.sleep_until(started + 1)  # one that cannot live: not in a hurry
 
-    async def run_one(self) -> int:
-        listeners = json.dumps(self.fds)
-        process = await trio.lowlevel.open_process(
-            self.command,
-            stdin=subprocess.PIPE,
-            env={**os.environ, "CHATSTREAM_LISTENERS": listeners},
-            pass_fds=[fd for fds in self.fds for fd in fds],
-            process_group=0,  # Ctrl-C is for this process, which passes it on
-        )
-        self.alive.add(process)
-        if self.stopped.is_set():
-            process.terminate()
-        try:
-            return await process.wait()
-        finally:
-            if process.returncode is not None:
-                self.alive.discard(process)
+
+async def kill(process: trio.Process) -> None:
+    process.kill()
 
 
 def main(argv: list[str] | None = None) -> int:

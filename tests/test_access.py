@@ -198,12 +198,7 @@ async def test_a_preflight_of_the_clock_is_answered_for_any_origin(demo):
 
 
 async def test_allow_origin_lets_a_page_in(serve):
-    flags = [
-        "--allow-origin",
-        "http://one.example",
-        "--allow-origin",
-        "http://two.example",
-    ]
+    flags = ["--allow-origin", "http://one.example", "--allow-origin", "http://two.example"]
     server = serve(*flags)
     for origin in ("http://one.example", "http://two.example"):
         head = {"Origin": origin}
@@ -219,9 +214,7 @@ async def test_allow_origin_lets_a_page_in(serve):
         assert response.status == 403, origin
 
 
-async def test_a_page_from_disk_is_refused_once_a_real_upstream_is_there(
-    relay, upstream
-):
+async def test_a_page_from_disk_is_refused_once_a_real_upstream_is_there(relay, upstream):
     head, body = {"Origin": "null"}, asking(upstream.script(*answer("Hello")))
     response = await fetch("POST", relay.http + CHAT, head, body)
     assert response.status == 403

@@ -12,14 +12,13 @@ from kit import (
     Line,
     Scripted,
     answer,
-    ask,
     check_axe,
     fits,
     from_http,
     last_answer,
-    over,
     wait_until,
 )
+from kit.pages import ask, over
 
 WAYS = ["polling", "stream", "socket"]
 SIZES = {"phone": 320, "desk": 1280}
@@ -41,9 +40,7 @@ def verdict(page, way):
 
 
 def cut(page, seconds):
-    page.evaluate(
-        f"document.querySelector('#clock-cut button').dataset.cut = {seconds}"
-    )
+    page.evaluate(f"document.querySelector('#clock-cut button').dataset.cut = {seconds}")
     page.locator("#clock-cut button").first.click()
 
 
@@ -116,9 +113,7 @@ def test_who_lost_ticks_in_a_cut_and_who_caught_up(profile, demo, expect):
     ends = [round(line[-1][0]) for line in points(page, "drop")]
     assert max(ends.count(end) for end in ends) >= 4  # two or more in each lane fan in
     sentence = page.locator("#picture-words")
-    said = (
-        r"Short connections: .*good: [1-9].*SSE and WebSocket: none lost, \d caught up"
-    )
+    said = r"Short connections: .*good: [1-9].*SSE and WebSocket: none lost, \d caught up"
     expect(sentence).to_have_text(re.compile(said))
     expect(page.locator("#announcer")).to_contain_text("none lost")
 
@@ -164,9 +159,7 @@ def test_the_clock_ticks(profile, demo, where, expect):
     before = face.inner_text()
     expect(face).not_to_have_text(before)
     expect(page.locator("#clock-words")).to_have_text("Connected.")
-    expect(page.locator("#clock-age")).to_have_text(
-        re.compile(r"Last tick [01]\.\d s ago\.")
-    )
+    expect(page.locator("#clock-age")).to_have_text(re.compile(r"Last tick [01]\.\d s ago\."))
     until_told(page)
     wait_until(lambda: value(page, "requests", "polling") >= 2)
     assert value(page, "requests", "stream") == value(page, "requests", "socket") == 1
@@ -174,9 +167,7 @@ def test_the_clock_ticks(profile, demo, where, expect):
 
 def test_a_browser_without_the_newer_signals(profile, demo, expect):
     """AbortSignal.any came with Safari 17.4."""
-    profile.context.add_init_script(
-        "delete AbortSignal.any; delete AbortSignal.timeout;"
-    )
+    profile.context.add_init_script("delete AbortSignal.any; delete AbortSignal.timeout;")
     page = profile.open(from_http(demo, "clock"))
     cut_and_back(page, expect, 1)
     for way in WAYS:
@@ -219,9 +210,7 @@ def test_a_gap_is_told(profile, expect):
     )
     gap = b'event: gap\ndata: {"missed": 12}\n\ndata: now\nid: clock-1700000000\n\n'
     with Scripted([head + gap, HOLD]) as server:
-        page = profile.open(
-            f"{(WWW / 'index.html').as_uri()}?server={server.url}#clock"
-        )
+        page = profile.open(f"{(WWW / 'index.html').as_uri()}?server={server.url}#clock")
         expect(page.locator("#clock-age")).to_contain_text("12 missed.")
 
 
@@ -345,12 +334,7 @@ def test_the_frames_can_be_seen(profile, model, upstream, expect):
     expect(page.locator("#wire-empty")).to_be_visible()
     ask(page, upstream.script(*answer("One ", "two.")))
     frames = page.locator("#wire-body")
-    for text in (
-        "POST /chatgptApi/",
-        "x-answer-id: ",
-        'data: {"content":"One "}',
-        "id: ",
-    ):
+    for text in ("POST /chatgptApi/", "x-answer-id: ", 'data: {"content":"One "}', "id: "):
         expect(frames).to_contain_text(text)
     expect(frames).to_contain_text("data: [DONE]")
     page.click("nav a[href='#clock']")
@@ -358,9 +342,7 @@ def test_the_frames_can_be_seen(profile, model, upstream, expect):
         expect(page.get_by_role("heading", name=name)).to_be_visible()
     expect(page.get_by_role("list", name="Clock: SSE")).to_contain_text("retry: ")
     expect(page.get_by_role("list", name="Clock: SSE")).to_contain_text("id: clock-")
-    expect(page.get_by_role("list", name="Clock: WebSocket")).to_contain_text(
-        '{"id":"clock-'
-    )
+    expect(page.get_by_role("list", name="Clock: WebSocket")).to_contain_text('{"id":"clock-')
     expect(page.get_by_role("heading", name="Chat: SSE over fetch")).to_be_hidden()
 
 
@@ -382,9 +364,7 @@ def frames(page, name):
 
 
 def is_at_its_end(frames):
-    return frames.evaluate(
-        "list => list.scrollHeight - list.scrollTop - list.clientHeight < 2"
-    )
+    return frames.evaluate("list => list.scrollHeight - list.scrollTop - list.clientHeight < 2")
 
 
 def test_the_panel_follows_and_leaves_its_reader_alone(profile, demo, expect):

@@ -260,9 +260,7 @@ NOTHING_MUCH = ['{"":0}', "[]", "0", '""', "null"]
 
 
 @pytest.mark.parametrize("item", NOTHING_MUCH)
-async def test_a_question_takes_its_own_size_and_not_that_of_its_parts(
-    serve, upstream, item
-):
+async def test_a_question_takes_its_own_size_and_not_that_of_its_parts(serve, upstream, item):
     """JSON of 1 MiB can be 30 MiB of objects, and each is left at once.
 
     What is left goes on for the linger time: all of them are here together.
@@ -270,7 +268,8 @@ async def test_a_question_takes_its_own_size_and_not_that_of_its_parts(
     env = {"OPENAI_BASE_URL": upstream.url}
     server = serve("--linger", "30", "--model", "m", env=env)
     prompt = upstream.script(*sse(delta("Hello"), HOLD))
-    many = ",".join([item] * ((1 << 20) // (len(item) + 1) - 100))
+    count = (1 << 20) // (len(item) + 1) - 100
+    many = ",".join([item] * min(count, 290_000))  # below the limit of brackets
     messages = json.dumps(asking(prompt)["messages"])
     body = f'{{"messages":{messages},"more":[{many}],"stream":true}}'.encode()
     before = resident(server.process.pid)
@@ -463,11 +462,7 @@ async def read_answer(response, whole):
 
 async def test_a_flood_of_pings_delays_nobody(demo):
     """Each gets its pong, in order; who never reads them is dropped."""
-    async with (
-        unharmed(demo),
-        raw_member(demo.ws) as member,
-        trio.open_nursery() as nursery,
-    ):
+    async with unharmed(demo), raw_member(demo.ws) as member, trio.open_nursery() as nursery:
         nursery.start_soon(pings, member, 5000)
         for n in range(5000):
             assert await read_frame(member) == (PONG, b"%d" % n)
@@ -505,13 +500,7 @@ async def test_a_ping_after_the_close_harms_nobody(demo):
     close = frame(CLOSE, (1000).to_bytes(2))
     too_long = frame(TEXT, b"x" * 4097)
     async with unharmed(demo):
-        for ending in (
-            close,
-            too_long,
-            frame(2, b"x"),
-            b"\xff\xff",
-            frame(TEXT, b"\xff"),
-        ):
+        for ending in (close, too_long, frame(2, b"x"), b"\xff\xff", frame(TEXT, b"\xff")):
             for _ in range(10):
                 async with raw_member(demo.ws) as member:
                     with suppress(*BROKEN):
@@ -689,11 +678,7 @@ async def test_nobody_can_forge_a_line_of_the_log(serve):
     server = serve()
     forged = "2026-01-01 00:00:00,000 ERROR stolen"
     async with unharmed(server):
-        for path in (
-            f"/%0a{forged.replace(' ', '%20')}",
-            "/%0d%0astolen",
-            "/%1b[2Jstolen",
-        ):
+        for path in (f"/%0a{forged.replace(' ', '%20')}", "/%0d%0astolen", "/%1b[2Jstolen"):
             assert (await fetch("GET", server.http + path)).status == 404
         name = "%0a" + forged.replace(" ", "%20")
         async with raw_member(f"{server.ws}/room?name={name}") as member:

@@ -26,14 +26,7 @@ from kit import (
 from wsproto.frame_protocol import FrameProtocol, ParseFailed
 
 import chatstream
-from chatstream import (
-    FrameParser,
-    Problem,
-    SSEParser,
-    WebSocketClose,
-    parse_close,
-    unmask,
-)
+from chatstream import FrameParser, Problem, SSEParser, WebSocketClose, parse_close, unmask
 
 
 def fuzz(examples):
@@ -73,8 +66,7 @@ def cut(data, cuts):
 PARTS = [b"data:", b"data", b" ", b"id: 1", b"event: x", b"retry: 9", b": c", b"{}"]
 MARKS = [b"\r", b"\n", b"\r\n", b"\n\n", b"\xef\xbb\xbf", b"\0", b"\xe4\xbd", b"\xa0"]
 SSE_BYTES = st.lists(
-    st.sampled_from(PARTS) | st.sampled_from(MARKS) | st.binary(max_size=6),
-    max_size=40,
+    st.sampled_from(PARTS) | st.sampled_from(MARKS) | st.binary(max_size=6), max_size=40
 ).map(b"".join)
 
 
@@ -229,9 +221,7 @@ def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(api, said):
 @fuzz(400)
 @given(st.sampled_from(APIS), st.booleans(), CHUNKS | JSON)
 def test_a_whole_answer_of_any_shape_is_one_or_an_upstream_error(api, streamed, said):
-    make_an_answer(
-        api, streamed, lambda relay: relay.take_whole(chatstream.to_json(said))
-    )
+    make_an_answer(api, streamed, lambda relay: relay.take_whole(chatstream.to_json(said)))
 
 
 def make_an_answer(api, streamed, take):

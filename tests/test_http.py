@@ -6,16 +6,7 @@ from urllib.parse import quote
 
 import pytest
 import trio
-from kit import (
-    CHAT,
-    OPENAI,
-    ROOT,
-    asking,
-    connect,
-    fetch,
-    raw_member,
-    stream,
-)
+from kit import CHAT, OPENAI, ROOT, asking, connect, fetch, raw_member, stream
 from trio_websocket import open_websocket_url
 
 LOOPBACK = "127.0.0.1"
@@ -157,9 +148,7 @@ async def test_a_reader_that_was_away_too_long_is_told_what_it_missed(demo):
     async with stream("GET", demo.http + "/clock") as clock:
         event = await clock.event()
     long_ago = event.id.replace(str(event.n), str(event.n - 1000))
-    async with stream(
-        "GET", demo.http + "/clock", {"Last-Event-ID": long_ago}
-    ) as clock:
+    async with stream("GET", demo.http + "/clock", {"Last-Event-ID": long_ago}) as clock:
         gap, first, second = await clock.events(3)
     assert (gap.type, gap.id) == ("gap", None)
     assert gap.json == {"missed": first.n - (event.n - 1000) - 1}
@@ -167,13 +156,7 @@ async def test_a_reader_that_was_away_too_long_is_told_what_it_missed(demo):
 
 
 MEANINGLESS = ["rubbish", "clock", "clock-", "clock-x", "clock--5", "clock-1e9"]
-MEANINGLESS += [
-    "clock-99999999999",
-    "clock-" + "9" * 5000,
-    "clock-\xb2",
-    "room-5",
-    "-5",
-]
+MEANINGLESS += ["clock-99999999999", "clock-" + "9" * 5000, "clock-\xb2", "room-5", "-5"]
 MEANINGLESS += ["caf\xe9", "x" * 4000]
 
 
@@ -273,9 +256,7 @@ async def test_a_wrong_method_is_405_and_names_the_right_ones(demo, path):
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-@pytest.mark.parametrize(
-    "path", ["/nothing", "/v1", "/clock/", "/answers", "/answers/"]
-)
+@pytest.mark.parametrize("path", ["/nothing", "/v1", "/clock/", "/answers", "/answers/"])
 async def test_a_wrong_path_is_404(demo, method, path):
     response = await fetch(method, demo.http + path)
     assert response.status == 404

@@ -170,9 +170,7 @@ def test_what_many_readers_need_is_made_once():
 def test_the_same_event_in_two_framings():
     log = filled(1)
     assert log.frames(SSE, 0)[0] == b"data: 0\nid: log-0\n\n"
-    assert log.frames(WS_JSON, 0)[0].endswith(
-        b'{"id":"log-0","type":"message","text":"0"}'
-    )
+    assert log.frames(WS_JSON, 0)[0].endswith(b'{"id":"log-0","type":"message","text":"0"}')
 
 
 def test_a_long_log_is_framed_piece_by_piece():
@@ -188,15 +186,11 @@ def test_a_long_log_is_framed_piece_by_piece():
 
 
 @pytest.mark.parametrize("start", range(11))
-async def test_a_reader_gets_what_follows_its_place(
-    start, pumped, nursery, autojump_clock
-):
+async def test_a_reader_gets_what_follows_its_place(start, pumped, nursery, autojump_clock):
     for n in range(8):
         pumped.append(str(n))
     outlet = Outlet()
-    nursery.start_soon(
-        Reader(pumped, outlet, SSE, min(start, pumped.end)).run, sleep_forever
-    )
+    nursery.start_soon(Reader(pumped, outlet, SSE, min(start, pumped.end)).run, sleep_forever)
     await settle()
     for n in range(8, 10):
         pumped.append(str(n))
@@ -223,9 +217,7 @@ async def test_a_reader_of_a_log_that_has_ended_gets_all_and_returns(autojump_cl
     assert not log.readers
 
 
-async def test_who_falls_behind_is_told_how_much_is_missing(
-    pumped, nursery, autojump_clock
-):
+async def test_who_falls_behind_is_told_how_much_is_missing(pumped, nursery, autojump_clock):
     outlet = Outlet(room=5)
     nursery.start_soon(Reader(pumped, outlet, SSE, 0).run, sleep_forever)
     for n in range(25):
@@ -258,9 +250,7 @@ async def test_who_could_not_tell_a_gap_from_a_message_is_told_of_none(
     assert reader.gaps == 1
 
 
-async def test_a_client_that_leaves_takes_its_reader_along(
-    pumped, nursery, autojump_clock
-):
+async def test_a_client_that_leaves_takes_its_reader_along(pumped, nursery, autojump_clock):
     """Its place is free at once, whether all was written or nothing."""
     left = trio.Event()
     for room in (inf, 0):
@@ -286,16 +276,12 @@ async def test_a_dropped_reader_ends_although_its_wire_is_full(autojump_clock):
             nursery.start_soon(drop)
             await reader.run(sleep_forever)
 
-    with pytest.RaisesGroup(
-        pytest.RaisesExc(trio.BrokenResourceError, match="no ping")
-    ):
+    with pytest.RaisesGroup(pytest.RaisesExc(trio.BrokenResourceError, match="no ping")):
         await run()
     assert not reader.log.readers
 
 
-@pytest.mark.parametrize(
-    ("framing", "times"), [(SSE, [4, 8, 12]), (WS_JSON, [4, 8, 12])]
-)
+@pytest.mark.parametrize(("framing", "times"), [(SSE, [4, 8, 12]), (WS_JSON, [4, 8, 12])])
 async def test_silence_is_broken_in_time(framing, times, autojump_clock):
     reader = Reader(filled(0), Outlet(), framing, 0)
     started = trio.current_time()
@@ -309,9 +295,7 @@ async def test_silence_is_broken_in_time(framing, times, autojump_clock):
     assert spoken == times
 
 
-@pytest.mark.parametrize(
-    ("framing", "times"), [(SSE, [6, 10, 14]), (WS_JSON, [4, 8, 12])]
-)
+@pytest.mark.parametrize(("framing", "times"), [(SSE, [6, 10, 14]), (WS_JSON, [4, 8, 12])])
 async def test_after_an_event_sse_waits_anew_and_a_heartbeat_does_not(
     framing, times, autojump_clock
 ):
@@ -376,9 +360,7 @@ async def test_a_reader_that_comes_during_a_rest_of_the_pump_waits_for_nothing(
     assert numbers(outlet) == [2, 3, 4]
 
 
-async def test_leaving_in_the_middle_of_a_pass_harms_nobody(
-    pumped, nursery, autojump_clock
-):
+async def test_leaving_in_the_middle_of_a_pass_harms_nobody(pumped, nursery, autojump_clock):
     """An outlet that ends another reader while the pump is writing to it."""
     scopes = [trio.CancelScope() for _ in range(3)]
 

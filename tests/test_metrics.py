@@ -118,11 +118,7 @@ async def test_each_answer_is_counted_by_its_ending(counted, upstream):
                 await fetch("DELETE", f"{counted.http}/answers/{name}")
                 await response.events()
     await until_sample(counted, "answers", 0)  # nobody reads the last one
-    assert endings(await scrape(counted)) == {
-        "{done}": 2,
-        "{upstream_error}": 1,
-        "{stopped}": 2,
-    }
+    assert endings(await scrape(counted)) == {"{done}": 2, "{upstream_error}": 1, "{stopped}": 2}
 
 
 async def test_an_event_is_counted_once_for_each_that_reads_it(counted, upstream):

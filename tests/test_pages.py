@@ -4,20 +4,8 @@ both languages, a narrow screen."""
 import re
 
 import pytest
-from kit import (
-    FIN,
-    HOLD,
-    WWW,
-    ask,
-    check_axe,
-    delta,
-    enter_room,
-    from_disk,
-    from_http,
-    said,
-    speak,
-    sse,
-)
+from kit import FIN, HOLD, WWW, check_axe, delta, enter_room, from_disk, from_http, said, speak, sse
+from kit.pages import ask
 
 VIEWS = ["chat", "clock", "room"]
 
@@ -55,9 +43,7 @@ def test_no_word_is_missing_in_either_language(profile, demo):
         assert bool(english) == bool(chinese), key
         assert re.findall(r"\{\d\}", english) == sorted(re.findall(r"\{\d\}", chinese))
     source = "".join(path.read_text() for path in WWW.iterdir())
-    used = set(
-        re.findall(r'(?:say\(|data-(?:say|label|placeholder)=)"([^"]+)"', source)
-    )
+    used = set(re.findall(r'(?:say\(|data-(?:say|label|placeholder)=)"([^"]+)"', source))
     assert used <= set(words)
 
 

@@ -64,12 +64,7 @@ def certificate(tmp_path_factory):
     subprocess.run(
         [
             *["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"],
-            *(
-                "-subj",
-                f"/CN={NAME}",
-                "-addext",
-                f"subjectAltName=DNS:{NAME},DNS:localhost",
-            ),
+            *("-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME},DNS:localhost"),
             *("-keyout", key, "-out", pem),
         ],
         check=True,
@@ -230,13 +225,7 @@ def read_until(pipe, mark):
 
 def test_http_2_reaches_the_browser(internet_proxy):
     command = curl(
-        internet_proxy,
-        "/healthz",
-        "--http2",
-        "-o",
-        "/dev/null",
-        "-w",
-        "%{http_version}",
+        internet_proxy, "/healthz", "--http2", "-o", "/dev/null", "-w", "%{http_version}"
     )
     assert subprocess.check_output(command) == b"2"
 

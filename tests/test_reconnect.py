@@ -11,18 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from kit import (
-    CHAT,
-    Gate,
-    Proxy,
-    answer,
-    asking,
-    need,
-    need_module,
-    npm_packages,
-    site,
-    wait_until,
-)
+from kit import CHAT, Gate, Proxy, answer, asking, need, need_module, npm_packages, site, wait_until
 
 WORDS = [f"word{n:02} " for n in range(20)]
 PACED = [step for word in WORDS for step in (word, 0.02)]

@@ -395,9 +395,7 @@ async def test_nothing_that_comes_after_a_failure_is_heard(relay, upstream, path
         assert "Overloaded." in error_of(events)["message"]
 
 
-@pytest.mark.parametrize(
-    "shape", [{"choices": None}, {"choices": [None]}, {"choices": 5}, {}]
-)
+@pytest.mark.parametrize("shape", [{"choices": None}, {"choices": [None]}, {"choices": 5}, {}])
 @FORMATS
 async def test_a_chunk_of_an_odd_shape_harms_nobody(relay, upstream, path, shape):
     prompt = upstream.script(*sse(HELLO, shape, delta(" you"), STOP, DONE))

@@ -66,10 +66,7 @@ FRAMING = {
     "zero mask": ([frame(TEXT, "hello", mask=bytes(4))], ["hello"]),
     "not masked": ([b"\x81\x05hello"], [1002]),
     "a length of 64 bits": ([b"\x81\xff" + b"\xff" * 8], [1002]),
-    "the largest length": (
-        [b"\x81\xff\x7f" + b"\xff" * 7 + bytes(4) + b"x" * 60_000],
-        [1009],
-    ),
+    "the largest length": ([b"\x81\xff\x7f" + b"\xff" * 7 + bytes(4) + b"x" * 60_000], [1009]),
 }
 PINGS = {
     "empty": ([frame(PING)], [b""]),
@@ -89,14 +86,8 @@ RESERVED = {
     for rsv in range(1, 8)
     for kind, opcode in (("text", TEXT), ("ping", PING), ("close", CLOSE))
 } | {
-    "after a good one": (
-        [frame(TEXT, HELLO), frame(TEXT, HELLO, rsv=4)],
-        [HELLO, 1002],
-    ),
-    "before a ping": (
-        [frame(TEXT, HELLO), frame(TEXT, HELLO, rsv=3), frame(PING)],
-        [HELLO, 1002],
-    ),
+    "after a good one": ([frame(TEXT, HELLO), frame(TEXT, HELLO, rsv=4)], [HELLO, 1002]),
+    "before a ping": ([frame(TEXT, HELLO), frame(TEXT, HELLO, rsv=3), frame(PING)], [HELLO, 1002]),
 }
 OPCODES = {
     f"opcode {n}{more}": (
@@ -128,20 +119,11 @@ FRAGMENTS = {
     "a pong in two": ([frame(PONG, "one", fin=0), frame(MORE, "two")], [1002]),
     "a close in two": ([frame(CLOSE, b"\x03", fin=0), frame(MORE, b"\xe8")], [1002]),
     "no beginning, the end": ([frame(MORE, "no"), frame(TEXT, HELLO)], [1002]),
-    "no beginning, the middle": (
-        [frame(MORE, "no", fin=0), frame(TEXT, HELLO)],
-        [1002],
-    ),
-    "no beginning, after text": (
-        [frame(TEXT, "yes"), frame(MORE, "no")],
-        ["yes", 1002],
-    ),
+    "no beginning, the middle": ([frame(MORE, "no", fin=0), frame(TEXT, HELLO)], [1002]),
+    "no beginning, after text": ([frame(TEXT, "yes"), frame(MORE, "no")], ["yes", 1002]),
     "text within text": ([frame(TEXT, "one", fin=0), frame(TEXT, "two")], [1002]),
     "binary within text": ([frame(TEXT, "one", fin=0), frame(BINARY, "two")], [1002]),
-    "after a ping too": (
-        [frame(TEXT, "one", fin=0), frame(PING), frame(TEXT, "two")],
-        [b"", 1002],
-    ),
+    "after a ping too": ([frame(TEXT, "one", fin=0), frame(PING), frame(TEXT, "two")], [b"", 1002]),
     "too much in pieces": (pieces("*" * 4097, 4000), [1009]),
     "too much in bytes": (pieces("*" * 5000, *range(1, 5000)), [1009]),
     "another one after it": ([*pieces(HELLO, 4, 9), frame(TEXT, "b")], [HELLO, "b"]),
@@ -196,14 +178,8 @@ TEXTS = (
     | {f"bad in bytes: {k}": (pieces(v, *range(1, len(v))), [1007]) for k, v in INVALID.items()}
     | {
         "bad, its end never comes": ([frame(TEXT, b"\xff\xff", fin=0)], [1007]),
-        "bad, after a good one": (
-            [frame(TEXT, MATH), frame(TEXT, b"\xce")],
-            [MATH, 1007],
-        ),
-        "bad across pieces": (
-            [frame(TEXT, b"\xce", fin=0), frame(MORE, b"\xce")],
-            [1007],
-        ),
+        "bad, after a good one": ([frame(TEXT, MATH), frame(TEXT, b"\xce")], [MATH, 1007]),
+        "bad across pieces": ([frame(TEXT, b"\xce", fin=0), frame(MORE, b"\xce")], [1007]),
         "good across a ping": (
             [frame(TEXT, b"\xce", fin=0), frame(PING), frame(MORE, b"\xba")],
             [b"", "κ"],

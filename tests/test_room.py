@@ -46,10 +46,7 @@ V1 = {"Sec-WebSocket-Protocol": ROOM_PROTOCOL}
 
 async def test_what_one_says_comes_back_to_all(serve):
     server = serve()
-    async with (
-        open_websocket_url(server.ws) as one,
-        open_websocket_url(server.ws) as other,
-    ):
+    async with open_websocket_url(server.ws) as one, open_websocket_url(server.ws) as other:
         await one.send_message("hello")
         assert await hear(one) == await hear(other) == f"hello{TAIL}"
         await other.send_message("你好 🙂")
@@ -293,10 +290,7 @@ HALF = '{"text": "你'.encode()[:-1]
 CODES = {
     "too long": (frame(TEXT, LONG), 1009),
     "too long in chinese": (frame(TEXT, "你".encode() * 4097), 1009),
-    "too long in pieces": (
-        frame(TEXT, b"x" * 4000, fin=False) + frame(0, b"x" * 97),
-        1009,
-    ),
+    "too long in pieces": (frame(TEXT, b"x" * 4000, fin=False) + frame(0, b"x" * 97), 1009),
     "pieces without end": (
         frame(TEXT, b"x" * 4000, fin=False) + frame(0, b"x" * 4000, fin=False) * 16,
         1009,
@@ -308,10 +302,7 @@ CODES = {
     "bad utf-8": (frame(TEXT, b"caf\xe9"), 1007),
     "half a character": (frame(TEXT, "你".encode()[:2]), 1007),
     "a surrogate": (frame(TEXT, b"\xed\xa0\x80"), 1007),
-    "bad utf-8 in pieces": (
-        frame(TEXT, "你".encode()[:2], fin=False) + frame(0, b"x"),
-        1007,
-    ),
+    "bad utf-8 in pieces": (frame(TEXT, "你".encode()[:2], fin=False) + frame(0, b"x"), 1007),
     "unknown opcode": (frame(3, b"x"), 1002),
     "a long ping": (frame(PING, b"x" * 126), 1002),
     "no beginning": (frame(0, b"x"), 1002),
@@ -338,9 +329,7 @@ ALL_CODES += [(f"json: {name}", V1, *JSON_CODES[name]) for name in JSON_CODES]
 
 
 @pytest.mark.parametrize(
-    ("head", "frames", "code"),
-    [c[1:] for c in ALL_CODES],
-    ids=[c[0] for c in ALL_CODES],
+    ("head", "frames", "code"), [c[1:] for c in ALL_CODES], ids=[c[0] for c in ALL_CODES]
 )
 async def test_who_breaks_the_rules_is_told_which_and_goes_alone(open_room, head, frames, code):
     async with guest(open_room) as other:
@@ -417,10 +406,7 @@ async def test_no_other_path_opens_a_websocket(open_room):
 
 
 async def test_what_is_sent_to_the_clock_does_no_harm(open_room):
-    async with (
-        open_websocket_url(open_room.ws + "/clock") as member,
-        guest(open_room) as other,
-    ):
+    async with open_websocket_url(open_room.ws + "/clock") as member, guest(open_room) as other:
         await member.send_message("hello")
         with trio.fail_after(SOON):
             try:
@@ -460,10 +446,7 @@ async def test_all_hear_the_same_in_the_same_order(serve):
 
 async def test_who_talks_too_fast_is_slowed_down_and_not_cut_short(serve):
     server = serve("--room-rate", "10")
-    async with (
-        open_websocket_url(server.ws) as fast,
-        open_websocket_url(server.ws) as calm,
-    ):
+    async with open_websocket_url(server.ws) as fast, open_websocket_url(server.ws) as calm:
         began = time.monotonic()
         for n in range(25):
             await fast.send_message(str(n))

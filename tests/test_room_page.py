@@ -4,7 +4,8 @@ import re
 import signal
 
 import pytest
-from kit import Line, check_axe, enter_room, from_disk, from_http, over, said, speak
+from kit import Line, check_axe, enter_room, from_disk, from_http, said, speak
+from kit.pages import over
 
 
 def test_two_in_the_room(profile, serve, where, expect):
@@ -223,7 +224,7 @@ def test_the_server_started_again_under_the_room(profile, serve, expect):
 
 
 def test_axe_finds_nothing_in_the_room(chromium, party, axe, expect):
-    line, _bob = party
+    line, _ = party
     context = chromium.new_context(bypass_csp=True)
     page = context.new_page()
     page.goto(f"{over(line)}#room")

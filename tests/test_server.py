@@ -163,11 +163,7 @@ assert "coredis" not in sys.modules and "redis" not in sys.modules
 
 def test_import_opens_nothing():
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", IMPORT], check=False, cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -117,14 +117,11 @@ WHOLE = {
     "blank lines first": [plain(200, b"\n\n" + json.dumps(chat_whole()).encode())],
     "gzip": [
         plain(
-            200,
-            gzip.compress(json.dumps(chat_whole(["Hello"])).encode()),
-            "Content-Encoding: gzip",
+            200, gzip.compress(json.dumps(chat_whole(["Hello"])).encode()), "Content-Encoding: gzip"
         )
     ],
     "in chunks": sse(
-        json.dumps(chat_whole(["Hello"])).encode(),
-        head=headed("Content-Type: application/json"),
+        json.dumps(chat_whole(["Hello"])).encode(), head=headed("Content-Type: application/json")
     ),
     "no choices": [plain(200, chat_whole() | {"choices": []})],
     "cut": [plain(200, chat_whole())[:-20], FIN],
@@ -150,10 +147,7 @@ FAILED = "failed"
 DIFFERENT = {
     "A stream that ends with neither a `finish_reason` nor `[DONE]` is an error; "
     "an SDK would take it for a whole answer.": (
-        [
-            ("no finish_reason, no [DONE]", True),
-            ("no finish_reason, no [DONE], no length", True),
-        ],
+        [("no finish_reason, no [DONE]", True), ("no finish_reason, no [DONE], no length", True)],
         ("Hello", None),
         ("Hello", FAILED),
     ),

@@ -121,9 +121,7 @@ def test_a_last_event_without_its_blank_line_can_be_asked_for(size):
         stream = b"data: a\n\ndata: [DONE]" + end
         parser = SSEParser()
         pieces = [stream[n : n + size] for n in range(0, len(stream), size)]
-        assert [event for piece in pieces for event in parser.feed(piece)] == [
-            message("a")
-        ]
+        assert [event for piece in pieces for event in parser.feed(piece)] == [message("a")]
         assert parser.unfinished() == "[DONE]"
 
 
@@ -224,9 +222,7 @@ def test_any_event_survives_however_its_bytes_are_split(log, data):
     ends = [*cuts, len(stream)]
     pieces = [stream[a:b] for a, b in zip([0, *cuts], ends, strict=True)]
     assert place == log.end
-    assert parsed(*pieces) == [
-        (one_line_end(log[n].data), log[n].type) for n in range(log.end)
-    ]
+    assert parsed(*pieces) == [(one_line_end(log[n].data), log[n].type) for n in range(log.end)]
     assert ids(stream) == [f"log-{n}" for n in range(log.end)]
 
 
@@ -259,8 +255,7 @@ def test_a_cut_stream_never_gives_half_an_event(log, cut):
 
 
 @pytest.mark.parametrize(
-    ("data", "body"),
-    [(b"x", b"1\r\nx\r\n"), (b"x" * 255, b"ff\r\n" + b"x" * 255 + b"\r\n")],
+    ("data", "body"), [(b"x", b"1\r\nx\r\n"), (b"x" * 255, b"ff\r\n" + b"x" * 255 + b"\r\n")]
 )
 def test_a_chunk_of_a_body(data, body):
     assert http_chunk(data) == body

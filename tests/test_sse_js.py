@@ -34,10 +34,7 @@ CASES = {
         "data:test\n\ndata: test\n\n",
         [message("test"), message("test")],
     ),
-    "an empty first line of data is kept": (
-        "data:\ndata: below\n\n",
-        [message("\nbelow")],
-    ),
+    "an empty first line of data is kept": ("data:\ndata: below\n\n", [message("\nbelow")]),
     "nothing at all": ("", []),
     "CR": ("data: a\rdata: b\r\rdata: c\r\r", [message("a\nb"), message("c")]),
     "CRLF": ("data: a\r\ndata: b\r\n\r\n", [message("a\nb")]),
@@ -58,39 +55,18 @@ CASES = {
         "data: a\n\n\ufeffdata: b\n\ndata: \ufeffc\n\n",
         [message("a"), message("\ufeffc")],
     ),
-    "comments": (
-        ":\n:data: no\ndata: a\n: no\ndata: b\n:\0\n:: x\n\n",
-        [message("a\nb")],
-    ),
-    "event types": (
-        "event: tick\ndata: a\n\ndata: b\n\n",
-        [["tick", "a", ""], message("b")],
-    ),
+    "comments": (":\n:data: no\ndata: a\n: no\ndata: b\n:\0\n:: x\n\n", [message("a\nb")]),
+    "event types": ("event: tick\ndata: a\n\ndata: b\n\n", [["tick", "a", ""], message("b")]),
     "an empty type is none": ("event: x\nevent:\ndata: a\n\n", [message("a")]),
-    "the last type counts": (
-        "event: x\ndata: a\nevent:  y\n\n",
-        [[" y", "a", ""]],
-    ),
-    "a type without data is dropped with its block": (
-        "event: x\n\ndata: a\n\n",
-        [message("a")],
-    ),
+    "the last type counts": ("event: x\ndata: a\nevent:  y\n\n", [[" y", "a", ""]]),
+    "a type without data is dropped with its block": ("event: x\n\ndata: a\n\n", [message("a")]),
     "an id stays until there is another": (
         "id: 1\ndata: a\n\ndata: b\n\nid: 2\ndata: c\n\n",
         [message("a", "1"), message("b", "1"), message("c", "2")],
     ),
-    "an id in a block without data counts": (
-        "id: 7\n\ndata: a\n\n",
-        [message("a", "7")],
-    ),
-    "an id resets": (
-        "id: 1\ndata: a\n\nid\ndata: b\n\n",
-        [message("a", "1"), message("b")],
-    ),
-    "an id with NUL is ignored": (
-        "id: 1\nid: 2\0\ndata: a\n\n",
-        [message("a", "1")],
-    ),
+    "an id in a block without data counts": ("id: 7\n\ndata: a\n\n", [message("a", "7")]),
+    "an id resets": ("id: 1\ndata: a\n\nid\ndata: b\n\n", [message("a", "1"), message("b")]),
+    "an id with NUL is ignored": ("id: 1\nid: 2\0\ndata: a\n\n", [message("a", "1")]),
     "an id of any letters": ("id: …ü 你\ndata: a\n\n", [message("a", "…ü 你")]),
     "names are exact": (
         "Data: 1\n data: 2\ndata : 3\ndatax: 4\ndat: 5\nxdata: 6\nfoo\ndata: ok\n\n",
@@ -106,22 +82,14 @@ CASES = {
         "data: a\n\nid: 9\ndata: b\n",
         [message("a")],
     ),
-    "letters of two, three and four bytes": (
-        "data: ü你👩‍👩‍👧\n\n",
-        [message("ü你👩‍👩‍👧")],
-    ),
+    "letters of two, three and four bytes": ("data: ü你👩‍👩‍👧\n\n", [message("ü你👩‍👩‍👧")]),
     "a keep-alive and a retry, as this server sends them": (
         "retry: 2000\ndata: a\nid: x-0\n\n: keep-alive\ndata: b\nid: x-1\n\n",
         [message("a", "x-0"), message("b", "x-1")],
     ),
 }
 
-BYTES = {
-    "bytes that are no UTF-8 become U+FFFD": (
-        b"data: a\xffb\n\n",
-        [message("a\ufffdb")],
-    ),
-}
+BYTES = {"bytes that are no UTF-8 become U+FFFD": (b"data: a\xffb\n\n", [message("a\ufffdb")])}
 
 RETRIES = {
     "retry: 700\n": 700,
@@ -260,10 +228,7 @@ def test_goes_on_after_the_last_whole_event(open_stream):
     server, look = open_stream(first, [HEAD + b"data: c\nid: x-3\n\n", HOLD])
     seen = until_seen(look, lambda seen: len(seen["events"]) == 3)
     assert seen["events"] == ["a", "b", "c"]
-    assert [asked.headers.get("last-event-id") for asked in server.asked] == [
-        None,
-        "x-2",
-    ]
+    assert [asked.headers.get("last-event-id") for asked in server.asked] == [None, "x-2"]
     assert server.asked[0].headers["accept"] == "text/event-stream"
 
 

@@ -241,15 +241,10 @@ UNFINISHED = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + (
 
 @pytest.mark.parametrize(
     ("began", "seconds"),
-    [
-        (b"GET /time HTTP/1.1\r\n", HEAD),
-        (UNFINISHED, BODY_PIECE),
-    ],
+    [(b"GET /time HTTP/1.1\r\n", HEAD), (UNFINISHED, BODY_PIECE)],
     ids=["head", "body"],
 )
-async def test_a_request_that_brings_nothing_for_10_seconds_is_408(
-    server, began, seconds
-):
+async def test_a_request_that_brings_nothing_for_10_seconds_is_408(server, began, seconds):
     async with connect(server.http) as connection:
         await connection.send(began)
         await passes(server, seconds - 2)

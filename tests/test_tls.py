@@ -88,10 +88,7 @@ async def test_an_answer_over_tls_is_whole(serve, certificate, upstream):
     body = asking(upstream.script(*answer("Hel", 0.05, "lo")))
     async with stream("POST", secure.http + CHAT, None, body) as response:
         events = await response.events()
-    assert [event.data for event in events[:2]] == [
-        '{"content":"Hel"}',
-        '{"content":"lo"}',
-    ]
+    assert [event.data for event in events[:2]] == ['{"content":"Hel"}', '{"content":"lo"}']
     assert events[-1].data == "[DONE]"
 
 

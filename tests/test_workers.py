@@ -91,19 +91,14 @@ async def test_a_child_of_somebody_else_does_not_end_the_parent(serve, redis, ch
     """A shell leaves its children to what it is replaced by; so does a container."""
     shell = ["sh", "-c", f"sh -c '{child}' & exec \"$@\"", "sh", *command()]
     server = serve("--redis", redis.url, "--workers", "2", program=shell)
-    await until(lambda: len(children(server)) == 2)
+    await until(lambda: len(workers_of(server)) == 2)
     assert (await fetch("GET", server.http + "/time")).status == 200
-    killed = min(children(server))
+    killed = min(workers_of(server))
     os.kill(killed, signal.SIGKILL)  # its own are looked after still
-    await until(lambda: len(children(server) - {killed}) == 2)
+    await until(lambda: len(set(workers_of(server)) - {killed}) == 2)
     server.signal()
     assert await server.exit_code(5 + 3) == 0
     assert "Traceback" not in server.log()
-
-
-def children(server):
-    pid = server.process.pid
-    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 async def test_workers_do_not_outlive_their_parent(crew):

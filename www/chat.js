@@ -17,6 +17,7 @@
   const log = $("log");
   const turns = new Map(); // a message's key -> its Turn
   const runs = new Map(); // an answer's key -> what this tab is reading of it
+  const FROM_THE_START = { content: "", reasoning: "", events: 0, caught: 0, first: null, last: "" };
   const ACTS = { again, regenerate: again, edit };
   let editing = null; // the question that is being edited
   let restore = null; // brings back the conversation that was cleared
@@ -25,7 +26,7 @@
   // ------------------------------------------------------------ asking and following
 
   function ask(content) {
-    const at = Date.now();
+    const at = Date.now() + Math.random(); // of two tabs in the same moment, too, one is first
     conversation.add({ role: "user", content, at });
     begin(at);
   }
@@ -222,7 +223,7 @@
     messages.forEach((message, n) => {
       if (isStale(message)) drop(message.key);
       if (!turns.has(message.key)) {
-        if (isUnderWay(message)) Object.assign(message, progress[message.key]);
+        if (isUnderWay(message)) Object.assign(message, FROM_THE_START, progress[message.key]);
         turns.set(message.key, new Turn(message, ACTS));
       }
       const { article } = turns.get(message.key);
@@ -246,19 +247,13 @@
     turns.delete(key);
   }
 
-  function resume() {
+  /* `atStart`: what has no id yet, no tab may be left that is asking it. */
+  function resume(atStart = false) {
     for (const answer of conversation.messages.filter(isUnderWay)) {
-      if (runs.has(answer.key)) continue;
-      const turn = turns.get(answer.key);
-      const options = { lastEventId: answer.last };
-      if (answer.id) follow(answer, turn, address(`answers/${answer.id}`), options);
-    }
-  }
-
-  /* At the start: no tab may be left that is asking this. */
-  function repeat() {
-    for (const answer of conversation.messages.filter(isUnderWay)) {
-      if (!answer.id) send(answer);
+      const { id, key, last } = answer;
+      if (runs.has(key)) continue;
+      if (id) follow(answer, turns.get(key), address(`answers/${id}`), { lastEventId: last });
+      else if (atStart) send(answer);
     }
   }
 
@@ -305,7 +300,8 @@
     const run = [...runs.values()].at(-1);
     if (!run) {
       if (restore) return say("cleared");
-      if (server.model) return server.models.length > 1 ? say("chat-choose") : say("chat-ready", server.model);
+      if (server.models.length > 1) return say("chat-choose");
+      if (server.model) return say("chat-ready", server.model);
       return server.isLookedFor ? say("chat-none", SERVER.host) : say("chat-hello");
     }
     const { answer, now } = run;
@@ -321,7 +317,7 @@
 
     async look(attempt = 0) {
       clearTimeout(this.timer);
-      this.model = null;
+      Object.assign(this, { model: null, models: [] });
       try {
         ({ model: this.model } = await (await network.fetch(address("healthz"))).json());
         this.models = await listModels();
@@ -443,7 +439,6 @@
     takeDraft();
     watch();
     server.look();
-    resume();
-    repeat();
+    resume(true);
   });
 }

@@ -34,13 +34,20 @@ const conversation = (() => {
   /* Our own copy, unless we only wait and theirs knows more. */
   function further(ours, theirs) {
     if (!theirs || !isUnderWay(ours) || self.reading.has(ours.key)) return ours;
-    const knows = !isUnderWay(theirs) || (theirs.id && !ours.id);
-    return knows ? Object.assign(ours, theirs) : ours;
+    if (!isUnderWay(theirs)) return Object.assign(ours, theirs);
+    return Object.assign(ours, { id: ours.id ?? theirs.id });
   }
 
   function save() {
     held = join(held, store.get(NAME));
     store.set(NAME, held);
+  }
+
+  /* Only then do we say it again: else two tabs would answer each other for ever. */
+  function isBehind(theirs) {
+    const known = new Set(theirs?.messages?.map((message) => message.key));
+    return held.begun > theirs?.begun || held.dropped.length > theirs?.dropped.length
+      || held.messages.some((message) => !known.has(message.key));
   }
 
   function replace(other) {
@@ -52,7 +59,7 @@ const conversation = (() => {
     if (key !== NAME && key !== null) return;
     const theirs = key ? store.get(NAME) : { ...begin(), begun: Date.now() };
     held = join(held, theirs);
-    if (key && JSON.stringify(held) !== JSON.stringify(theirs)) store.set(NAME, held);
+    if (key && isBehind(theirs)) store.set(NAME, held);
     self.onchange();
   });
 

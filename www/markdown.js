@@ -25,25 +25,21 @@ const Markdown = (() => {
   const UNDECIDED = /^[\s>]*([-+*_=#|:\s]*|\d{1,9}[.)]?|[`~\\$]{1,2}|(`{3}|~{3}).*)$/;
 
   const isBlank = (line) => line.trim() === "";
-  const KINDS = [drawRule, drawHeading, drawCode, drawTable, drawQuote, drawList, drawParagraph];
+  const KINDS = [skipBlank, drawRule, drawHeading, drawCode, drawTable, drawQuote, drawList,
+    drawParagraph]; // each returns the line after it, or 0 if that is not what begins here
 
   /* Draws these lines; returns the number of the line at which the last block begins. */
   function drawBlocks(lines, parent, context) {
     let last = 0;
     for (let at = 0; at < lines.length;) {
-      if (isBlank(lines[at])) {
-        at += 1;
-        continue;
-      }
-      last = at;
-      for (const draw of KINDS) {
-        const end = draw(lines, at, parent, context);
-        if (!end) continue;
-        at = end;
-        break;
-      }
+      last = isBlank(lines[at]) ? last : at;
+      at = KINDS.reduce((end, draw) => end || draw(lines, at, parent, context), 0);
     }
     return last;
+  }
+
+  function skipBlank(lines, at) {
+    return isBlank(lines[at]) ? at + 1 : 0;
   }
 
   function drawRule(lines, at, parent) {
@@ -107,7 +103,8 @@ const Markdown = (() => {
     const box = element("div", { className: "table", tabIndex: 0 }, table);
     box.setAttribute("role", "group"); // it can be scrolled, so it can have the focus
     box.setAttribute("aria-label", say("table"));
-    if (open && end === lines.length) table.querySelector("tr:last-of-type > :last-child").classList.add("pen");
+    const written = Math.min(align.length, cells(lines[end - 1]).length);
+    if (open && end === lines.length) table.rows[rows.length].cells[written - 1].classList.add("pen");
     parent.append(box);
     return end;
   }
@@ -247,18 +244,15 @@ const Markdown = (() => {
     if (mark[0] === "*" || mark[0] === "_") return makeEmphasis(text, at, mark, context);
     if (mark === "[") return makeLink(text, at, context);
     if (mark.endsWith("://")) return makeAddress(text, at, context);
-    if (/[$[(]$/.test(mark)) return makeFormula(text, at);
+    const formula = /[$[(]$/.test(mark);
+    const found = formula && match(FORMULA, text, at);
+    if (formula) return found && [found[0], at + found[0].length];
     return [mark.slice(1), at + 2]; // what a backslash stood before
   }
 
   function match(pattern, text, at) {
     pattern.lastIndex = at;
     return pattern.exec(text);
-  }
-
-  function makeFormula(text, at) {
-    const found = match(FORMULA, text, at);
-    return found && [found[0], at + found[0].length];
   }
 
   function makeCode(text, at, mark, { open, unclosed }) {
@@ -391,8 +385,10 @@ const Markdown = (() => {
       const unsure = open && UNDECIDED.test(lines.at(-1)) ? [lines.pop()] : [];
       const last = drawBlocks(lines, root, { open, ranks, depth: 0 });
       const drawn = [];
-      for (let node = root.lastChild; node !== this.kept; node = node.previousSibling) drawn.unshift(node);
-      for (const block of drawn) block.dir = "auto";
+      for (let node = root.lastChild; node !== this.kept; node = node.previousSibling) {
+        node.dir = "auto";
+        drawn.unshift(node);
+      }
       if (this.continued) drawn[0]?.classList.add(...this.continued.split(" "));
       if (drawn.length < 2) return;
       this.continued = "";

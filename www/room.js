@@ -110,7 +110,8 @@
   function showPresent(count) {
     const names = [...present].slice(0, 20).join(LANGUAGE === "en" ? ", " : "、");
     const others = count - Math.min(present.size, 20);
-    const known = present.size > count || !names ? count : others ? say("here-more", names, others) : names;
+    const all = others ? say("here-more", names, others) : names;
+    const known = names && present.size <= count ? all : count;
     $("members").hidden = !count;
     $("members").textContent = say("here", known);
   }

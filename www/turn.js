@@ -47,7 +47,8 @@ class Turn {
     if (!this.thinking) {
       this.summary = element("summary", {}, say("thinking"));
       this.thinking = element("div", { className: "text" });
-      this.article.prepend(element("details", { className: "thinking" }, this.summary, this.thinking));
+      const details = { className: "thinking" };
+      this.article.prepend(element("details", details, this.summary, this.thinking));
       this.thoughts = new Markdown(this.thinking, stick);
     }
     this.thoughts.append(text);
@@ -83,11 +84,15 @@ class Turn {
     article.classList.remove("under-way");
     this.count(true);
     if (message.trouble) article.append(this.trouble());
-    else if (!message.isWatched) foot.append(this.button(message.state === "done" ? "regenerate" : "again"));
+    else if (!message.isWatched) foot.append(this.button(this.way()));
     if (message.content) foot.append(copyButton(() => message.content));
     if (message.id && !message.isWatched) foot.append(this.link());
     this.thoughts?.finish();
     return this.text.finish();
+  }
+
+  way() {
+    return this.message.state === "done" ? "regenerate" : "again";
   }
 
   /* What a screen reader is to say: without the words around code. */

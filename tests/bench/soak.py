@@ -45,13 +45,7 @@ from kit import (
     visit,
 )
 
-GONE = (
-    Cut,
-    OSError,
-    trio.BrokenResourceError,
-    trio.ClosedResourceError,
-    trio.TooSlowError,
-)
+GONE = (Cut, OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
 ROUND = 5  # seconds between what one member says
 
 
@@ -157,10 +151,7 @@ class Soak:
                     self.counts["stuck"] += 10
 
     async def shout(self, seconds):
-        async with (
-            raw_member(self.server.ws) as member,
-            trio.open_nursery() as nursery,
-        ):
+        async with raw_member(self.server.ws) as member, trio.open_nursery() as nursery:
             nursery.start_soon(listen, member)
             with trio.move_on_after(seconds):
                 while True:

@@ -51,12 +51,7 @@ ROWS = [
         ("cpu_us", "p50_ms"),
         ("Node single loop", "Starlette", "C send() loop"),
     ),
-    (
-        "fan-tls",
-        "the same over TLS",
-        ("cpu_us", "p50_ms"),
-        ("Node single loop", "Starlette"),
-    ),
+    ("fan-tls", "the same over TLS", ("cpu_us", "p50_ms"), ("Node single loop", "Starlette")),
     (
         "fan-h2",
         "the same over HTTP/2, 100 readers in each connection",
@@ -100,18 +95,8 @@ ROWS = [
         ("Node pipe", "FastAPI + httpx2"),
     ),
     ("event", "a token of 150 bytes, kept in its log", ("bytes",), ()),
-    (
-        "idle-reader",
-        "idle SSE reader",
-        ("kb",),
-        ("aiohttp-sse", "Node single loop", "Starlette"),
-    ),
-    (
-        "idle-reader-tls",
-        "the same over TLS",
-        ("kb",),
-        ("Node single loop", "Starlette"),
-    ),
+    ("idle-reader", "idle SSE reader", ("kb",), ("aiohttp-sse", "Node single loop", "Starlette")),
+    ("idle-reader-tls", "the same over TLS", ("kb",), ("Node single loop", "Starlette")),
     ("idle-member", "idle room member", ("kb",), ("ws", "websockets", "picows")),
     ("idle-member-tls", "idle room member over TLS", ("kb",), ("ws", "websockets")),
     (

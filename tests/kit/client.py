@@ -343,7 +343,5 @@ def head(method, path, *headers):
 def reset(transport):
     """End a connection by RST: linger on, for no time at all."""
     transport = getattr(transport, "transport_stream", transport)  # under TLS
-    transport.socket.setsockopt(
-        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-    )
+    transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.socket.close()

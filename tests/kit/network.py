@@ -86,10 +86,7 @@ class Network:
 
     def _connect(self, machine):
         link = machine.subnet
-        self._on(
-            self.router,
-            f"link add {link} type veth peer name eth0 netns {machine.name}",
-        )
+        self._on(self.router, f"link add {link} type veth peer name eth0 netns {machine.name}")
         self._on(self.router, f"addr add {machine.gateway}/24 dev {link}")
         self._on(self.router, f"link set {link} up")
         self._on(machine.name, f"addr add {machine.address}/24 dev eth0")

@@ -52,7 +52,7 @@ def last_answer(page):
     return page.locator("#log .answer > .text").last
 
 
-def asked(page):
+def questions_on(page):
     """The questions on the page."""
     return page.locator(".question .text")
 

@@ -85,9 +85,21 @@ def frozen(process):
 
 def workers_of(server):
     """The processes of this server that accept connections."""
-    pid = server.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in children.split()]
+    return [pid for pid in children_of(server.process.pid) if "chatstream" in named(pid)]
+
+
+def children_of(pid):
+    """Of all its threads: each has a list of those that it has started."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in lists for child in path.read_text().split()]
+
+
+def named(pid):
+    """The command line of a process; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def worker_of(server, response):

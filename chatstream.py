@@ -4527,7 +4527,8 @@ def http2_config() -> Config:
 #
 # The processes tell each other their state (their counts, which copies somebody reads,
 # which of these are to be stopped): all of it, once a second and when it changes, into
-# one stream. A process that says nothing while four of our own beats are heard is gone.
+# one stream. A process of which nothing is heard while we hear ourselves five times, a
+# second apart, is gone.
 #
 # Redis, and any of the others, may be gone at any moment, or stand still and wake up
 # later. So nothing waits for Redis longer than REDIS_TIMEOUT, and a message that its
@@ -4542,30 +4543,21 @@ def http2_config() -> Config:
 #   key:DIGEST     the answer that an Idempotency-Key has started
 #
 # Redis numbers all entries by itself (`*`): with ids of our own, one foreign entry with
-# a later id would block them for ever.
+# a later id would block them for ever. A key of another type is not ours and is
+# deleted: it would block every command that names it beside others.
 
 PREFIX = "chatstream:2:"
 ROOM, STATE, PRESENCE = PREFIX + "room", PREFIX + "state", PREFIX + "presence"
 ROOM_KEYS = [ROOM, PREFIX + "room:facts", PREFIX + "room:comings", PRESENCE]
-REDIS_TIMEOUT, BEAT, BEATS_MISSED = 2, 1, 4
-STATE_EVERY, MIRROR_EVERY = 0.05, 0.02
+REDIS_TIMEOUT, BEAT, BEAT_APART, BEATS_MISSED = 2, 1, 0.8, 4
+WANTS_EVERY, MIRROR_EVERY = 0.05, 0.02
 FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
 MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
 
-# What all scripts share. A key of another type is not ours, and one such key would
-# block every command that names it beside others.
-LUA = """
+HEAL = """
 local function heal(key, type)
   if redis.call('TYPE', key).ok ~= type then redis.call('DEL', key) end
-end
-local function set_members(presence, process, members)
-  heal(presence, 'hash')
-  if members == '0' then
-    redis.call('HDEL', presence, process)
-  else
-    redis.call('HSET', presence, process, members)
-  end
 end
 """
 # A command is not taken back when we give up waiting for its reply: a Redis that was
@@ -4578,16 +4570,15 @@ local now = redis.call('TIME')
 if now[1] + now[2] / 1000000 > tonumber(late) then
   return redis.error_reply('LATE: its sender has been told that it was not stored')
 end
-heal(room, 'stream') heal(facts, 'hash') heal(comings, 'list')
-set_members(presence, me, here)
+heal(room, 'stream') heal(facts, 'hash') heal(comings, 'list') heal(presence, 'hash')
+redis.call('HSET', presence, me, here)
 local members = 0
-for _, n in ipairs(redis.call('HVALS', presence)) do
-  members = members + (tonumber(n) or 0)
-end
+for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumber(n) or 0) end
 local known = redis.call('HMGET', facts, 'name', 'end', 'last')
 local name, place, last = known[1], tonumber(known[2] or 0), tonumber(known[3] or -1)
 if not name then
-  redis.call('DEL', room, comings)
+  redis.call('XTRIM', room, 'MAXLEN', 0)  --which keeps its last id, as DEL would not
+  redis.call('DEL', comings)
   name = our_name
 end
 if name == our_name and place < tonumber(our_end) then
@@ -4613,62 +4604,54 @@ MIRROR = """
 local results = {}
 for k, key in ipairs(KEYS) do
   local head, base, from, to, events, ending, keep = unpack(ARGV, k * 7 - 6, k * 7)
-  heal(key, 'stream')
   local stored, ended
+  heal(key, 'stream')
   for _, entry in ipairs(redis.call('XREVRANGE', key, '+', '-', 'COUNT', 5)) do
     local fields = {}
     for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
-    if not stored and tonumber(fields['to']) then
-      stored, ended = tonumber(fields['to']), fields['end'] or ''
-    end
+    if not stored then stored, ended = tonumber(fields.to), fields['end'] or '' end
   end
   if not stored then
     redis.call('XADD', key, '*', 'head', head, 'to', base)
     stored, ended = tonumber(base), ''
   end
   if ended ~= '' then
-    stored = stored == tonumber(to) and ended == ending and stored or -1
+    results[k] = stored == tonumber(to) and ended == ending and stored or -1
   elseif stored == tonumber(from) and (from ~= to or ending ~= '') then
     redis.call('XADD', key, '*', 'from', from, 'to', to, 'events', events, 'end', ending)
-    stored = tonumber(to)
+    results[k] = tonumber(to)
+  else
+    results[k] = stored
   end
-  if stored >= 0 then redis.call('EXPIRE', key, keep) end
-  results[k] = stored
+  redis.call('EXPIRE', key, keep)
 end
 return results
 """
-BEAT_SCRIPT = """
-local me, members, state, beat = unpack(ARGV)
-set_members(KEYS[1], me, members)
+TELL = """
+local me, members, state = unpack(ARGV)
+heal(KEYS[1], 'hash')
 for i = 2, #KEYS do heal(KEYS[i], 'stream') end
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state, 'beat', beat)
+redis.call('HSET', KEYS[1], me, members)
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state)
 return redis.call('TIME')
 """
 
 
-@dataclasses.dataclass
 class Neighbour:
     """Another process, as far as we have heard of it."""
 
-    missed: int = 0  # beats of ours since its last word
-    counts: Counter[str] = dataclasses.field(default_factory=Counter)
-    reads: set[str] = dataclasses.field(default_factory=set)  # answers
+    def __init__(self) -> None:
+        self.missed = 0  # beats of ours since its last word
+        self.counts: Counter[str] = Counter()
+        self.reads: set[str] = set()  # answers
 
 
-@dataclasses.dataclass
 class Batch:
-    """Messages that go to Redis in one round trip."""
+    """What goes into the room in one round trip."""
 
-    said: list[Said] = dataclasses.field(default_factory=list)
-    stored: bool = False
-
-
-@dataclasses.dataclass
-class Mirror:
-    """How far an answer of ours is stored in Redis."""
-
-    head: str
-    stored: int = 0
+    def __init__(self) -> None:
+        self.said: list[Said] = []
+        self.stored = False
 
 
 class Elsewhere(Model):
@@ -4682,7 +4665,7 @@ class Elsewhere(Model):
         try:
             await answer.ended.wait()
         finally:
-            self.cluster.read.pop(answer_key(answer.name), None)
+            self.cluster.read.pop(answer_key(answer), None)
             self.cluster.stops.discard(answer.name)
             if not answer.closed:  # nobody here reads it any more: it goes on elsewhere
                 answer.discard()
@@ -4707,32 +4690,29 @@ class Cluster:
             url, decode_responses=True, connect_timeout=1, stream_timeout=REDIS_TIMEOUT
         )
         self.trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError)
-        self.say_script = self.redis.register_script(LUA + SAY)
-        self.mirror_script = self.redis.register_script(LUA + MIRROR)
-        self.beat_script = self.redis.register_script(LUA + BEAT_SCRIPT)
+        scripts = (self.redis.register_script(HEAL + text) for text in (SAY, MIRROR, TELL))
+        self.say_script, self.mirror_script, self.tell_script = scripts
         # What we have heard
         self.read = {ROOM: "0-0", STATE: "0-0"}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
         self.neighbours: dict[str, Neighbour] = {}
         self.warned: set[str] = set()  # of these streams
+        self.beaten = -inf  # when we heard a beat of our own
         self.offset = 0.0  # Redis's time less ours, in seconds
         # What we have to say
         self.batch = Batch()
         self.saying = trio.Lock()
-        self.mirrored: dict[Answer, Mirror] = {}
+        self.mirrored: dict[Answer, int] = {}  # how many of their events are stored
         self.stops: set[str] = set()  # copies that somebody here wants stopped
-        self.beats = 0
         self.leaving = False
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Everything that this process does for the others, and they for it."""
         async with self.redis, trio.open_nursery() as nursery:
-            try:  # know what was said before the first client comes
-                await self.say_state(beat=False)
-                while await self.follow_once():
+            with contextlib.suppress(*self.trouble):
+                await self.tell()
+                while await self.follow_once():  # what was said before the first client comes
                     pass
-            except self.trouble as error:
-                logger.warning("redis: %s", error)
             for task in (self.follow, self.beat, self.mirror):
                 nursery.start_soon(self.for_ever, task)
             task_status.started()
@@ -4744,12 +4724,10 @@ class Cluster:
             started = trio.current_time()
             try:
                 await task()
-            except self.trouble as error:
-                if (reason := f"redis: {type(error).__name__}: {error}") != last:
-                    logger.warning("%s", reason)
+            except Exception as error:
+                if (reason := why(error)) != last:
+                    logger.warning("redis: %s: %s", task.__name__, reason)
                 last = reason
-            except Exception:
-                logger.exception("redis: %s failed", task.__name__)
             wait = 0.1 if trio.current_time() - started > 5 else min(wait * 2, 2)
             await trio.sleep(wait * random.uniform(0.5, 1))
 
@@ -4758,8 +4736,8 @@ class Cluster:
         self.leaving = True
         with contextlib.suppress(*self.trouble), trio.fail_after(0.5):
             while self.mirrored:
-                await self.mirror_once()
-            await self.say_state(beat=False)
+                await self.mirror_news()
+            await self.tell()
 
     # ── the room ──
 
@@ -4813,72 +4791,65 @@ class Cluster:
     async def announce(self, answer: Answer) -> None:
         """Before a client learns an answer's name: let every process find it."""
         if answer not in self.mirrored and not answer.model.writer:
-            self.mirrored[answer] = Mirror(to_json(self.head(answer.question)))
+            self.mirrored[answer] = 0
             with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
                 await self.mirror_some([answer])
-
-    def head(self, question: Question) -> JSON:
-        """Who writes the answer, and what was asked, without its words."""
-        return {
-            "writer": self.me, "api": APIS.index(question.api), "stream": question.stream,
-            "model": question.model, "polled": question.polled, "digest": question.digest,
-        }  # fmt: skip
 
     async def mirror(self) -> None:
         """Our answers into their streams, many in one round trip."""
         for answer in list(self.mirrored):  # while Redis was away, some were forgotten
             if answer.name not in self.app.answers.by_id:
                 del self.mirrored[answer]
+        looked = -inf
         while True:
+            stood_still = trio.current_time() > looked + BEAT  # has somebody ended ours?
+            looked = trio.current_time()
+            await self.mirror_news(stood_still)
             await trio.sleep(MIRROR_EVERY)
-            await self.mirror_once()
 
-    async def mirror_once(self) -> None:
-        new = [a for a, mirror in self.mirrored.items() if mirror.stored < a.end or a.closed]
-        for first in range(0, len(new), MIRROR_ANSWERS):
+    async def mirror_news(self, of_all: bool = False) -> None:
+        news = [a for a, stored in self.mirrored.items() if of_all or stored < a.end or a.closed]
+        for first in range(0, len(news), MIRROR_ANSWERS):
             with trio.fail_after(REDIS_TIMEOUT):
-                await self.mirror_some(new[first : first + MIRROR_ANSWERS])
+                await self.mirror_some(news[first : first + MIRROR_ANSWERS])
 
     async def mirror_some(self, answers: list[Answer]) -> None:
         """What is new of these; the end of an answer goes with its last events."""
+        ends: list[tuple[int, bool]] = []
         args: list[str | int] = []
-        ends: list[int] = []
         for answer in answers:
-            mirror = self.mirrored[answer]
-            end = min(answer.end, mirror.stored + MIRROR_EVENTS)
+            start = self.mirrored.get(answer, answer.end)
+            end = min(answer.end, start + MIRROR_EVENTS)
             ended = answer.closed and end == answer.end
-            events = [answer[n] for n in range(mirror.stored, end)]
-            problem = answer.problem if ended else None
-            args += [mirror.head, 0, *self.entry(mirror.stored, events, ended, problem)]
-            ends.append(end if ended else -2)  # a place that no answer has
-        results = await self.write([answer.name for answer in answers], args)
-        for answer, end, result in zip(answers, ends, results, strict=True):
-            if answer in self.mirrored:  # nobody else has seen its end meanwhile
-                self.mirrored[answer].stored = result
-                if result in (end, -1):
-                    del self.mirrored[answer]
-            if result == -1:
+            ends.append((end, ended))
+            args += self.entry(answer, start, end, ended)
+        results: Any = await self.mirror_script([answer_key(a) for a in answers], args)
+        for answer, (end, ended), result in zip(answers, ends, results, strict=True):
+            self.mirrored[answer] = int(result)
+            if int(result) < 0:
                 gone = "the server that wrote this answer was silent for too long"
                 self.app.answers.stop(answer, upstream_problem(gone))
+            if int(result) < 0 or (ended and int(result) >= end):
+                del self.mirrored[answer]
 
-    def entry(
-        self, start: int, events: list[Event], ended: bool, problem: Problem | None
-    ) -> list[str | int]:
-        """The fields of an entry, and for how long its stream is kept."""
-        said = to_json([[event.type, event.data] for event in events])
+    def entry(self, answer: Answer, start: int, end: int, ended: bool) -> list[str | int]:
+        """The arguments of MIRROR."""
+        question, problem = answer.question, answer.problem
+        head = {
+            "writer": answer.model.writer or self.me, "api": APIS.index(question.api),
+            "stream": question.stream, "model": question.model,
+            "polled": question.polled, "digest": question.digest,
+        }  # fmt: skip
+        events = [(event.type, event.data) for event in map(answer.__getitem__, range(start, end))]
         ending = to_json(problem and [problem.status, problem.error]) if ended else ""
         keep = int(self.app.settings.keep) + 1 if ended else UNHEARD_EXPIRES
-        return [start, start + len(events), said, ending, keep]
-
-    async def write(self, names: list[str], args: list[str | int]) -> list[int]:
-        results: Any = await self.mirror_script([answer_key(name) for name in names], args)
-        return [int(result) for result in results]
+        return [to_json(head), answer.start, start, end, to_json(events), ending, keep]
 
     # ── others' answers, for us ──
 
     async def find(self, name: str) -> Answer | None:
         """Another process's answer, copied from now on. Raises Problem 503."""
-        key = answer_key(name)
+        key = f"{ANSWER_PREFIX}{name}"
         try:
             with trio.fail_after(REDIS_TIMEOUT):
                 entries: Any = await self.redis.xrange(key) or ()
@@ -4922,17 +4893,17 @@ class Cluster:
         from coredis.tokens import PureToken
 
         key, name = f"{PREFIX}key:{question.key}", secrets.token_hex(16)
-        claim = f"{name} {question.digest}"
         try:
             with trio.fail_after(REDIS_TIMEOUT):
-                if await self.redis.set(key, claim, condition=PureToken.NX, ex=UNHEARD_EXPIRES):
+                claim = functools.partial(self.redis.set, key, name, ex=UNHEARD_EXPIRES)
+                if await claim(condition=PureToken.NX):
                     return None, name
-                asked = str(await self.redis.get(key)).partition(" ")[0]
+                claimed = str(await self.redis.get(key))
                 for _ in range(20):  # it may not have been announced yet
-                    if answer := await self.find(asked):
-                        return answer, asked
+                    if answer := await self.find(claimed):
+                        return answer, claimed
                     await trio.sleep(0.05)
-                await self.redis.set(key, claim, ex=UNHEARD_EXPIRES)  # it is forgotten
+                await claim()  # it is forgotten
                 return None, name
         except self.trouble:
             raise cannot_know("whether this was asked before cannot be known now") from None
@@ -4949,16 +4920,12 @@ class Cluster:
 
     async def beat(self) -> None:
         """Our state, once a second and when somebody begins or ceases to want something."""
-        said, due = self.wants(), -inf
         while True:
-            if trio.current_time() >= due:
-                due = trio.current_time() + BEAT
-                await self.say_state(beat=True)
-                await self.bury_the_dead()
-            elif self.wants() != said:
-                await self.say_state(beat=False)
-            said = self.wants()
-            await trio.sleep(STATE_EVERY)
+            told, due = self.wants(), trio.current_time() + BEAT
+            await self.tell()
+            await self.bury_the_dead()
+            while self.wants() == told and trio.current_time() < due:  # noqa: ASYNC110
+                await trio.sleep(WANTS_EVERY)
 
     def wants(self) -> JSON:
         """Of other processes' answers: which are read here, which are to be stopped."""
@@ -4966,44 +4933,39 @@ class Cluster:
         reads = [copy.name for copy in copies if copy.attendants]
         return {"reads": reads, "stops": sorted(self.stops)}
 
-    async def say_state(self, beat: bool) -> None:
+    async def tell(self) -> None:
         """All that the others need to know of us."""
-        self.beats += beat
         counts = self.app.counts()
-        state = {"counts": counts, "leaving": self.leaving, **self.wants()}
-        members = 0 if self.leaving else counts["members"]
-        args: list[str | int] = [
-            self.me, members, to_json(state), self.beats if beat else ""
-        ]  # fmt: skip
+        state = to_json({"counts": counts, "leaving": self.leaving, **self.wants()})
+        args: list[str | int] = [self.me, counts["members"], state]
         with trio.fail_after(REDIS_TIMEOUT):
-            now: Any = await self.beat_script([PRESENCE, STATE, *self.read], args)
+            now: Any = await self.tell_script([PRESENCE, STATE, *self.read], args)
         self.offset = int(now[0]) + int(now[1]) / 1e6 - trio.current_time()
 
     def hear_state(self, entry: Mapping[str, str]) -> None:
         if entry["from"] == self.me:
-            # Only the last one counts: a Redis that was frozen has more to carry out.
-            if entry["beat"] == str(self.beats):
-                for neighbour in self.neighbours.values():
-                    neighbour.missed += 1
-            return
+            return self.hear_beat()
         state = from_json(entry["state"])
-        counts, reads = Counter(state["counts"]), set(state["reads"])
         neighbour = self.neighbours.setdefault(entry["from"], Neighbour())
         neighbour.missed = BEATS_MISSED + 1 if state["leaving"] else 0
-        neighbour.counts = counts
-        self.set_reads(neighbour, reads)
+        neighbour.counts = Counter(state["counts"])
+        self.set_reads(neighbour, set(state["reads"]))
         for name in state["stops"]:
             if answer := self.ours(name):
                 self.app.answers.stop(answer, stopped())
 
+    def hear_beat(self) -> None:
+        """Our own. What was said while Redis stood still comes at once, and counts once."""
+        if trio.current_time() > self.beaten + BEAT_APART:
+            self.beaten = trio.current_time()
+            for neighbour in self.neighbours.values():
+                neighbour.missed += 1
+
     def set_reads(self, neighbour: Neighbour, reads: set[str]) -> None:
         """Which answers it reads: what is ours of these has an attendant more."""
-        for name in reads - neighbour.reads:
+        for name in reads ^ neighbour.reads:
             if answer := self.ours(name):
-                answer.attend()
-        for name in neighbour.reads - reads:
-            if answer := self.ours(name):
-                answer.leave()
+                (answer.attend if name in reads else answer.leave)()
         neighbour.reads = reads
 
     def ours(self, name: str) -> Answer | None:
@@ -5013,28 +4975,24 @@ class Cluster:
     async def bury_the_dead(self) -> None:
         """What a process that is gone has left: readers, answers, members."""
         for name, neighbour in list(self.neighbours.items()):
-            if neighbour.missed <= BEATS_MISSED:
-                continue
-            self.set_reads(neighbour, set())
-            copies = [a for a in self.app.answers.open() if a.model.writer == name]
-            for copy in copies:
-                await self.bury(copy)
-            if not copies:  # any more: we have heard that they have ended
-                del self.neighbours[name]
+            if neighbour.missed > BEATS_MISSED:
+                self.set_reads(neighbour, set())
+                for answer in self.app.answers.open():
+                    if answer.model.writer == name:
+                        self.bury(answer)
                 await self.bury_members(name)
+                del self.neighbours[name]
 
-    async def bury(self, copy: Answer) -> None:
-        """Its writer is gone: the answer ends for all who read that stream."""
-        gone = upstream_problem("the server that wrote this answer is gone")
-        entry = self.entry(copy.end, copy.question.closing(copy, gone), True, gone)
-        with trio.fail_after(REDIS_TIMEOUT):
-            await self.write([copy.name], [to_json(self.head(copy.question)), copy.end, *entry])
+    def bury(self, copy: Answer) -> None:
+        """Its writer is gone: we write its end, for all who read that stream."""
+        self.mirrored[copy] = copy.end
+        copy.finish(upstream_problem("the server that wrote this answer is gone"))
 
     async def bury_members(self, name: str) -> None:
         with trio.fail_after(REDIS_TIMEOUT):
             members = await self.redis.hget(PRESENCE, name)
             ours = await self.redis.hdel(PRESENCE, [name])  # and no other process's to tell
-        if members and ours:
+        if ours and members not in (None, "0"):
             with contextlib.suppress(Problem):
                 await self.store(Said("left", f"{members} members"))
 
@@ -5061,7 +5019,7 @@ class Cluster:
                 self.hear_room(entry)
             elif key == STATE:
                 self.hear_state(entry)
-            elif copy := self.app.answers.by_id.get(key.removeprefix(answer_key(""))):
+            elif copy := self.app.answers.by_id.get(key.removeprefix(ANSWER_PREFIX)):
                 self.hear_answer(copy, entry)
         except Exception as error:  # whatever somebody has written there
             if key not in self.warned:
@@ -5070,10 +5028,11 @@ class Cluster:
 
 
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
+ANSWER_PREFIX = PREFIX + "answer:"
 
 
-def answer_key(name: str) -> str:
-    return f"{PREFIX}answer:{name}"
+def answer_key(answer: Answer) -> str:
+    return ANSWER_PREFIX + answer.name
 
 
 def question_elsewhere(head: JSON) -> tuple[str, Question]:

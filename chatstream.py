@@ -483,17 +483,19 @@ class Wire:
         `wait` says what a plain socket waits for; TLS itself says what it needs.
         Raises BrokenResourceError if the connection is broken.
         """
+        needed: Callable[[Any], Awaitable[None]]
         while True:
             try:
                 return call()
             except ssl.SSLWantReadError:
-                await trio.lowlevel.wait_readable(self.socket)
+                needed = trio.lowlevel.wait_readable
             except ssl.SSLWantWriteError:
-                await trio.lowlevel.wait_writable(self.socket)
+                needed = trio.lowlevel.wait_writable
             except BlockingIOError:
-                await wait(self.socket)
+                needed = wait
             except OSError as error:  # ssl.SSLError is one
                 raise trio.BrokenResourceError(str(error)) from error
+            await needed(self.socket)  # out here, where no exception is kept alive
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
@@ -1298,6 +1300,7 @@ class Http1:
                 # could be taken for it.
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
+                self.raw = self.conn.trailing_data[0]  # of a pipelined request
                 self.conn.start_next_cycle()
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except h11.RemoteProtocolError as error:
@@ -1964,6 +1967,9 @@ class Request:
         announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
         if announced > BODY_BYTES:
             raise body_too_large()
+        if self.version != "2" and not announced and "transfer-encoding" not in self.headers:
+            await self.connection.receive()  # which says so without waiting (RFC 9112, 6.3)
+            return
         with budget.part() as part, trio.move_on_after(BODY_TIMEOUT):
             while True:
                 with trio.move_on_after(BODY_SILENCE) as silence:
@@ -2777,10 +2783,12 @@ class Server:
             now, turn = trio.current_time(), Turn()
             self.app.answers.forget_old(now)
             for log in self.app.logs():
-                for reader in list(log.readers):
+                for n, reader in enumerate(list(log.readers)):
+                    if n % 64 == 63:
+                        await turn.pause()
                     if reader in log.readers:
                         reader.keep_alive(now)
-                    await turn.pause()
+                await turn.pause()
 
     async def accept(self, listener: socket.socket, connections: trio.Nursery) -> NoReturn:
         """One task for each client, from now on until it leaves."""
@@ -2869,10 +2877,10 @@ class Server:
         """One line that nobody can forge, and that gives no answer away."""
         if logger.isEnabledFor(logging.INFO):
             what = re.sub("([0-9a-f]{6})[0-9a-f]{26}", r"\1...", what)[:200]
-            text = what.encode("ascii", "backslashreplace").decode()
+            text = f"{what} {ended}".encode("ascii", "backslashreplace").decode()
             text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
             logger.info(
-                "%s %s %s %d bytes %.1f s", wire.peer, text, ended,
+                "%s %s %d bytes %.1f s", wire.peer, text,
                 wire.sent - sent, time.monotonic() - started,
             )  # fmt: skip
 
@@ -2988,12 +2996,15 @@ class SSEParser:
         self._size += len(data)
         events = [event for line in lines if (event := self._line(line))]
         if self._size > self.max_bytes:
-            raise ValueError(f"an event of more than {self.max_bytes / MiB:g} MiB")
+            limit = self.max_bytes
+            size = f"{limit / MiB:g} MiB" if limit >= MiB else f"{limit} bytes"
+            raise ValueError(f"an event of more than {size}")
         return events
 
     def unfinished(self) -> str:
         """The data of a last event that lacks its blank line."""
-        self._line(b"".join(self._tail))
+        if line := b"".join(self._tail):
+            self._line(line)
         return "\n".join(self._data)
 
     def _line(self, raw: bytes) -> ServerSentEvent | None:
@@ -3190,10 +3201,13 @@ class Relay:
             raise reason_given(502, whole, self.secrets)
         if whole[self.api.says] == [] and self.api.adds_done:
             raise upstream_problem("the upstream ended without an answer", code="cut")
-        if self.answer.question.stream:
-            for chunk in self.api.split(whole):
-                self.take(ServerSentEvent(to_json(chunk), "message"))
-        else:
+        try:
+            chunks = self.api.split(whole) if self.answer.question.stream else []
+        except (TypeError, AttributeError, ValueError, LookupError):
+            raise upstream_problem("the upstream's answer has a shape that nobody knows") from None
+        for chunk in chunks:
+            self.take(ServerSentEvent(to_json(chunk), "message"))
+        if not self.answer.question.stream:
             self.write(*self.api.keep(self, text, whole))
         self.answer.finish()
 

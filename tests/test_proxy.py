@@ -34,6 +34,7 @@ from kit import (
 NAME = "chat.example.com"
 NGINX = """
 daemon off;
+user root;
 pid nginx.pid;
 error_log stderr;
 events {{}}
@@ -88,10 +89,14 @@ def running(arguments, port, folder):
 
 
 @contextmanager
-def nginx(folder, behind, port, pem, key, buffering="proxy_buffering off;"):
+def nginx(folder, behind, port, pem, key, buffering="proxy_buffering off;", login=""):
     program = need("nginx", "apt-get install nginx")
     text = snippet("nginx").replace("443", f"127.0.0.1:{port}")
     text = text.replace("127.0.0.1:4001", f"127.0.0.1:{behind}")
+    if login:
+        (folder / "users").write_text(login)
+        text = re.sub(r"# (auth_basic|proxy_set_header)", r"\1", text)
+        text = text.replace("/etc/nginx/chatstream.users", str(folder / "users"))
     text = text.replace("proxy_buffering off;", buffering)
     text = re.sub("/etc/ssl/.*pem", str(pem), text)
     text = re.sub("/etc/ssl/.*key", str(key), text)
@@ -375,6 +380,68 @@ def test_the_checker_finds_a_buffer(demo, certificate, tmp_path):
         report = Report(f"https://localhost:{port}/clock", "--seconds", "3", **trust)
     assert report.code == 1
     assert "held back" in report.says("first event")
+
+
+@pytest.fixture
+def own_nginx(behind, upstream, serve, certificate, tmp_path):
+    """own_nginx(**options): the port of an nginx before a server of this test's own."""
+    with ExitStack() as stack:
+
+        def start(*flags, env=None, **options):
+            port = free_port()
+            origin = f"--allow-origin=https://{NAME}:{port}"
+            server = serve(origin, "--upstream", upstream.url, *flags, env=env)
+            proxy = nginx(tmp_path, server.port, port, *certificate, **options)
+            stack.enter_context(proxy)
+            return port
+
+        yield start
+
+
+def status_of(port, path, *options):
+    code = ("-o", "/dev/null", "-w", "%{http_code}")
+    command = curl(port, path, *code, "-m", "2", *options)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+def test_nginx_slows_down_a_stranger_who_floods_with_questions(own_nginx):
+    port = own_nginx()
+    with ThreadPoolExecutor(10) as pool:
+        asked = [pool.submit(status_of, port, OPENAI, "-d", "{}") for _ in range(40)]
+        statuses = [future.result() for future in asked]
+    assert statuses.count(429) >= 5
+    assert statuses.count(400) >= 20, "a burst is let through, to the server"
+    assert status_of(port, "/time") == 200, "who only reads is not counted"
+
+
+def test_nginx_limits_the_connections_of_one_address(own_nginx):
+    port = own_nginx()
+    with ThreadPoolExecutor(60) as pool:
+        asked = [pool.submit(status_of, port, "/clock", "--http1.1") for _ in range(60)]
+        statuses = [future.result() for future in asked]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) == 50
+
+
+def test_a_login_of_nginx_is_not_for_the_model(own_nginx, upstream):
+    port = own_nginx(login="an:{PLAIN}secret\n")
+    body = json.dumps(asking(upstream.script(*answer("Hello")), stream=True))
+    assert status_of(port, OPENAI, "-d", body) == 401
+    assert status_of(port, OPENAI, "-d", body, "-u", "an:secret") == 200
+    assert "authorization" not in upstream.heard[-1].headers
+
+
+def test_the_token_and_a_login_of_nginx_go_together(own_nginx):
+    """The cookie of /?token= passes, whatever nginx does to Authorization."""
+    env = {"CHATSTREAM_TOKEN": "a-token-of-ours"}
+    port = own_nginx(login="an:{PLAIN}secret\n", env=env)
+    login = ("-u", "an:secret")
+    assert status_of(port, "/time", *login) == 401
+    command = curl(port, "/?token=a-token-of-ours", "-i", *login)
+    head = subprocess.check_output(command, text=True)
+    (cookie,) = re.findall(r"(?im)^set-cookie: ([^;]+);.*Secure", head)
+    assert status_of(port, "/time", *login, "-b", cookie) == 200
 
 
 async def test_a_proxy_that_hides_the_name_is_told_what_to_do(serve):

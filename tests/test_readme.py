@@ -1,23 +1,23 @@
 """README.md: each session is run, each figure counted, each name looked up."""
 
-import ast
-import bisect
 import contextlib
-import functools
+import dataclasses
 import io
 import json
 import operator
 import re
 import shlex
+import socket
 import subprocess
-import symtable
+import sys
 import textwrap
+import tomllib
 
 import pytest
 import trio
 import trio.testing
 from bench.table import MEASURED, lines, where
-from kit import ROOT, clean_environment, need, need_module
+from kit import ROOT, clean_environment, free_port, need, need_module, refused, wait_until
 
 import chatstream
 
@@ -46,6 +46,7 @@ VARIES = [
     r"(?<=clock-)\d{10}",
     r"[0-9a-f]{32}",  # the name of an answer
     r"(?<=-)\d{2,3}$",  # how many words it had
+    r"(?<=sequence_number\":)\d+",  # how many came before the end
     r"\d+\.\d+(?= s\b)",  # how long something took
     r"\b\d+(?: of \d+)?(?= events)",  # how many came meanwhile
 ]
@@ -94,18 +95,49 @@ def test_a_session_goes_as_written(session, demo, tmp_path):
             assert output == "", f"$ {command}\n{output}"
 
 
-def test_the_sdk_streams_as_written(demo):
-    need_module("openai", "pip install openai")
-    (program,) = blocks("python")
-    ast.parse(program)
-    program = program.replace("localhost:4001", f"localhost:{demo.port}")
+def program(mark):
+    """The Python program of the README with this in it."""
+    (found,) = [text for text in blocks("python") if mark in text]
+    return found
+
+
+def output(program, port):
+    """What it prints, run against the server on this port."""
+    program = program.replace("localhost:4001", f"localhost:{port}")
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exec(program, {})
-    assert said.getvalue().startswith("This is chatstream's demo model")
+    return said.getvalue()
+
+
+def test_the_sdk_streams_as_written(quick_demo):
+    need_module("openai", "pip install openai")
+    said = output(program("chat.completions"), quick_demo.port)
+    assert "chatstream" in said
+    assert "demo" in said
+
+
+def test_the_sdk_resumes_and_cancels_as_written(demo):
+    openai = need_module("openai", "pip install openai")
+    said = output(program("responses.create"), demo.port)
+    text, status = said.rstrip("\n").rsplit("\n", 1)
+    assert status == "cancelled"
+    client = openai.OpenAI(base_url=f"{demo.http}/v1", api_key="none")
+    whole = client.responses.create(model="demo", input="SSE or WebSocket?").output_text
+    assert len(text) > 100
+    assert whole.startswith(text), "nothing twice, nothing lost"
 
 
 def shell_lines():
     return [line for text in blocks("sh") for line in text.splitlines()]
+
+
+def test_the_shell_commands_name_files_and_flags_that_exist():
+    for line in shell_lines():
+        words = shlex.split(line, comments=True)
+        for path in (word for word in words if word.startswith("tests/")):
+            assert (ROOT / path).exists(), line
+        if "tests/bench/run.py" in line:
+            assert '"--quick"' in (ROOT / "tests/bench/run.py").read_text()
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if "bin/chatstream" in line])
@@ -114,9 +146,28 @@ def test_every_model_is_asked_where_the_command_says(line):
     program = words.index(".venv/bin/chatstream")
     environ = dict(word.split("=", 1) for word in words[:program])
     settings = chatstream.parse_flags(words[program + 1 :], environ)
-    assert settings.upstream.endswith("/v1")
+    assert settings.upstream
     assert settings.upstream in line
-    assert not settings.model or settings.model in line
+    assert all(model in line for model in settings.model)
+    if "Azure" not in line:
+        assert settings.upstream.endswith("/v1")
+
+
+def test_each_flag_is_in_the_table_with_its_default():
+    flags = [f for f in dataclasses.fields(chatstream.Settings) if "read" in f.metadata]
+    rows = re.findall(r"^\| `--([a-z-]+)` \| (.*?) \| (.*?) ?\| ", README, re.M)
+    assert [name.replace("-", "_") for name, _, _ in rows] == [f.name for f in flags]
+    for flag, (_, names, default) in zip(flags, rows, strict=True):
+        variables = {f"CHATSTREAM_{flag.name.upper()}", flag.metadata["env"]} - {""}
+        assert set(re.findall(r"`(\w+)`", names)) == variables
+        assert default.strip("`") == ("" if flag.default == () else str(flag.default))
+
+
+def test_the_secrets_come_from_the_environment():
+    settings = chatstream.parse_flags([], {"OPENAI_API_KEY": "k" * 9, "CHATSTREAM_TOKEN": "t" * 9})
+    assert (settings.api_key, settings.token) == ("k" * 9, "t" * 9)
+    for name in ("OPENAI_API_KEY", "CHATSTREAM_TOKEN"):
+        assert f"| | `{name}` |" in README
 
 
 def test_the_service_starts_with_flags_that_exist():
@@ -124,16 +175,105 @@ def test_the_service_starts_with_flags_that_exist():
     (command,) = re.findall(r"^ExecStart=(.*)$", unit, re.M)
     settings = chatstream.parse_flags(shlex.split(command)[1:], {})
     assert settings.allow_origin == ("https://chat.example.com",)
+    (memory,) = re.findall(r"^MemoryMax=(\d+)G$", unit, re.M)
+    held = chatstream.ANSWERS_BYTES + chatstream.BODIES_BYTES
+    assert int(memory) * 1024**3 > 2 * held, "what it may hold must not kill it"
     (stop,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.M)
     assert int(stop) > settings.grace + 3, "or systemd kills what stops gracefully"
 
 
-def test_each_command_of_the_first_page_is_in_chinese_too():
+def test_each_command_of_the_first_pages_is_in_chinese_too():
     english, _, chinese = README.partition("\n## 中文\n")
-    tour = english[: english.index("```python")]
-    for command in re.findall(r"^(?:\$ |\.venv|python3).*$", tour, re.M):
+    tour = section("Two commands", english) + section("Five minutes", english)
+    for command in re.findall(r"^(?:\$ |python3 -m venv).*$", tour, re.M):
         same = command.replace("Hello", "你好")
         assert command in chinese or same in chinese, command
+
+
+def section(title, text=README):
+    """What stands under this heading."""
+    _, found, rest = text.partition(f"\n## {title}\n")
+    assert found, title
+    return rest.partition("\n## ")[0]
+
+
+# ---------------------------------------------------------------- the idea in 60 lines
+
+
+SIXTY = program("trio.run(main)")
+
+
+@pytest.fixture
+def sixty(tmp_path):
+    """The port of the program in 60 lines, whose clock is 50 times as fast here."""
+    port = free_port()
+    text = SIXTY.replace("4002", str(port)).replace("trio.sleep(1)", "trio.sleep(0.02)")
+    (tmp_path / "sixty.py").write_text(text)
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "sixty.py"], cwd=tmp_path, stdout=said, stderr=said
+        )
+    try:
+        wait_until(lambda: not refused(port))
+        yield port
+        assert process.poll() is None, (tmp_path / "said").read_text()
+        assert (tmp_path / "said").read_text() == ""
+    finally:
+        process.kill()
+        process.wait()
+
+
+def listen_to_sixty(port, count, last="", reset=False):
+    """So many blocks that follow the id `last`, and then a cut."""
+    after = f"Last-Event-ID: {last}\r\n" if last != "" else ""
+    with socket.create_connection(("localhost", port), 5) as sock:
+        sock.settimeout(5)
+        sock.sendall(f"GET / HTTP/1.1\r\nHost: x\r\n{after}\r\n".encode())
+        heard = b""
+        while heard.count(b"\n\n") < count:
+            piece = sock.recv(4096)
+            assert piece, heard
+            heard += piece
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    head, _, body = heard.partition(b"\r\n\r\n")
+    assert b"200 OK" in head
+    assert b"text/event-stream" in head
+    return body.decode().split("\n\n")[:count]
+
+
+def ids_of(blocks):
+    return [int(block.rpartition("id: ")[2]) for block in blocks]
+
+
+def test_the_idea_takes_60_lines():
+    assert len(SIXTY.splitlines()) <= 60
+
+
+def test_the_60_lines_lose_nothing_when_cut(sixty):
+    seen = ids_of(listen_to_sixty(sixty, 3))
+    for n in range(10):  # in turn: with a FIN, and with a reset
+        seen += ids_of(listen_to_sixty(sixty, 4, last=seen[-1], reset=n % 2))
+    assert seen == list(range(seen[0], seen[0] + 43))
+
+
+def test_the_60_lines_tell_what_is_missing(sixty):
+    first = ids_of(listen_to_sixty(sixty, 1))[0]
+    wait_until(lambda: ids_of(listen_to_sixty(sixty, 1))[0] > first + 80)
+    gap, then = listen_to_sixty(sixty, 2, last=first)
+    missed = re.fullmatch(r"event: gap\ndata: (\d+)", gap)
+    assert ids_of([then]) == [first + 1 + int(missed[1])]
+
+
+def test_a_reader_of_the_60_lines_that_stands_still_delays_nobody(sixty):
+    with socket.create_connection(("localhost", sixty)) as frozen:
+        frozen.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert len(ids_of(listen_to_sixty(sixty, 5))) == 5
+
+
+def test_what_the_module_adds_is_in_the_parts_named():
+    for name in re.findall(r"\| `([\w.]+)` \|$", section("The whole idea in 60 lines"), re.M):
+        operator.attrgetter(name)(chatstream)
 
 
 # --------------------------------------------------------------------- figures, names
@@ -145,7 +285,12 @@ def row(title):
     return [cell.strip() for cell in found.split("|")]
 
 
-TICK = chatstream.Event(1795512601, "The server time is: 2026-11-24 09:30:01 +0000")
+SECOND = 1795512601
+TICK = chatstream.Event("The server time is: 2026-11-24 09:30:01 +0000")
+
+
+def sse_chunk(name, place, event):
+    return chatstream.http_chunk(chatstream.frame_sse(name, place, event))
 
 
 async def test_a_tick_costs_the_bytes_that_the_table_says(demo):
@@ -156,8 +301,8 @@ async def test_a_tick_costs_the_bytes_that_the_table_says(demo):
         answered = b""
         while not answered.endswith(b"}\n"):
             answered += await stream.receive_some()
-    sse = chatstream.chunk(chatstream.frame_sse("clock", TICK))
-    frame = chatstream.frame_ws_json("clock", TICK)
+    sse = sse_chunk("clock", SECOND, TICK)
+    frame = chatstream.frame_ws_json("clock", SECOND, TICK)
     assert row("one tick of our clock, bytes on the wire") == [
         str(len(asked + answered)),
         str(len(sse)),
@@ -173,20 +318,15 @@ def test_the_named_tests_exist():
 
 
 def test_the_named_functions_exist():
-    _, _, text = README.partition("## Three listings")
-    text, _, _ = text.partition("## 中文")
-    for name in set(re.findall(r"`([A-Za-z_.]+)(?:\(\))?`", text)):
-        owner, _, method = name.rpartition(".")
-        if owner and hasattr(chatstream, owner):
-            assert hasattr(getattr(chatstream, owner), method), name
+    for title in ("Three listings, and what becomes of them", "Things to try", "Who owns whom"):
+        for name in set(re.findall(r"`([A-Z]\w*\.\w+|[a-z_]+(?=\(\)))", section(title))):
+            operator.attrgetter(name)(chatstream)
 
 
 def test_the_sections_are_those_of_the_source_in_order():
-    _, _, text = README.partition("## Reading the source")
-    text, _, _ = text.partition("\n## ")
-    listed = re.findall(r"^\d+\. \*\*(.*?)\*\*", text, re.M)
-    found = re.findall(r"^# ─── (.*?)(?::.*)? ─+$", SOURCE, re.M)
-    assert listed == found[1:], "all but the settings"
+    listed = re.findall(r"^\d+\. \*\*(.*?)\*\*( ★)?", section("Reading the source"), re.M)
+    found = re.findall(r"^# ─── (.*?)( ★)? ─+$", SOURCE, re.M)
+    assert listed == found
 
 
 @pytest.mark.parametrize("path", re.findall(r"`(tests/[\w./]+)`", README))
@@ -205,11 +345,37 @@ def test_links_inside_lead_somewhere():
 
 def test_the_limits_are_those_of_the_source():
     """Numbers in the running text that the module could outgrow."""
-    assert chatstream.SSE_KEEP_ALIVE == 15
-    assert "15 seconds of our keep-alive" in " ".join(README.split())
-    assert chatstream.ROOM_EVENTS == 1000
-    assert chatstream.ANSWER_KEPT == 60
-    assert (chatstream.FIRST_TOKEN_TIMEOUT, chatstream.NEXT_TOKEN_TIMEOUT) == (120, 60)
+    text = " ".join(README.split())
+    for said, value in (
+        ("after {} seconds of silence", chatstream.SSE_KEEP_ALIVE),
+        ("the {} seconds of our keep-alive", chatstream.SSE_KEEP_ALIVE),
+        ("the {} seconds of our pings", chatstream.PING_EVERY),
+        ("dropped after {} seconds", chatstream.STUCK_TIMEOUT),
+        ("last {:,} events", chatstream.ROOM_EVENTS),
+        ("{:,} running answers", chatstream.ANSWERS_RUNNING),
+        ("{} MiB of answers", chatstream.ANSWERS_BYTES >> 20),
+        ("{} MiB of bodies", chatstream.BODIES_BYTES >> 20),
+        ("{} MiB an answer", chatstream.ANSWER_BYTES >> 20),
+        ("`--linger` seconds ({:g})", chatstream.Settings.linger),
+        ("`--keep` seconds ({:g})", chatstream.Settings.keep),
+        ("after {} s, as are", chatstream.HEARTBEAT_EVERY),
+        ("after {} s |", chatstream.IDLE_TIMEOUT),
+        ("begin with `{}`", chatstream.PREFIX),
+    ):
+        assert said.format(value) in text, said
+    (body,) = re.findall(r"client_max_body_size (\d+)m;", README)
+    assert int(body) << 20 == chatstream.BODY_BYTES
+
+
+def test_what_is_new_is_of_this_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"## What is new in {project['version']}" in README
+
+
+def test_as_many_events_are_delivered_as_the_first_page_says():
+    (said,) = re.findall(r"more than ([\d,]+) events a second", README)
+    measured = json.loads(MEASURED.read_text())["works"]["fan400"]["chatstream"]
+    assert measured["per_s"] > int(said.replace(",", ""))
 
 
 def test_the_shell_knows_each_command():
@@ -278,10 +444,10 @@ def test_a_million_readers_add_up():
     assert 0.4 < cpu * 1e-6 * int(readers.replace(",", "")) < 0.6, "half busy"
     idle = float(re.match(r"([\d.]+) KB", row("idle SSE reader")[0])[1])
     assert f"takes {idle} KB here: {idle} GB" in text
-    tick = len(chatstream.chunk(chatstream.frame_sse("clock", TICK)))
+    tick = len(sse_chunk("clock", SECOND, TICK))
     assert f"A tick is {tick} bytes" in text
-    word = chatstream.Event(42, chatstream.to_json({"content": " long"}))
-    token = len(chatstream.chunk(chatstream.frame_sse("a" * 32, word)))
+    word = chatstream.Event(chatstream.to_json({"content": " long"}))
+    token = len(sse_chunk("a" * 32, 42, word))
     for size, rate in ((tick, 1e6), (token, 20e6)):
         gbit = (size + PACKET) * 8 * rate / 1e9
         assert f"{gbit:.2g} Gbit/s" in text
@@ -321,63 +487,18 @@ def test_a_browser_opens_as_many_connections_as_the_table_says(page, demo):
 
 def picture(text):
     """Who writes which log, of the picture in this text."""
-    return re.findall(r"^    ([\w.]+)\(\) ─+▶ +(\w+)", text, re.M)
+    return re.findall(r"^    (\S.*?) ─+▶ +(\w+)", text, re.M)
 
 
-def test_the_pictures_are_the_same_and_of_what_is_there():
+def test_the_picture_is_that_of_the_source():
     assert len(picture(chatstream.__doc__)) == 3
-    assert picture(README) == 2 * picture(chatstream.__doc__), "in two languages"
-    for writer, _ in picture(README):
-        operator.attrgetter(writer)(chatstream)
+    assert picture(README) == picture(chatstream.__doc__)
 
 
 def test_the_tree_of_tasks_names_functions_that_exist():
-    _, _, tree = README.partition("    Service.serve\n")
+    _, _, tree = README.partition("    Server.serve\n")
     tree, _, _ = tree.partition("\n\n")
     names = re.findall(r"── ([A-Z]\w+\.\w+)", tree)
     assert len(names) == 6
     for name in names:
         operator.attrgetter(name)(chatstream)
-
-
-def test_the_starred_parts_are_as_long_as_it_says():
-    starred = re.findall(r"^\d+\. \*\*(.+?)\*\* ★", README, re.M)
-    parts = chatstream_parts()
-    to_learn = sum(parts[name] for name in starred)
-    said = re.search(r"([\d,]+) lines of ([\d,]+),", README)
-    assert [int(n.replace(",", "")) for n in said.groups()] == [
-        round(lines, -2) for lines in (to_learn, sum(parts.values()))
-    ]
-
-
-def chatstream_parts():
-    """How many lines each part of the module has."""
-    _, *parts = re.split(r"^# ─── (.+?) ─+$", SOURCE, flags=re.M)
-    return {name: text.count("\n") for name, text in zip(parts[::2], parts[1::2], strict=True)}
-
-
-def test_each_part_uses_those_above_it():
-    """But for the names that README.md admits to."""
-    starts = [SOURCE[: found.start()].count("\n") for found in SECTION.finditer(SOURCE)]
-    part = functools.partial(bisect.bisect, starts)
-    tree = symtable.symtable(SOURCE, "chatstream.py", "exec")
-    defined = {table.get_name(): part(table.get_lineno()) for table in tree.get_children()}
-    early = {
-        name
-        for table in functions(tree)
-        for name in table.get_globals()
-        if defined.get(name, 0) > part(table.get_lineno())
-    }
-    _, _, text = README.partition("each part uses those above it, and only ")
-    text, _, _ = text.partition(" are met")
-    assert early == set(re.findall(r"`(\w+)`", text))
-
-
-SECTION = re.compile("^# ─── ", re.M)
-
-
-def functions(table):
-    if table.get_type() == "function":
-        yield table
-    for inside in table.get_children():
-        yield from functions(inside)

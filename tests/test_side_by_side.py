@@ -11,6 +11,7 @@ import pytest
 from kit import (
     DONE,
     FIN,
+    ROOT,
     RST,
     SSE_HEAD,
     asking,
@@ -256,6 +257,12 @@ def test_what_differs_does_so_on_purpose(openai, both, upstream, line):
     cases, direct, through = DIFFERENT[line]
     for case in cases:
         assert side_by_side(openai, both, upstream, case) == [direct, through], case
+
+
+def test_the_readme_says_what_differs():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for line in DIFFERENT:
+        assert f"* {line}" in readme
 
 
 def test_the_reason_of_a_refusal_is_the_same(openai, both, upstream):

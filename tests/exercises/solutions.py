@@ -4,6 +4,7 @@ python tests/exercises/solutions.py typing
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,39 +13,46 @@ import trio
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import chatstream
-from chatstream import WS_JSON, Demo, EventLog, Member, Problem, Service
+from chatstream import (
+    OWN,
+    ROUTES,
+    WS_JSON,
+    App,
+    Demo,
+    EventLog,
+    Member,
+    Problem,
+    Route,
+    Said,
+    Server,
+    list_models,
+)
 
 
 class Typist(Member):
-    async def tell(self, room, said):
-        if self.framing is WS_JSON and json.loads(said).get("typing"):
-            await room.publish("typing", self.name)
+    async def pass_on(self, say, message):
+        if self.framing is WS_JSON and json.loads(message).get("typing"):
+            await say(Said("typing", self.name))
         else:
-            await super().tell(room, said)
-
-
-class Shout(Demo):
-    def text(self, messages):
-        return messages[-1]["content"].upper()
+            await super().pass_on(say, message)
 
 
 class TwoModels(Demo):
-    async def write(self, answer, body, authorization):
-        write = Shout().write if body.get("model") == "shout" else super().write
-        await write(answer, body, authorization)
+    def words(self, asked):
+        if asked.get("model") == "shout":
+            return [asked["messages"][-1]["content"].upper()]
+        return super().words(asked)
 
-    async def models(self, authorization):
-        models = json.loads(await super().models(authorization))
-        models["data"].append({**models["data"][0], "id": "shout"})
-        return json.dumps(models)
+    async def models(self, headers):
+        return list_models(["demo", "shout"])
 
 
 class Voter(Member):
     votes = {}  # noqa: RUF012 (one poll for the whole room)
 
-    async def tell(self, room, said):
-        await super().tell(room, said)
-        command, *words = self.text_of(said).split()
+    async def pass_on(self, say, message):
+        await super().pass_on(say, message)
+        command, *words = self.parse(message).text.split()
         if command == "/poll":
             self.votes.clear()
             self.votes.update(dict.fromkeys(words, 0))
@@ -53,17 +61,13 @@ class Voter(Member):
         else:
             return
         counts = ", ".join(f"{word} {votes}" for word, votes in self.votes.items())
-        await room.publish("message", "poll", counts)
+        await say(Said("message", "poll", counts))
 
 
-class Notes(Service):
+class Notes(App):
     def __init__(self, *settings):
         super().__init__(*settings)
         self.notes = EventLog("notes", 1000, on_news=self.pump.notify)
-
-    def routes(self, path):
-        own = {"GET": self.get_notes, "POST": self.post_note}
-        return own if path == "/notes" else super().routes(path)
 
     async def post_note(self, request):
         self.notes.append(request.body.decode())
@@ -73,30 +77,40 @@ class Notes(Service):
         place = self.notes.place_after(request.last_event_id)
         await self.stream(request, self.notes, place or self.notes.start)
 
+
+class NotesServer(Server):
     async def end(self):
-        self.notes.close()
+        self.app.notes.close()
         await super().end()
 
 
-class Patient(Service):
+NOTES = {"GET": Route(Notes.get_notes, OWN), "POST": Route(Notes.post_note, OWN)}
+WITH_NOTES = ROUTES | {re.compile("/notes"): NOTES}
+
+
+class Patient(App):
     asked = ()
 
-    async def post_answer(self, request, seed):
+    async def post_answer(self, request, api):
         now = trio.current_time()
         self.asked = [at for at in self.asked if at > now - 1]
         if len(self.asked) == 3:
             wait = {"retry-after": "1"}
             raise Problem(429, "three questions a second", "rate_limit", headers=wait)
         self.asked.append(now)
-        await super().post_answer(request, seed)
+        await super().post_answer(request, api)
 
 
 SOLUTIONS = {
     "typing": {"Member": Typist},
     "model": {"Demo": TwoModels},
     "poll": {"Member": Voter},
-    "endpoint": {"Service": Notes},
-    "rate": {"Service": Patient},
+    "endpoint": {
+        "App": Notes,
+        "Server": NotesServer,
+        "ROUTES": ROUTES | {re.compile("/notes"): NOTES},
+    },
+    "rate": {"App": Patient},
 }
 
 if __name__ == "__main__":

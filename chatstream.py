@@ -483,17 +483,19 @@ class Wire:
         `wait` says what a plain socket waits for; TLS itself says what it needs.
         Raises BrokenResourceError if the connection is broken.
         """
+        needed: Callable[[Any], Awaitable[None]]
         while True:
             try:
                 return call()
             except ssl.SSLWantReadError:
-                await trio.lowlevel.wait_readable(self.socket)
+                needed = trio.lowlevel.wait_readable
             except ssl.SSLWantWriteError:
-                await trio.lowlevel.wait_writable(self.socket)
+                needed = trio.lowlevel.wait_writable
             except BlockingIOError:
-                await wait(self.socket)
+                needed = wait
             except OSError as error:  # ssl.SSLError is one
                 raise trio.BrokenResourceError(str(error)) from error
+            await needed(self.socket)  # out here, where no exception is kept alive
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
@@ -1965,6 +1967,9 @@ class Request:
         announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
         if announced > BODY_BYTES:
             raise body_too_large()
+        if self.version != "2" and not announced and "transfer-encoding" not in self.headers:
+            await self.connection.receive()  # which says so without waiting (RFC 9112, 6.3)
+            return
         with budget.part() as part, trio.move_on_after(BODY_TIMEOUT):
             while True:
                 with trio.move_on_after(BODY_SILENCE) as silence:
@@ -2778,10 +2783,12 @@ class Server:
             now, turn = trio.current_time(), Turn()
             self.app.answers.forget_old(now)
             for log in self.app.logs():
-                for reader in list(log.readers):
+                for n, reader in enumerate(list(log.readers)):
+                    if n % 64 == 63:
+                        await turn.pause()
                     if reader in log.readers:
                         reader.keep_alive(now)
-                    await turn.pause()
+                await turn.pause()
 
     async def accept(self, listener: socket.socket, connections: trio.Nursery) -> NoReturn:
         """One task for each client, from now on until it leaves."""
@@ -2870,10 +2877,10 @@ class Server:
         """One line that nobody can forge, and that gives no answer away."""
         if logger.isEnabledFor(logging.INFO):
             what = re.sub("([0-9a-f]{6})[0-9a-f]{26}", r"\1...", what)[:200]
-            text = what.encode("ascii", "backslashreplace").decode()
+            text = f"{what} {ended}".encode("ascii", "backslashreplace").decode()
             text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
             logger.info(
-                "%s %s %s %d bytes %.1f s", wire.peer, text, ended,
+                "%s %s %d bytes %.1f s", wire.peer, text,
                 wire.sent - sent, time.monotonic() - started,
             )  # fmt: skip
 
@@ -2989,12 +2996,15 @@ class SSEParser:
         self._size += len(data)
         events = [event for line in lines if (event := self._line(line))]
         if self._size > self.max_bytes:
-            raise ValueError(f"an event of more than {self.max_bytes / MiB:g} MiB")
+            limit = self.max_bytes
+            size = f"{limit / MiB:g} MiB" if limit >= MiB else f"{limit} bytes"
+            raise ValueError(f"an event of more than {size}")
         return events
 
     def unfinished(self) -> str:
         """The data of a last event that lacks its blank line."""
-        self._line(b"".join(self._tail))
+        if line := b"".join(self._tail):
+            self._line(line)
         return "\n".join(self._data)
 
     def _line(self, raw: bytes) -> ServerSentEvent | None:
@@ -3191,10 +3201,13 @@ class Relay:
             raise reason_given(502, whole, self.secrets)
         if whole[self.api.says] == [] and self.api.adds_done:
             raise upstream_problem("the upstream ended without an answer", code="cut")
-        if self.answer.question.stream:
-            for chunk in self.api.split(whole):
-                self.take(ServerSentEvent(to_json(chunk), "message"))
-        else:
+        try:
+            chunks = self.api.split(whole) if self.answer.question.stream else []
+        except (TypeError, AttributeError, ValueError, LookupError):
+            raise upstream_problem("the upstream's answer has a shape that nobody knows") from None
+        for chunk in chunks:
+            self.take(ServerSentEvent(to_json(chunk), "message"))
+        if not self.answer.question.stream:
             self.write(*self.api.keep(self, text, whole))
         self.answer.finish()
 
@@ -4512,16 +4525,16 @@ def http2_config() -> Config:
 # Event n of a log is the same everywhere. An entry that is read twice changes nothing,
 # so a process that has lost touch reads all streams again from their beginning.
 #
-# The processes tell each other their state (their counts, which copies somebody reads,
-# which of these are to be stopped): all of it, once a second and when it changes, into
-# one stream. A process that says nothing while four of our own beats are heard is gone.
+# The processes tell each other their state: their counts, which copies somebody reads,
+# which of these are to be stopped. All of it goes into one stream, once a second and
+# when it changes. A process of which nothing is heard while we hear ourselves five
+# times, a second apart, is gone.
 #
 # Redis, and any of the others, may be gone at any moment, or stand still and wake up
 # later. So nothing waits for Redis longer than REDIS_TIMEOUT, and a message that its
 # sender was told is not stored will not turn up later.
 #
 #   room           stream of what was said, each entry with its place in the log
-#   room:facts     hash: the room's name, its end, the place of the last message
 #   room:comings   list: which entries of the room are comings and goings
 #   presence       hash: members in each process
 #   state          stream of states
@@ -4532,66 +4545,63 @@ def http2_config() -> Config:
 # a later id would block them for ever.
 
 PREFIX = "chatstream:2:"
-ROOM, STATE, PRESENCE = PREFIX + "room", PREFIX + "state", PREFIX + "presence"
-ROOM_KEYS = [ROOM, PREFIX + "room:facts", PREFIX + "room:comings", PRESENCE]
-REDIS_TIMEOUT, BEAT, BEATS_MISSED = 2, 1, 4
-STATE_EVERY, MIRROR_EVERY = 0.05, 0.02
+ROOM, STATE, COMINGS, PRESENCE = (
+    PREFIX + name for name in ("room", "state", "room:comings", "presence")
+)
+ANSWER_PREFIX = PREFIX + "answer:"
+APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
+REDIS_TIMEOUT, BEAT, BEAT_APART, BEATS_MISSED = 2, 1, 0.8, 4
+WANTS_EVERY, MIRROR_EVERY = 0.05, 0.02
 FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
 MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
 
-# What all scripts share. A key of another type is not ours, and one such key would
-# block every command that names it beside others.
 LUA = """
+-- A key of another type is not ours. It would block commands that name it beside others.
 local function heal(key, type)
   if redis.call('TYPE', key).ok ~= type then redis.call('DEL', key) end
 end
-local function set_members(presence, process, members)
-  heal(presence, 'hash')
-  if members == '0' then
-    redis.call('HDEL', presence, process)
-  else
-    redis.call('HSET', presence, process, members)
+-- The last entry that has this field: others are not ours.
+local function last_entry(key, field)
+  heal(key, 'stream')
+  for _, entry in ipairs(redis.call('XREVRANGE', key, '+', '-', 'COUNT', 5)) do
+    local fields = {}
+    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+    if tonumber(fields[field]) then return fields end
   end
+  return {}
 end
 """
 # A command is not taken back when we give up waiting for its reply: a Redis that was
 # frozen would carry it out on waking up, after the sender has been told to say it again.
 # So it comes with a time, on Redis's clock, after which it is void.
 SAY = """
-local room, facts, comings, presence = unpack(KEYS)
+local room, comings, presence = unpack(KEYS)
 local late, our_name, our_end, our_last, me, here, max, at = unpack(ARGV)
 local now = redis.call('TIME')
 if now[1] + now[2] / 1000000 > tonumber(late) then
   return redis.error_reply('LATE: its sender has been told that it was not stored')
 end
-heal(room, 'stream') heal(facts, 'hash') heal(comings, 'list')
-set_members(presence, me, here)
+heal(comings, 'list') heal(presence, 'hash')
+redis.call('HSET', presence, me, here)
 local members = 0
-for _, n in ipairs(redis.call('HVALS', presence)) do
-  members = members + (tonumber(n) or 0)
-end
-local known = redis.call('HMGET', facts, 'name', 'end', 'last')
-local name, place, last = known[1], tonumber(known[2] or 0), tonumber(known[3] or -1)
-if not name then
-  redis.call('DEL', room, comings)
-  name = our_name
-end
+for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumber(n) or 0) end
+local tail = last_entry(room, 'place')
+local name, place, last = tail.room or our_name, (tail.place or -1) + 1, tail.last or -1
 if name == our_name and place < tonumber(our_end) then
   -- Redis has lost what we have heard: go on where no process can have been.
-  place, last = our_end + max, tonumber(our_last)
+  place, last = our_end + max, our_last
 end
 for i = 9, #ARGV, 2 do
+  local after = last
+  if ARGV[i] == 'message' then last = place end
   local id = redis.call('XADD', room, 'MAXLEN', max, '*', 'room', name, 'place', place,
-    'after', last, 'members', members, 'at', at, 'said', ARGV[i + 1])
-  if ARGV[i] == 'message' then
-    last = place
-  elseif redis.call('RPUSH', comings, id) > 50 then
+    'after', after, 'last', last, 'members', members, 'at', at, 'said', ARGV[i + 1])
+  if last ~= place and redis.call('RPUSH', comings, id) > 50 then
     redis.call('XDEL', room, redis.call('LPOP', comings))
   end
   place = place + 1
 end
-redis.call('HSET', facts, 'name', name, 'end', place, 'last', last)
 """
 # The next events of some answers. A batch is stored once, also if it is sent twice
 # because the first reply was lost. Returns for each answer the place up to which it is
@@ -4600,62 +4610,43 @@ MIRROR = """
 local results = {}
 for k, key in ipairs(KEYS) do
   local head, base, from, to, events, ending, keep = unpack(ARGV, k * 7 - 6, k * 7)
-  heal(key, 'stream')
-  local stored, ended
-  for _, entry in ipairs(redis.call('XREVRANGE', key, '+', '-', 'COUNT', 5)) do
-    local fields = {}
-    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
-    if not stored and tonumber(fields['to']) then
-      stored, ended = tonumber(fields['to']), fields['end'] or ''
-    end
-  end
-  if not stored then
-    redis.call('XADD', key, '*', 'head', head, 'to', base)
-    stored, ended = tonumber(base), ''
-  end
-  if ended ~= '' then
-    stored = stored == tonumber(to) and ended == ending and stored or -1
-  elseif stored == tonumber(from) and (from ~= to or ending ~= '') then
+  local tail = last_entry(key, 'to')
+  local stored, ended = tail.to or base, tail['end'] or ''
+  if not tail.to then redis.call('XADD', key, '*', 'head', head, 'to', base) end
+  if ended ~= '' and (ended ~= ending or stored ~= to) then
+    stored = -1
+  elseif ended == '' and stored == from and (from ~= to or ending ~= '') then
     redis.call('XADD', key, '*', 'from', from, 'to', to, 'events', events, 'end', ending)
-    stored = tonumber(to)
+    stored = to
   end
-  if stored >= 0 then redis.call('EXPIRE', key, keep) end
-  results[k] = stored
+  redis.call('EXPIRE', key, keep)
+  results[k] = tonumber(stored)
 end
 return results
 """
-BEAT_SCRIPT = """
-local me, members, state, beat = unpack(ARGV)
-set_members(KEYS[1], me, members)
+TELL = """
+local me, members, state = unpack(ARGV)
+heal(KEYS[1], 'hash')
 for i = 2, #KEYS do heal(KEYS[i], 'stream') end
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state, 'beat', beat)
+redis.call('HSET', KEYS[1], me, members)
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state)
 return redis.call('TIME')
 """
 
 
-@dataclasses.dataclass
 class Neighbour:
     """Another process, as far as we have heard of it."""
 
-    missed: int = 0  # beats of ours since its last word
-    counts: Counter[str] = dataclasses.field(default_factory=Counter)
-    reads: set[str] = dataclasses.field(default_factory=set)  # answers
+    def __init__(self) -> None:
+        self.missed = 0  # beats of ours since its last word
+        self.counts: Counter[str] = Counter()
+        self.reads: set[str] = set()  # answers
 
 
-@dataclasses.dataclass
-class Batch:
-    """Messages that go to Redis in one round trip."""
+class Batch(list[Said]):
+    """What goes into the room in one round trip."""
 
-    said: list[Said] = dataclasses.field(default_factory=list)
-    stored: bool = False
-
-
-@dataclasses.dataclass
-class Mirror:
-    """How far an answer of ours is stored in Redis."""
-
-    head: str
-    stored: int = 0
+    stored = False
 
 
 class Elsewhere(Model):
@@ -4669,7 +4660,7 @@ class Elsewhere(Model):
         try:
             await answer.ended.wait()
         finally:
-            self.cluster.read.pop(answer_key(answer.name), None)
+            self.cluster.read.pop(ANSWER_PREFIX + answer.name, None)
             self.cluster.stops.discard(answer.name)
             if not answer.closed:  # nobody here reads it any more: it goes on elsewhere
                 answer.discard()
@@ -4694,32 +4685,29 @@ class Cluster:
             url, decode_responses=True, connect_timeout=1, stream_timeout=REDIS_TIMEOUT
         )
         self.trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError)
-        self.say_script = self.redis.register_script(LUA + SAY)
-        self.mirror_script = self.redis.register_script(LUA + MIRROR)
-        self.beat_script = self.redis.register_script(LUA + BEAT_SCRIPT)
+        scripts = (self.redis.register_script(LUA + text) for text in (SAY, MIRROR, TELL))
+        self.say_script, self.mirror_script, self.tell_script = scripts
         # What we have heard
         self.read = {ROOM: "0-0", STATE: "0-0"}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
         self.neighbours: dict[str, Neighbour] = {}
         self.warned: set[str] = set()  # of these streams
+        self.beaten = -inf  # when we heard a beat of our own
         self.offset = 0.0  # Redis's time less ours, in seconds
         # What we have to say
         self.batch = Batch()
         self.saying = trio.Lock()
-        self.mirrored: dict[Answer, Mirror] = {}
+        self.mirrored: dict[Answer, int] = {}  # how many of their events are stored
         self.stops: set[str] = set()  # copies that somebody here wants stopped
-        self.beats = 0
         self.leaving = False
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Everything that this process does for the others, and they for it."""
         async with self.redis, trio.open_nursery() as nursery:
-            try:  # know what was said before the first client comes
-                await self.say_state(beat=False)
-                while await self.follow_once():
+            with contextlib.suppress(*self.trouble):
+                await self.tell()
+                while await self.follow_once():  # what was said before the first client comes
                     pass
-            except self.trouble as error:
-                logger.warning("redis: %s", error)
             for task in (self.follow, self.beat, self.mirror):
                 nursery.start_soon(self.for_ever, task)
             task_status.started()
@@ -4731,12 +4719,10 @@ class Cluster:
             started = trio.current_time()
             try:
                 await task()
-            except self.trouble as error:
-                if (reason := f"redis: {type(error).__name__}: {error}") != last:
-                    logger.warning("%s", reason)
+            except Exception as error:
+                if (reason := why(error)) != last:
+                    logger.warning("redis: %s: %s", task.__name__, reason)
                 last = reason
-            except Exception:
-                logger.exception("redis: %s failed", task.__name__)
             wait = 0.1 if trio.current_time() - started > 5 else min(wait * 2, 2)
             await trio.sleep(wait * random.uniform(0.5, 1))
 
@@ -4745,8 +4731,8 @@ class Cluster:
         self.leaving = True
         with contextlib.suppress(*self.trouble), trio.fail_after(0.5):
             while self.mirrored:
-                await self.mirror_once()
-            await self.say_state(beat=False)
+                await self.mirror_news()
+            await self.tell()
 
     # ── the room ──
 
@@ -4757,7 +4743,7 @@ class Cluster:
         them has the lock first takes the others along.
         """
         batch = self.batch
-        batch.said.append(said)
+        batch.append(said)
         with trio.CancelScope(shield=True):  # said is said; it takes two timeouts at most
             async with self.saying:
                 if batch is self.batch:
@@ -4773,26 +4759,26 @@ class Cluster:
         args: list[str | int | float] = [
             late, room.name, room.end, self.last, self.me, room.here, ROOM_EVENTS, now_ms()
         ]  # fmt: skip
-        for said in batch.said:
+        for said in batch:
             args += [said.type, to_json(said)]
         with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
-            await self.say_script(ROOM_KEYS, args)
+            await self.say_script([ROOM, COMINGS, PRESENCE], args)
             batch.stored = True
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
         room, said = self.app.room, Said(*from_json(entry["said"]))
-        place, after, at = int(entry["place"]), int(entry["after"]), int(entry["at"])
+        place, at, last = int(entry["place"]), int(entry["at"]), int(entry["last"])
         known = entry["room"] == room.name
         if known and place < room.end:
             return
         room.elsewhere = int(entry["members"]) - room.here
-        if not known or after > self.last:  # we are new; or messages between are lost
+        if not known or int(entry["after"]) > self.last:  # we are new; or messages between are lost
             room.name = entry["room"]
             room.skip_to(place)
             for reader in room.readers:
                 reader.rewind(place - 1)  # so that each is told of a gap
-        self.last = place if said.type == "message" else after
+        self.last = last
         room.add(said, at, place)
 
     # ── our answers, for others ──
@@ -4800,71 +4786,65 @@ class Cluster:
     async def announce(self, answer: Answer) -> None:
         """Before a client learns an answer's name: let every process find it."""
         if answer not in self.mirrored and not answer.model.writer:
-            self.mirrored[answer] = Mirror(to_json(self.head(answer.question)))
+            self.mirrored[answer] = 0
             with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
                 await self.mirror_some([answer])
-
-    def head(self, question: Question) -> JSON:
-        """Who writes the answer, and what was asked, without its words."""
-        return {
-            "writer": self.me, "api": APIS.index(question.api), "stream": question.stream,
-            "model": question.model, "polled": question.polled, "digest": question.digest,
-        }  # fmt: skip
 
     async def mirror(self) -> None:
         """Our answers into their streams, many in one round trip."""
         for answer in list(self.mirrored):  # while Redis was away, some were forgotten
             if answer.name not in self.app.answers.by_id:
                 del self.mirrored[answer]
+        looked = -inf
         while True:
+            stood_still = trio.current_time() > looked + BEAT  # has somebody ended ours?
+            looked = trio.current_time()
+            await self.mirror_news(stood_still)
             await trio.sleep(MIRROR_EVERY)
-            await self.mirror_once()
 
-    async def mirror_once(self) -> None:
-        new = [a for a, mirror in self.mirrored.items() if mirror.stored < a.end or a.closed]
-        for first in range(0, len(new), MIRROR_ANSWERS):
+    async def mirror_news(self, of_all: bool = False) -> None:
+        news = [a for a, stored in self.mirrored.items() if of_all or stored < a.end or a.closed]
+        for first in range(0, len(news), MIRROR_ANSWERS):
             with trio.fail_after(REDIS_TIMEOUT):
-                await self.mirror_some(new[first : first + MIRROR_ANSWERS])
+                await self.mirror_some(news[first : first + MIRROR_ANSWERS])
 
     async def mirror_some(self, answers: list[Answer]) -> None:
         """What is new of these; the end of an answer goes with its last events."""
+        ends: list[tuple[int, bool]] = []
         args: list[str | int] = []
-        ends: list[int] = []
         for answer in answers:
-            mirror = self.mirrored[answer]
-            end = min(answer.end, mirror.stored + MIRROR_EVENTS)
+            start = self.mirrored.get(answer, answer.end)
+            end = min(answer.end, start + MIRROR_EVENTS)
             ended = answer.closed and end == answer.end
-            events = [answer[n] for n in range(mirror.stored, end)]
-            problem = answer.problem if ended else None
-            args += [mirror.head, 0, *self.entry(mirror.stored, events, ended, problem)]
-            ends.append(end if ended else -2)  # a place that no answer has
-        results = await self.write([answer.name for answer in answers], args)
-        for answer, end, result in zip(answers, ends, results, strict=True):
-            self.mirrored[answer].stored = result
-            if result in (end, -1):
-                del self.mirrored[answer]
-            if result == -1:
+            ends.append((end, ended))
+            args += self.entry(answer, start, end, ended)
+        results: Any = await self.mirror_script([ANSWER_PREFIX + a.name for a in answers], args)
+        for answer, (end, ended), result in zip(answers, ends, results, strict=True):
+            self.mirrored[answer] = int(result)
+            if int(result) < 0:
                 gone = "the server that wrote this answer was silent for too long"
                 self.app.answers.stop(answer, upstream_problem(gone))
+            if int(result) < 0 or (ended and int(result) >= end):
+                del self.mirrored[answer]
 
-    def entry(
-        self, start: int, events: list[Event], ended: bool, problem: Problem | None
-    ) -> list[str | int]:
-        """The fields of an entry, and for how long its stream is kept."""
-        said = to_json([[event.type, event.data] for event in events])
+    def entry(self, answer: Answer, start: int, end: int, ended: bool) -> list[str | int]:
+        """The arguments of MIRROR."""
+        question, problem = answer.question, answer.problem
+        head = {
+            "writer": answer.model.writer or self.me, "api": APIS.index(question.api),
+            "stream": question.stream, "model": question.model,
+            "polled": question.polled, "digest": question.digest,
+        }  # fmt: skip
+        events = [(event.type, event.data) for event in map(answer.__getitem__, range(start, end))]
         ending = to_json(problem and [problem.status, problem.error]) if ended else ""
         keep = int(self.app.settings.keep) + 1 if ended else UNHEARD_EXPIRES
-        return [start, start + len(events), said, ending, keep]
-
-    async def write(self, names: list[str], args: list[str | int]) -> list[int]:
-        results: Any = await self.mirror_script([answer_key(name) for name in names], args)
-        return [int(result) for result in results]
+        return [to_json(head), answer.start, start, end, to_json(events), ending, keep]
 
     # ── others' answers, for us ──
 
     async def find(self, name: str) -> Answer | None:
         """Another process's answer, copied from now on. Raises Problem 503."""
-        key = answer_key(name)
+        key = ANSWER_PREFIX + name
         try:
             with trio.fail_after(REDIS_TIMEOUT):
                 entries: Any = await self.redis.xrange(key) or ()
@@ -4875,7 +4855,9 @@ class Cluster:
             return answers.by_id[name]  # somebody else asked at the same moment
         heads = (entry.field_values.get("head") for entry in entries)
         try:
-            writer, question = question_elsewhere(from_json(next(filter(None, heads))))
+            head = from_json(next(filter(None, heads)))
+            writer = str(head.pop("writer"))
+            question = Question(APIS[head.pop("api")], b"", **head)
         except (StopIteration, KeyError, ValueError, TypeError, IndexError):
             return None
         copy = answers.begin(self.app.writers, Elsewhere(self, writer), question, name)
@@ -4908,17 +4890,17 @@ class Cluster:
         from coredis.tokens import PureToken
 
         key, name = f"{PREFIX}key:{question.key}", secrets.token_hex(16)
-        claim = f"{name} {question.digest}"
         try:
             with trio.fail_after(REDIS_TIMEOUT):
-                if await self.redis.set(key, claim, condition=PureToken.NX, ex=UNHEARD_EXPIRES):
+                claim = functools.partial(self.redis.set, key, name, ex=UNHEARD_EXPIRES)
+                if await claim(condition=PureToken.NX):
                     return None, name
-                asked = str(await self.redis.get(key)).partition(" ")[0]
+                claimed = str(await self.redis.get(key))
                 for _ in range(20):  # it may not have been announced yet
-                    if answer := await self.find(asked):
-                        return answer, asked
+                    if answer := await self.find(claimed):
+                        return answer, claimed
                     await trio.sleep(0.05)
-                await self.redis.set(key, claim, ex=UNHEARD_EXPIRES)  # it is forgotten
+                await claim()  # it is forgotten
                 return None, name
         except self.trouble:
             raise cannot_know("whether this was asked before cannot be known now") from None
@@ -4935,16 +4917,12 @@ class Cluster:
 
     async def beat(self) -> None:
         """Our state, once a second and when somebody begins or ceases to want something."""
-        said, due = self.wants(), -inf
         while True:
-            if trio.current_time() >= due:
-                due = trio.current_time() + BEAT
-                await self.say_state(beat=True)
-                await self.bury_the_dead()
-            elif self.wants() != said:
-                await self.say_state(beat=False)
-            said = self.wants()
-            await trio.sleep(STATE_EVERY)
+            told, due = self.wants(), trio.current_time() + BEAT
+            await self.tell()
+            await self.bury_the_dead()
+            while self.wants() == told and trio.current_time() < due:  # noqa: ASYNC110
+                await trio.sleep(WANTS_EVERY)
 
     def wants(self) -> JSON:
         """Of other processes' answers: which are read here, which are to be stopped."""
@@ -4952,44 +4930,39 @@ class Cluster:
         reads = [copy.name for copy in copies if copy.attendants]
         return {"reads": reads, "stops": sorted(self.stops)}
 
-    async def say_state(self, beat: bool) -> None:
+    async def tell(self) -> None:
         """All that the others need to know of us."""
-        self.beats += beat
         counts = self.app.counts()
-        state = {"counts": counts, "leaving": self.leaving, **self.wants()}
-        members = 0 if self.leaving else counts["members"]
-        args: list[str | int] = [
-            self.me, members, to_json(state), self.beats if beat else ""
-        ]  # fmt: skip
+        state = to_json({"counts": counts, "leaving": self.leaving, **self.wants()})
+        args: list[str | int] = [self.me, counts["members"], state]
         with trio.fail_after(REDIS_TIMEOUT):
-            now: Any = await self.beat_script([PRESENCE, STATE, *self.read], args)
+            now: Any = await self.tell_script([PRESENCE, STATE, *self.read], args)
         self.offset = int(now[0]) + int(now[1]) / 1e6 - trio.current_time()
 
     def hear_state(self, entry: Mapping[str, str]) -> None:
         if entry["from"] == self.me:
-            # Only the last one counts: a Redis that was frozen has more to carry out.
-            if entry["beat"] == str(self.beats):
-                for neighbour in self.neighbours.values():
-                    neighbour.missed += 1
-            return
+            return self.hear_beat()
         state = from_json(entry["state"])
-        counts, reads = Counter(state["counts"]), set(state["reads"])
         neighbour = self.neighbours.setdefault(entry["from"], Neighbour())
         neighbour.missed = BEATS_MISSED + 1 if state["leaving"] else 0
-        neighbour.counts = counts
-        self.set_reads(neighbour, reads)
+        neighbour.counts = Counter(state["counts"])
+        self.set_reads(neighbour, set(state["reads"]))
         for name in state["stops"]:
             if answer := self.ours(name):
                 self.app.answers.stop(answer, stopped())
 
+    def hear_beat(self) -> None:
+        """Our own. What was said while Redis stood still comes at once, and counts once."""
+        if trio.current_time() > self.beaten + BEAT_APART:
+            self.beaten = trio.current_time()
+            for neighbour in self.neighbours.values():
+                neighbour.missed += 1
+
     def set_reads(self, neighbour: Neighbour, reads: set[str]) -> None:
         """Which answers it reads: what is ours of these has an attendant more."""
-        for name in reads - neighbour.reads:
+        for name in reads ^ neighbour.reads:
             if answer := self.ours(name):
-                answer.attend()
-        for name in neighbour.reads - reads:
-            if answer := self.ours(name):
-                answer.leave()
+                (answer.attend if name in reads else answer.leave)()
         neighbour.reads = reads
 
     def ours(self, name: str) -> Answer | None:
@@ -4999,28 +4972,24 @@ class Cluster:
     async def bury_the_dead(self) -> None:
         """What a process that is gone has left: readers, answers, members."""
         for name, neighbour in list(self.neighbours.items()):
-            if neighbour.missed <= BEATS_MISSED:
-                continue
-            self.set_reads(neighbour, set())
-            copies = [a for a in self.app.answers.open() if a.model.writer == name]
-            for copy in copies:
-                await self.bury(copy)
-            if not copies:  # any more: we have heard that they have ended
-                del self.neighbours[name]
+            if neighbour.missed > BEATS_MISSED:
+                self.set_reads(neighbour, set())
+                for answer in self.app.answers.open():
+                    if answer.model.writer == name:
+                        self.bury(answer)
                 await self.bury_members(name)
+                del self.neighbours[name]
 
-    async def bury(self, copy: Answer) -> None:
-        """Its writer is gone: the answer ends for all who read that stream."""
-        gone = upstream_problem("the server that wrote this answer is gone")
-        entry = self.entry(copy.end, copy.question.closing(copy, gone), True, gone)
-        with trio.fail_after(REDIS_TIMEOUT):
-            await self.write([copy.name], [to_json(self.head(copy.question)), copy.end, *entry])
+    def bury(self, copy: Answer) -> None:
+        """Its writer is gone: we write its end, for all who read that stream."""
+        self.mirrored[copy] = copy.end
+        copy.finish(upstream_problem("the server that wrote this answer is gone"))
 
     async def bury_members(self, name: str) -> None:
         with trio.fail_after(REDIS_TIMEOUT):
             members = await self.redis.hget(PRESENCE, name)
             ours = await self.redis.hdel(PRESENCE, [name])  # and no other process's to tell
-        if members and ours:
+        if ours and members not in (None, "0"):
             with contextlib.suppress(Problem):
                 await self.store(Said("left", f"{members} members"))
 
@@ -5047,28 +5016,12 @@ class Cluster:
                 self.hear_room(entry)
             elif key == STATE:
                 self.hear_state(entry)
-            elif copy := self.app.answers.by_id.get(key.removeprefix(answer_key(""))):
+            elif copy := self.app.answers.by_id.get(key.removeprefix(ANSWER_PREFIX)):
                 self.hear_answer(copy, entry)
         except Exception as error:  # whatever somebody has written there
             if key not in self.warned:
                 self.warned.add(key)
                 logger.warning("redis: entry %s of %s is not ours: %r", identifier, key, error)
-
-
-APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
-
-
-def answer_key(name: str) -> str:
-    return f"{PREFIX}answer:{name}"
-
-
-def question_elsewhere(head: JSON) -> tuple[str, Question]:
-    """Who writes an answer, and the question that it answers."""
-    question = Question(
-        APIS[head["api"]], b"", head["stream"], head["model"],
-        polled=head["polled"], digest=head["digest"],
-    )  # fmt: skip
-    return str(head["writer"]), question
 
 
 def cannot_know(what: str) -> Problem:

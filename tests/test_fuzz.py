@@ -176,7 +176,7 @@ APIS = (chatstream.CHAT_PAGE, chatstream.CHAT, chatstream.COMPLETIONS,
 def test_a_question_is_sound_or_a_400(body, api):
     raw, refused = chatstream.to_json(body).encode(), None
     try:
-        asked = chatstream.check_json(raw)
+        asked = chatstream.JsonBody(raw)
         chatstream.check_question(asked.fields, api)
         question = api.ask(api, asked, {})
         assert isinstance(chatstream.from_json(question.body), dict)

@@ -74,7 +74,6 @@ async def test_an_etag_is_compared_as_a_list(demo, tag, status):
         "//etc/passwd",
         "/" + quote(str(ROOT / "chatstream.py"), safe=""),
         "/index.html%00",
-        "/index.html/",
         "/.gitignore",
         "/chatstream.py",
         "/%ff%fe",
@@ -94,7 +93,7 @@ async def test_the_clock_ticks_each_second_on_the_second(demo):
     async with stream("GET", demo.http + "/clock") as clock:
         assert clock.status == 200
         assert clock.headers["content-type"].startswith("text/event-stream")
-        assert clock.headers["cache-control"] == "no-cache"
+        assert clock.headers["cache-control"] == "no-cache, no-transform"
         assert clock.headers["x-accel-buffering"] == "no"
         first = await clock.event()
         second = await clock.event()
@@ -256,7 +255,7 @@ async def test_a_wrong_method_is_405_and_names_the_right_ones(demo, path):
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-@pytest.mark.parametrize("path", ["/nothing", "/v1", "/clock/", "/answers", "/answers/"])
+@pytest.mark.parametrize("path", ["/nothing", "/v1", "/answers", "/answers/"])
 async def test_a_wrong_path_is_404(demo, method, path):
     response = await fetch(method, demo.http + path)
     assert response.status == 404
@@ -293,7 +292,6 @@ TALK = [{"role": "user", "content": "Hello"}]
         b'{"messages": [[]]}',
         b'{"messages": [{}]}',
         b'{"messages": [{"content": "Hello"}]}',
-        b'{"messages": [{"role": "user"}]}',
         b'{"messages": [{"role": 5, "content": "Hello"}]}',
         b'{"messages": [{"role": "user", "content": 5}]}',
     ],
@@ -337,28 +335,28 @@ async def test_every_legal_talk_is_answered(demo, path, messages):
 
 
 @pytest.mark.parametrize("path", [CHAT, OPENAI])
-async def test_a_body_over_1_mib_is_413_before_it_has_come(demo, path):
+async def test_a_body_over_16_mib_is_413_before_it_has_come(demo, path):
     async with connect(demo.http) as connection:
-        head = {"Content-Length": str((1 << 20) + 1)}
+        head = {"Content-Length": str((16 << 20) + 1)}
         response = await connection.request("POST", path, head, b"{")
         await response.read()
     assert response.status == 413
     assert response.error["message"]
 
 
-async def test_a_chunked_body_over_1_mib_is_413(demo):
+async def test_a_chunked_body_over_16_mib_is_413(demo):
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
     async with connect(demo.http) as connection:
         head = f"POST {OPENAI} HTTP/1.1\r\nHost: localhost\r\n"
         await connection.send(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
-        await connection.send(chunk * 16 + b"1\r\n \r\n")
+        await connection.send(chunk * 256 + b"1\r\n \r\n")
         response = await (await connection.response()).read()
     assert response.status == 413
 
 
-async def test_a_body_of_just_1_mib_is_read(demo):
+async def test_a_body_of_just_16_mib_is_read(demo):
     body = json.dumps(HELLO).encode()
-    body += b" " * ((1 << 20) - len(body))
+    body += b" " * ((16 << 20) - len(body))
     async with stream("POST", demo.http + OPENAI, None, body) as response:
         assert response.status == 200
 

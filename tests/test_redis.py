@@ -287,22 +287,36 @@ async def test_while_redis_is_away_an_answer_elsewhere_cannot_be_found(pair, red
         assert await fetch_events("GET", at(a, here)) == events
 
 
-async def test_what_redis_has_lost_of_an_answer_is_a_gap(pair, redis, upstream):
+@pytest.mark.parametrize("lost", ["the middle", "the end", "all"])
+async def test_what_redis_has_lost_of_an_answer(pair, redis, upstream, lost):
+    """Its writer has it still, and notices unless something follows: that is a gap."""
     a, b = pair
-    gate = Gate()
-    prompt = upstream.script(*answer("a ", gate, "b"))
+    gates = Gate(), Gate()
+    prompt = upstream.script(*answer("a ", gates[0], "b ", gates[1], "c"))
     async with asked(a, prompt) as here:
-        first = await here.events(1)
         key = f"chatstream:2:answer:{here.headers['x-answer-id']}"
-        await until(lambda: b"events" in redis.do(f"XRANGE {key} - +"))
-        _head, batch = re.findall(rb"\d+-\d+", redis.do(f"XRANGE {key} - +"))[:2]
-        assert redis.do(f"XDEL {key} {batch.decode()}") == b":1\r\n"
-        async with stream("GET", at(b, here)) as there:
-            gate.open()
-            events = first + await here.events()
-            gap, *kept = await there.events()
-    assert (gap.type, gap.id) == ("gap", None)
-    assert kept == events[gap.json["missed"] :]
+
+        def stored():
+            """The ids of its entries that have events."""
+            found = redis.do(f"XRANGE {key} - +").decode()
+            return re.findall(r"(\d+-\d+)\r\n\*8", found)
+
+        events = await here.events(1)
+        await until(lambda: stored())
+        first = stored()
+        gates[0].open()
+        events += await here.events(1)
+        await until(lambda: len(stored()) > len(first))
+        gone = {"the middle": first[-1:], "the end": stored()[-1:], "all": ()}[lost]
+        redis.do(" ".join(["XDEL", key, *gone] if gone else ["DEL", key]))
+        gates[1].open()
+        events += await here.events()
+        await until(lambda: b"[DONE]" in redis.do(f"XRANGE {key} - +"))
+        there = await fetch_events("GET", at(b, here))
+    if lost == "the middle":
+        (n,) = [n for n, event in enumerate(there) if event.type == "gap"]
+        there[n : n + 1] = events[n : n + there[n].json["missed"]]
+    assert there == events
 
 
 async def test_a_room_that_was_set_back_goes_on_after_a_gap(pair, redis):
@@ -316,7 +330,7 @@ async def test_a_room_that_was_set_back_goes_on_after_a_gap(pair, redis):
             redis.stop()
             redis.forget()
             redis.start()
-            redis.do("HSET chatstream:2:room:facts name newroom end 2 last 1")
+            redis.do("XADD chatstream:2:room * room newroom place 1 last 1")
         with trio.fail_after(10):
             await insist(ann, "well again")
             assert (await hear_of(bob, "gap"))["missed"] >= 1
@@ -390,6 +404,143 @@ async def test_redis_comes_back_empty(pair, redis, upstream):
         redis.start()
 
     await while_away(*pair, upstream, away, kept=False)
+
+
+# ------------------------------------------------------------------- what is not ours
+
+HUGE = "[" * 20_000
+JUNK = [
+    ["XADD", "{}", "*", "foreign", "field"],
+    ["XADD", "{}", "*", b"\xff\xfe", b"\xc3("],
+    ["XADD", "{}", "9999999999999-0", "room", "x", "place", "x", "from", "y"],
+    ["XADD", "{}", "*", "room", "x", "place", "1", "after", "0", "at", "1", "members", "1",
+     "said", "{", "from", "y", "state", '{"counts": 7, "leaving": 0}'],
+    ["XADD", "{}", "*", "room", "x", "place", "1", "after", "0", "at", "1", "members", "1",
+     "said", HUGE, "from", "y", "state", HUGE],
+]  # fmt: skip
+WRONG_TYPES = [["DEL", "{}"], ["SET", "{}", "mine"]]
+
+
+def spoil(redis, key, commands):
+    for command in commands:
+        redis.command(*(part.replace("{}", key) if isinstance(part, str) else part
+                        for part in command))  # fmt: skip
+
+
+async def works(a, b, upstream):
+    """The room and an answer, from either process to the other."""
+    prompt = upstream.script(*answer("a ", "b"))
+    async with person(a) as ann, person(b) as bob, asked(a, prompt) as here:
+        await insist(ann, "from a")
+        await hear_of(bob, "message", text="from a")
+        await insist(bob, "from b")
+        await hear_of(ann, "message", text="from b")
+        events = await here.events()
+        assert await fetch_events("GET", at(b, here)) == events
+
+
+@pytest.mark.parametrize("key", ["room", "state"])
+@pytest.mark.parametrize("when", ["before", "while it runs"])
+@pytest.mark.parametrize("commands", [JUNK, WRONG_TYPES], ids=["junk", "wrong type"])
+async def test_what_is_not_ours_is_skipped(serve, redis, upstream, key, when, commands):
+    key = f"chatstream:2:{key}"
+    if when == "before":
+        spoil(redis, key, commands)
+    a, b = two(serve, redis, upstream)
+    if when == "while it runs":
+        await works(a, b, upstream)
+        spoil(redis, key, commands)
+    with trio.fail_after(15):
+        await works(a, b, upstream)
+    for server in (a, b):
+        log = server.log()
+        assert "Traceback" not in log
+        assert len(re.findall("is not ours", log)) <= 1
+        assert not re.search("ERROR|failed in a way", log)
+    if commands is JUNK:
+        assert "is not ours" in a.log()
+
+
+@pytest.mark.parametrize("key", ["room:comings", "presence"])
+async def test_a_key_of_another_type_is_replaced(pair, redis, upstream, key):
+    a, b = pair
+    await works(a, b, upstream)
+    spoil(redis, f"chatstream:2:{key}", WRONG_TYPES)
+    with trio.fail_after(15):
+        await works(a, b, upstream)
+    assert "Traceback" not in a.log() + b.log()
+
+
+@pytest.mark.parametrize("commands", [JUNK, WRONG_TYPES], ids=["junk", "wrong type"])
+async def test_what_is_not_ours_in_an_answer(pair, redis, upstream, commands):
+    a, b = pair
+    gate = Gate()
+    prompt = upstream.script(*answer("a ", gate, "b"))
+    async with asked(a, prompt) as here, stream("GET", at(b, here)) as there:
+        first = await here.events(1)
+        assert await there.events(1) == first
+        spoil(redis, f"chatstream:2:answer:{here.headers['x-answer-id']}", commands)
+        gate.open()
+        rest = await here.events()
+        with trio.fail_after(10):
+            assert await there.events() == rest
+    assert "Traceback" not in a.log() + b.log()
+    await works(a, b, upstream)
+
+
+async def test_half_a_pair_of_surrogates_is_text_to_all(both):
+    a, b = both
+    async with person(a) as ann, person(b) as bob:
+        await ann.send_message(r'{"text": "half \ud800", "key": "\udfff"}')
+        while not (await event(bob)).get("text", "").startswith("half "):
+            pass
+        await say_and_hear(ann)
+
+
+# --------------------------------------------------------------- when processes stand still
+
+
+@pytest.mark.parametrize("seconds", [1, 8])
+async def test_a_process_that_stood_still_goes_on(pair, upstream, seconds):
+    """For a moment, nobody notices; for longer, its answers end for everybody."""
+    a, b = pair
+    gate = Gate()
+    prompt = upstream.script(*answer("a ", gate, "b"))
+    async with person(a, "Ann") as ann, person(b, "Bob") as bob, asked(a, prompt) as here:
+        first = await here.events(1)
+        async with stream("GET", at(b, here)) as there:
+            assert await there.events(1) == first
+            with frozen(a.process):
+                await trio.sleep(seconds)
+            if seconds == 1:
+                gate.open()
+            ended = await there.events()
+        if seconds == 1:
+            assert ended == await here.events()
+            assert text_of(first + ended) == "a b"
+        else:
+            assert error_of(ended)["type"] == "upstream_error"
+            assert error_of(await here.events())["type"] == "upstream_error"
+            await until(lambda: closed(upstream, prompt), SOON)
+        await insist(ann, "awake")
+        await hear_of(bob, "message", text="awake")
+        await trio.sleep(1.2)  # a beat: its members count again
+        async with person(b, "Cid"):
+            assert (await hear_of(bob, "joined", name="Cid"))["members"] == 3
+    assert "Traceback" not in a.log() + b.log()
+
+
+async def test_members_of_the_dead_are_forgotten_by_who_comes_later(serve, redis, upstream):
+    a = serve("--redis", redis.url, *TOGETHER)
+    async with person(a), person(a):
+        a.signal(signal.SIGKILL)
+        await a.exit_code(5)
+    b = serve("--redis", redis.url, *TOGETHER)
+    with trio.fail_after(10):
+        async with person(b, "Bob") as bob:
+            while (await event(bob)).get("members") != 1:
+                pass
+    assert (await fetch("GET", b.http + "/healthz")).json["members"] == 0
 
 
 # ------------------------------------------------------------------------- without it

@@ -3,9 +3,9 @@
 python tests/exercises/solutions.py typing
 """
 
+import json
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -13,25 +13,38 @@ import trio
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import chatstream
-from chatstream import App, Demo, EventLog, Member, Problem, Route, Said, Server
+from chatstream import (
+    OWN,
+    ROUTES,
+    WS_JSON,
+    App,
+    Demo,
+    EventLog,
+    Member,
+    Problem,
+    Route,
+    Said,
+    Server,
+    list_models,
+)
 
 
 class Typist(Member):
-    def parse(self, message):
-        with suppress(ValueError, AttributeError):
-            if chatstream.from_json(message).get("typing"):
-                return Said("typing", self.name)
-        return super().parse(message)
+    async def pass_on(self, say, message):
+        if self.framing is WS_JSON and json.loads(message).get("typing"):
+            await say(Said("typing", self.name))
+        else:
+            await super().pass_on(say, message)
 
 
 class TwoModels(Demo):
     def words(self, asked):
-        if asked.get("model") != "shout":
-            return super().words(asked)
-        return re.findall(r"\s*\S+", asked["messages"][-1]["content"].upper())
+        if asked.get("model") == "shout":
+            return [asked["messages"][-1]["content"].upper()]
+        return super().words(asked)
 
     async def models(self, headers):
-        return chatstream.list_models(["demo", "shout"])
+        return list_models(["demo", "shout"])
 
 
 class Voter(Member):
@@ -39,11 +52,11 @@ class Voter(Member):
 
     async def pass_on(self, say, message):
         await super().pass_on(say, message)
-        command, *words = self.parse(message).text.split() or [""]
+        command, *words = self.parse(message).text.split()
         if command == "/poll":
             self.votes.clear()
             self.votes.update(dict.fromkeys(words, 0))
-        elif command == "/vote" and words and words[0] in self.votes:
+        elif command == "/vote" and words[0] in self.votes:
             self.votes[words[0]] += 1
         else:
             return
@@ -55,10 +68,6 @@ class Notes(App):
     def __init__(self, *settings):
         super().__init__(*settings)
         self.notes = EventLog("notes", 1000, on_news=self.pump.notify)
-        routes = {"GET": Notes.get_notes, "POST": Notes.post_note}
-        chatstream.ROUTES[re.compile("/notes")] = {
-            method: Route(handler, chatstream.OWN) for method, handler in routes.items()
-        }
 
     async def post_note(self, request):
         self.notes.append(request.body.decode())
@@ -68,14 +77,15 @@ class Notes(App):
         place = self.notes.place_after(request.last_event_id)
         await self.stream(request, self.notes, place or self.notes.start)
 
-    def logs(self):
-        return [*super().logs(), self.notes]
-
 
 class NotesServer(Server):
     async def end(self):
         self.app.notes.close()
         await super().end()
+
+
+NOTES = {"GET": Route(Notes.get_notes, OWN), "POST": Route(Notes.post_note, OWN)}
+WITH_NOTES = ROUTES | {re.compile("/notes"): NOTES}
 
 
 class Patient(App):
@@ -95,7 +105,11 @@ SOLUTIONS = {
     "typing": {"Member": Typist},
     "model": {"Demo": TwoModels},
     "poll": {"Member": Voter},
-    "endpoint": {"App": Notes, "Server": NotesServer},
+    "endpoint": {
+        "App": Notes,
+        "Server": NotesServer,
+        "ROUTES": ROUTES | {re.compile("/notes"): NOTES},
+    },
     "rate": {"App": Patient},
 }
 

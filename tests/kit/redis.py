@@ -42,6 +42,14 @@ class Redis:
             connection.sendall(f"{line}\r\n".encode())
             return connection.recv(65536)
 
+    def command(self, *parts):
+        """A command of any bytes; returns what Redis says."""
+        parts = [part.encode() if isinstance(part, str) else part for part in parts]
+        bulks = b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(b"*%d\r\n%s" % (len(parts), bulks))
+            return connection.recv(65536)
+
     def forget(self):
         """All that it has written to its disk."""
         for path in sorted(self.folder.rglob("*.aof*")):

@@ -19,6 +19,13 @@ static int readers[MAX], count;
 static const char HEAD[] = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
                            "Cache-Control: no-cache\r\nTransfer-Encoding: chunked\r\n\r\n";
 
+static void leave(int fd) {
+    int i = 0;
+    while (i < count && readers[i] != fd) i++;
+    if (i < count) readers[i] = readers[--count];
+    close(fd);
+}
+
 static void tick(void) {
     char event[128], chunk[160];
     struct timespec t;
@@ -60,7 +67,7 @@ int main(int argc, char **argv) {
                 setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
                 epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &(struct epoll_event){EPOLLIN, {.fd = fd}});
             } else if (recv(fd, data, sizeof data, 0) <= 0) {
-                close(fd);
+                leave(fd);
             } else if (count < MAX) { /* its request: one segment, not even looked at */
                 send(fd, HEAD, sizeof HEAD - 1, MSG_NOSIGNAL);
                 readers[count++] = fd;

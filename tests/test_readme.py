@@ -358,7 +358,7 @@ def test_the_limits_are_those_of_the_source():
         ("{} MiB an answer", chatstream.ANSWER_BYTES >> 20),
         ("`--linger` seconds ({:g})", chatstream.Settings.linger),
         ("`--keep` seconds ({:g})", chatstream.Settings.keep),
-        ("after {} s, as are", chatstream.HEARTBEAT_EVERY),
+        ("after {} s, in both", chatstream.HEARTBEAT_EVERY),
         ("after {} s |", chatstream.IDLE_TIMEOUT),
         ("begin with `{}`", chatstream.PREFIX),
     ):

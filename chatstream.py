@@ -3199,7 +3199,7 @@ class Relay:
             raise upstream_problem("the upstream sent what is not JSON") from None
         if is_error(whole) or not isinstance(whole, dict) or self.api.says not in whole:
             raise reason_given(502, whole, self.secrets)
-        if whole[self.api.says] == [] and self.api.adds_done:
+        if whole[self.api.says] == [] and self.api.adds_done and self.answer.question.stream:
             raise upstream_problem("the upstream ended without an answer", code="cut")
         try:
             chunks = self.api.split(whole) if self.answer.question.stream else []

@@ -608,8 +608,9 @@ async def crowd(server, count):
 
 async def test_nothing_is_left_of_those_that_came_and_went(serve):
     """Descriptors, tasks, readers, answers and memory are back where they were."""
-    limits = {"LINGER_CLOSE": 0.5, "ANSWER_KEPT": 0.5}
-    server = serve("--linger", "0.2", "--room-rate", "0", program=program(**limits))
+    limits = {"LINGER_CLOSE": 0.5}
+    flags = ("--linger", "0.2", "--keep", "0.5", "--room-rate", "0")
+    server = serve(*flags, program=program(**limits))
     pid, count = server.process.pid, 5000 if FULL else 200
     await crowd(server, 100)  # what is loaded or grown once
     await settle(server)

@@ -25,7 +25,7 @@
 Servers of the kit run in a thread each: a browser or a blocking SDK can use them, too.
 """
 
-from .pages import *  # isort: skip (its own ask, asked and over are for the pages' tests)
+from .pages import *  # isort: skip (its own ask and over are for the pages' tests)
 from .answers import *
 from .attacks import *
 from .background import *

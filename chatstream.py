@@ -4537,6 +4537,7 @@ def http2_config() -> Config:
 #   room           stream of what was said, each entry with its place in the log
 #   room:comings   list: which entries of the room are comings and goings
 #   presence       hash: members in each process
+#   said:PROCESS   the last batch that it has said
 #   state          stream of states
 #   answer:ID      stream of batches of events; the first entry says who writes it
 #   key:DIGEST     the answer that an Idempotency-Key has started
@@ -4551,7 +4552,7 @@ ROOM, STATE, COMINGS, PRESENCE = (
 ANSWER_PREFIX = PREFIX + "answer:"
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 REDIS_TIMEOUT, BEAT, BEAT_APART, BEATS_MISSED = 2, 1, 0.8, 4
-WANTS_EVERY, MIRROR_EVERY = 0.05, 0.02
+WANTS_EVERY, MIRROR_EVERY, REPLY_TAKES = 0.05, 0.02, 0.5
 FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
 MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
@@ -4574,14 +4575,18 @@ end
 """
 # A command is not taken back when we give up waiting for its reply: a Redis that was
 # frozen would carry it out on waking up, after the sender has been told to say it again.
-# So it comes with a time, on Redis's clock, after which it is void.
+# So it comes with a time, on Redis's clock, after which it is void. A batch that is sent
+# again, because we were frozen when the reply came, is not stored again.
 SAY = """
-local room, comings, presence = unpack(KEYS)
-local late, our_name, our_end, our_last, me, here, max, at = unpack(ARGV)
+local room, comings, presence, stored = unpack(KEYS)
+local batch, late, our_name, our_end, our_last, me, here, max, at = unpack(ARGV)
 local now = redis.call('TIME')
 if now[1] + now[2] / 1000000 > tonumber(late) then
   return redis.error_reply('LATE: its sender has been told that it was not stored')
 end
+heal(stored, 'string')
+if redis.call('GET', stored) == batch then return end
+redis.call('SET', stored, batch, 'EX', 3600)
 heal(comings, 'list') heal(presence, 'hash')
 redis.call('HSET', presence, me, here)
 local members = 0
@@ -4592,7 +4597,7 @@ if name == our_name and place < tonumber(our_end) then
   -- Redis has lost what we have heard: go on where no process can have been.
   place, last = our_end + max, our_last
 end
-for i = 9, #ARGV, 2 do
+for i = 10, #ARGV, 2 do
   local after = last
   if ARGV[i] == 'message' then last = place end
   local id = redis.call('XADD', room, 'MAXLEN', max, '*', 'room', name, 'place', place,
@@ -4648,6 +4653,9 @@ class Batch(list[Said]):
 
     stored = False
 
+    def fields(self) -> list[str]:
+        return [field for said in self for field in (said.type, to_json(said))]
+
 
 class Elsewhere(Model):
     """The model of somebody else's answer: it reads Redis, where others read HTTP."""
@@ -4682,7 +4690,7 @@ class Cluster:
         self.app = app
         self.me = secrets.token_hex(8)
         self.redis: coredis.Redis[str] = coredis.Redis.from_url(
-            url, decode_responses=True, connect_timeout=1, stream_timeout=REDIS_TIMEOUT
+            url, decode_responses=True, connect_timeout=1, stream_timeout=2 * REDIS_TIMEOUT
         )
         self.trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError)
         scripts = (self.redis.register_script(LUA + text) for text in (SAY, MIRROR, TELL))
@@ -4754,16 +4762,20 @@ class Cluster:
             raise Problem(503, away, "server_error", code="not_stored")
 
     async def say(self, batch: Batch) -> None:
-        room = self.app.room
-        late = self.offset + trio.current_time() + REDIS_TIMEOUT
-        args: list[str | int | float] = [
-            late, room.name, room.end, self.last, self.me, room.here, ROOM_EVENTS, now_ms()
-        ]  # fmt: skip
-        for said in batch:
-            args += [said.type, to_json(said)]
-        with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
-            await self.say_script([ROOM, COMINGS, PRESENCE], args)
-            batch.stored = True
+        keys = [ROOM, COMINGS, PRESENCE, f"{PREFIX}said:{self.me}"]
+        began = sent = trio.current_time()
+        while not batch.stored:
+            args = [began, *self.context(sent), *batch.fields()]
+            with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT + REPLY_TAKES):
+                await self.say_script(keys, args)
+                batch.stored = True
+            last, sent = sent, trio.current_time()
+            if sent < last + REDIS_TIMEOUT + 2 * REPLY_TAKES:
+                break  # else we have stood still, and may have missed the reply
+
+    def context(self, sent: float) -> list[str | int | float]:
+        room, late = self.app.room, self.offset + sent + REDIS_TIMEOUT
+        return [late, room.name, room.end, self.last, self.me, room.here, ROOM_EVENTS, now_ms()]
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
@@ -5465,8 +5477,10 @@ def main(argv: list[str] | None = None) -> int:
             level=settings.log_level.upper(), stream=sys.stderr,
             format="%(asctime)s %(levelname)s %(message)s",
         )  # fmt: skip
-        for noisy in ("trio-websocket", "hpack", "coredis"):
+        for noisy in ("trio-websocket", "hpack"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        # A connection that it loses is a traceback to coredis, and one line to us.
+        logging.getLogger("coredis").setLevel(logging.CRITICAL)
         raise_file_limit()
         if inherited := os.environ.pop("CHATSTREAM_LISTENERS", ""):
             shared = [[socket.socket(fileno=fd) for fd in fds]

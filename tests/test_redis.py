@@ -26,6 +26,7 @@ from kit import (
     frozen,
     hear_of,
     hear_texts,
+    insist,
     person,
     say,
     say_and_hear,
@@ -335,21 +336,6 @@ async def test_a_room_that_was_set_back_goes_on_after_a_gap(pair, redis):
             await insist(ann, "well again")
             assert (await hear_of(bob, "gap"))["missed"] >= 1
             await hear_of(bob, "message", text="well again")
-
-
-async def insist(member, text):
-    """Say it until it is not refused; returns the refusals that came before."""
-    refused = []
-    while True:
-        await say(member, text)
-        while True:
-            found = await event(member)
-            if found["type"] == "error":
-                refused.append(found["error"])
-                break
-            if found.get("text") == text:
-                return refused
-        await trio.sleep(0.1)
 
 
 async def while_away(a, b, upstream, away, kept=True):

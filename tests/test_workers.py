@@ -11,6 +11,7 @@ import trio
 from kit import (
     TOGETHER,
     Gate,
+    answer,
     asked,
     at,
     close_code,
@@ -18,10 +19,14 @@ from kit import (
     delta,
     error_of,
     fetch,
+    hear_of,
+    insist,
+    person,
     raw_member,
     refused,
     sse,
     stream,
+    text_of,
     until,
     worker_of,
     workers_of,
@@ -98,6 +103,24 @@ async def test_a_child_of_somebody_else_does_not_end_the_parent(serve, redis, ch
     await until(lambda: len(set(workers_of(server)) - {killed}) == 2)
     server.signal()
     assert await server.exit_code(5 + 3) == 0
+    assert "Traceback" not in server.log()
+
+
+async def test_a_worker_that_starts_while_redis_is_away_serves(crew, redis, upstream):
+    server = crew(2)
+    redis.stop()
+    old = set(workers_of(server))
+    for worker in old:
+        os.kill(worker, signal.SIGKILL)
+    await until(lambda: len(set(workers_of(server)) - old) == 2)
+    assert (await fetch("GET", server.http + "/time")).status == 200
+    async with asked(server, upstream.script(*answer("a ", "b"))) as here:
+        assert text_of(await here.events()) == "a b"
+    redis.start()
+    async with person(server) as one, person(server) as two:
+        with trio.fail_after(10):
+            await insist(one, "well again")
+            await hear_of(two, "message", text="well again")
     assert "Traceback" not in server.log()
 
 

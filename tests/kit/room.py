@@ -63,3 +63,18 @@ async def say_and_hear(member):
     text = f"hello {secrets.token_hex(4)}"
     await say(member, text)
     return await hear_of(member, "message", text=text)
+
+
+async def insist(member, text):
+    """Say it until it is not refused; returns the refusals that came before."""
+    refused = []
+    while True:
+        await say(member, text)
+        while True:
+            found = await event(member)
+            if found["type"] == "error":
+                refused.append(found["error"])
+                break
+            if found.get("text") == text:
+                return refused
+        await trio.sleep(0.1)

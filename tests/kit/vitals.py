@@ -104,8 +104,8 @@ def named(pid):
 
 def worker_of(server, response):
     """The process that has the other end of this connection."""
-    _, port = response.connection.transport.socket.getsockname()
-    wanted = socket_from(port)
+    ours = response.connection.transport.socket
+    wanted = socket_between(ours.getpeername()[1], ours.getsockname()[1])
     for worker in workers_of(server):
         for file in Path(f"/proc/{worker}/fd").iterdir():
             with contextlib.suppress(OSError):  # closed since we looked
@@ -114,10 +114,14 @@ def worker_of(server, response):
     raise LookupError("no worker has this connection")
 
 
-def socket_from(remote_port):
-    """The server's socket of the connection from this port, as /proc names it."""
+def socket_between(local_port, remote_port):
+    """The server's socket of this connection, as /proc names it.
+
+    Both ports are needed: other servers have connections from the same one.
+    """
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
-        if int(fields[2].rpartition(":")[2], 16) == remote_port:
+        ports = [int(address.rpartition(":")[2], 16) for address in fields[1:3]]
+        if ports == [local_port, remote_port]:
             return f"socket:[{fields[9]}]"
     raise LookupError("no such connection")

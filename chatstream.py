@@ -514,7 +514,7 @@ class Wire:
                 await self._drain()
 
     async def send(self, data: bytes) -> None:
-        """Write all of it. Against Trio's custom not a checkpoint if taken at once."""
+        """Write all of it. Unlike most of Trio, not a checkpoint if it goes out at once."""
         if not self.rest:
             self.write_now(data)
             return await self.flush()
@@ -532,7 +532,7 @@ class Wire:
     def _send_rest(self) -> int:
         try:
             return self.socket.send(self.rest)
-        except ssl.SSLWantWriteError:  # the same to us as a plain socket that is full
+        except ssl.SSLWantWriteError:  # as a plain socket that is full
             raise BlockingIOError from None
 
     async def _wait_for_room(self, sock: socket.socket) -> None:
@@ -1289,7 +1289,7 @@ class Http1:
 
         Or until a request asks for a WebSocket: that is returned, and not answered.
         """
-        if (early := self.wire.receive_now()) is not None:  # mostly a head is there
+        if (early := self.wire.receive_now()) is not None:  # a head is mostly there already
             self.feed(early)
         try:
             while request := await self.next_request():
@@ -1506,7 +1506,7 @@ class FrameParser:
 
     def _check_head(self, first: int, second: int) -> None:
         opcode = first & 0xF
-        if first & 0x70 or opcode not in (0x0, 0x1, 0x2, 0x8, 0x9, 0xA):
+        if first & 0x70 or opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
             raise WebSocketClose(1002, "reserved bits and opcodes mean nothing here")
         if second < 0x80:
             raise WebSocketClose(1002, "a client must mask its frames")
@@ -1757,17 +1757,16 @@ class Member(Reader):
             self.owed += frame_ws((to_json(told) if v1 else f"error: {problem}").encode())
 
     def parse(self, message: str | bytes) -> Said:
-        fields: Any = {"text": message}
         if isinstance(message, bytes):
             raise WebSocketClose(1003, "this room is for text")
+        fields: Any = {"text": message}
         if self.framing is WS_JSON:
             try:
                 fields = from_json(message)
             except ValueError:
                 fields = None
-        text, key = (
-            (fields.get("text"), fields.get("key")) if isinstance(fields, dict) else (None, None)
-        )
+        said = fields if isinstance(fields, dict) else {}
+        text, key = said.get("text"), said.get("key")
         if not isinstance(text, str) or not isinstance(key, str | None):
             raise WebSocketClose(1007, 'send {"text": "..."}')
         if len(text) > MESSAGE_CHARACTERS:
@@ -2394,8 +2393,8 @@ class App:
                 for reader in log.readers:
                     living.count_reader(reader)
             living.count("sent_bytes_total", sum(wire.sent for wire in self.wires))
-            gauges = self.counts() | Counter(connections=len(self.wires))
-            text = self.metrics.text({**self.counts(), **gauges}, living.counts)
+            gauges = {**self.counts(), "connections": len(self.wires)}
+            text = self.metrics.text(gauges, living.counts)
             self.metrics_text = text, trio.current_time()
         headers = {"content-type": "text/plain; version=0.0.4"}
         await request.respond(200, text.encode(), headers)
@@ -2723,7 +2722,7 @@ class Route(NamedTuple):
 
 
 def template_text(template: re.Pattern[str]) -> str:
-    return re.sub(r"\(\?P<(\w+)>[^)]*\)", r"{\1}", template.pattern)
+    return re.sub(r"\(\?P<(\w+)>[^)]*\)\??", r"{\1}", template.pattern)
 
 
 PAGE_ROUTE = Route(App.get_page, OPEN)
@@ -2782,7 +2781,8 @@ class Server:
             await trio.sleep(0.25)
             now, turn = trio.current_time(), Turn()
             self.app.answers.forget_old(now)
-            for log in self.app.logs():
+            # Readers of an answer that has ended are not silent: they have it to read.
+            for log in (self.app.clock, self.app.room, *self.app.answers.running):
                 for n, reader in enumerate(list(log.readers)):
                     if n % 64 == 63:
                         await turn.pause()
@@ -3398,12 +3398,8 @@ def error_event(answer: Answer, problem: Problem, **more: object) -> Event:
     return Event(to_json(fields), "error")
 
 
-def close_chat(answer: Answer, problem: Problem | None) -> list[Event]:
-    return [error_event(answer, problem) if problem else Event("[DONE]")]
-
-
-def close_chat_page(answer: Answer, problem: Problem | None) -> list[Event]:
-    return [error_event(answer, problem, content="") if problem else Event("[DONE]")]
+def close_chat(answer: Answer, problem: Problem | None, **more: object) -> list[Event]:
+    return [error_event(answer, problem, **more) if problem else Event("[DONE]")]
 
 
 def close_message(answer: Answer, problem: Problem | None) -> list[Event]:
@@ -3514,7 +3510,7 @@ class Api:
 CHAT = Api("/chat/completions", "choices", take_chat, close_chat, split_chat,
            adds_done=True, has_messages=True)  # fmt: skip
 CHAT_PAGE = dataclasses.replace(
-    CHAT, take=take_chat_page, closing=close_chat_page, ask=ask_for_page
+    CHAT, take=take_chat_page, closing=functools.partial(close_chat, content=""), ask=ask_for_page
 )
 COMPLETIONS = Api("/completions", "choices", take_chat, close_chat, split_completion,
                   adds_done=True)  # fmt: skip
@@ -4443,10 +4439,8 @@ class Http2(H2Protocol):
             await self._flush()
 
 
-async def serve_http2(
-    wire: Wire, handle: Callable[[Request], Awaitable[None]], stopped: trio.Event
-) -> None:
-    """HTTP/2 on one wire. Hypercorn's own server would keep no deadline for a head."""
+def asgi_app(handle: Callable[[Request], Awaitable[None]]) -> Any:
+    """Our handler as an application for Hypercorn: what ends one stream stays in it."""
 
     async def app(scope: JSON, receive: Any, send: Any) -> None:
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
@@ -4462,6 +4456,14 @@ async def serve_http2(
         except* Exception:
             logger.exception("a stream failed in a way that nobody thought of")
 
+    return app
+
+
+async def serve_http2(
+    wire: Wire, handle: Callable[[Request], Awaitable[None]], stopped: trio.Event
+) -> None:
+    """HTTP/2 on one wire. Hypercorn's own server would keep no deadline for a head."""
+
     async def send(event: object) -> None:
         if isinstance(event, RawData):
             await wire.send(event.data)
@@ -4470,7 +4472,7 @@ async def serve_http2(
 
     async with TaskGroup() as tasks:
         protocol = Http2(
-            ASGIWrapper(cast(Any, app)), http2_config(), WorkerContext(None), tasks,
+            ASGIWrapper(asgi_app(handle)), http2_config(), WorkerContext(None), tasks,
             ConnectionState(LifespanState({})), True, None, None, send,
         )  # fmt: skip
         offered = protocol.connection.local_settings
@@ -5377,6 +5379,7 @@ def on_signals(call: Callable[[], None]) -> None:
 
 async def serve(
     settings: Settings,
+    tls: ssl.SSLContext | None,
     http: list[socket.socket],
     ws: list[socket.socket],
     ready: Callable[[], object],
@@ -5390,7 +5393,7 @@ async def serve(
     gc.set_threshold(GC_THRESHOLD)
     stop = trio.Event()
     ports = {sock.getsockname()[1] for sock in (*http, *ws)}
-    server = Server(App(settings, ports), tls_context(settings))
+    server = Server(App(settings, ports), tls)
 
     async def watch(pipe: int) -> None:
         await trio.lowlevel.wait_readable(pipe)
@@ -5482,12 +5485,12 @@ def main(argv: list[str] | None = None) -> int:
         # A connection that it loses is a traceback to coredis, and one line to us.
         logging.getLogger("coredis").setLevel(logging.CRITICAL)
         raise_file_limit()
+        tls = tls_context(settings)
         if inherited := os.environ.pop("CHATSTREAM_LISTENERS", ""):
             shared = [[socket.socket(fileno=fd) for fd in fds]
                       for fds in json.loads(inherited)]  # fmt: skip
-            return trio.run(serve, settings, shared[0], shared[1], bool, 0)
+            return trio.run(serve, settings, tls, shared[0], shared[1], bool, 0)
         http, ws = (listen(settings.host, n) for n in (settings.port, settings.room_port))
-        tls_context(settings)
         if settings.redis:
             trio.run(check_redis, settings.redis)
         start = start_line(settings, http[0], ws[0])
@@ -5495,7 +5498,7 @@ def main(argv: list[str] | None = None) -> int:
             fds = [[sock.fileno() for sock in socks] for socks in (http, ws)]
             return trio.run(Supervisor(settings, argv, fds).run, start)
         ready = functools.partial(print, start, flush=True)
-        return trio.run(serve, settings, http, ws, ready)
+        return trio.run(serve, settings, tls, http, ws, ready)
     except UsageError as error:
         print(f"chatstream: {error}", file=sys.stderr)
         return 2

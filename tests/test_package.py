@@ -137,7 +137,6 @@ def test_the_module_has_at_most_3800_lines():
     assert len(SOURCE.splitlines()) <= 3800
 
 
-@REBUILD
 def test_no_function_has_more_than_40_lines():
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     long = [

@@ -89,6 +89,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
@@ -96,14 +97,13 @@ import h2.settings
 import h11
 import trio
 import trio_websocket
-from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData
-from hypercorn.protocol.events import Body, Data, StreamClosed
+from hypercorn.protocol.events import Body, EndBody, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState, LifespanState
+from hypercorn.utils import filter_pseudo_headers
 
 try:  # to ask the kernel how much a peer has acknowledged; not on Windows
     import fcntl
@@ -4128,6 +4128,7 @@ def list_models(names: Iterable[str]) -> Reply:
 # ─── The demo ────────────────────────────────────────────────────────────────────────
 
 CJK = "\u3000-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
+DEMO_WORD = re.compile(rf"\s*(?:[{CJK}]|[^\s{CJK}]+)")
 
 
 class Lessons:
@@ -4138,30 +4139,22 @@ class Lessons:
     """
 
     def __init__(self, text: str) -> None:
-        parts = re.split(r"(?m)^# +(.+)\n", text)
-        self.introduction = parts[0].strip()
-        self.lessons = {
-            heading.strip(): body.strip()
-            for heading, body in zip(parts[1::2], parts[2::2], strict=True)
-        }
+        self.introduction, *parts = re.split(r"(?m)^# +(.+)\n", text)
+        self.lessons = dict(zip(parts[::2], parts[1::2], strict=True))
         self.ending = self.lessons.pop("*", "")
 
     def answer(self, question: str) -> str:
         """The lesson whose heading shares most with the question; the same each time."""
         asked = set(DEMO_WORD.findall(question.lower()))
 
-        def likeness(heading: str) -> tuple[bool, float, int]:
+        def likeness(heading: str) -> tuple[float, int]:
             words = set(DEMO_WORD.findall(heading.lower()))
             shared = len(words & asked) / (len(words | asked) or 1)
-            same = heading.strip() == question.strip()
-            return (same, shared, zlib.crc32((heading + question).encode(errors="replace")))
+            return shared, zlib.crc32((heading + question).encode(errors="replace"))
 
         best = max(self.lessons, key=likeness, default="")
         parts = (self.introduction, self.lessons.get(best, ""), self.ending)
-        return "\n\n".join(part for part in parts if part)
-
-
-DEMO_WORD = re.compile(rf"\s*(?:[{CJK}]|[^\s{CJK}]+)")
+        return "\n\n".join(part.strip() for part in parts)
 
 
 class Demo(Model):
@@ -4176,14 +4169,17 @@ class Demo(Model):
         self.answers = answers
         self.metrics = metrics
         www = www_folder()
-        self.lessons = {
-            language: Lessons((www / f"lessons.{language}.md").read_text("utf-8"))
-            for language in ("en", "zh") if www
-        }  # fmt: skip
+        names = ("lessons.en.md", "lessons.zh.md")
+        texts = [(www / name).read_text("utf-8") if www else "A demo." for name in names]
+        self.english, self.chinese = map(Lessons, texts)
 
     def check(self, api: Api) -> None:
         if api in (COMPLETIONS, MESSAGES):
             raise self.only_chats()
+
+    def only_chats(self) -> Problem:
+        only = "the demo model speaks chat completions and responses: for the rest, "
+        return Problem(404, only + "start the server with --upstream", code="not_found")
 
     def choose(self, model: str) -> str:
         return model or "demo"
@@ -4199,10 +4195,6 @@ class Demo(Model):
     async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
         raise self.only_chats()
 
-    def only_chats(self) -> Problem:
-        only = "the demo model speaks chat completions and responses: for the rest, "
-        return Problem(404, only + "start the server with --upstream", code="not_found")
-
     def words(self, asked: JSON) -> list[str]:
         """Its answer to the last question of a body."""
         said = asked.get("messages") or asked.get("input") or ""
@@ -4210,8 +4202,8 @@ class Demo(Model):
             users = [m for m in said if isinstance(m, dict) and m.get("role") == "user"]
             said = users[-1].get("content") if users else ""
         question = text_of(said)
-        lessons = self.lessons.get("zh" if re.search(f"[{CJK}]", question) else "en")
-        return DEMO_WORD.findall(lessons.answer(question) if lessons else "A demo.")
+        lessons = self.chinese if re.search(f"[{CJK}]", question) else self.english
+        return DEMO_WORD.findall(lessons.answer(question))
 
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
@@ -4219,35 +4211,31 @@ class Demo(Model):
         asked = from_json(question.body)
         self.answers.drop_question(answer)
         answer.accepted.set()
-        relay = Relay(answer, self.metrics, ())
+        relay = Relay(answer, self.metrics)
         make = demo_response if question.api is RESPONSES else demo_chat
-        events = list(make(self.words(asked), asked))
+        *events, whole = make(self.words(asked), asked)
         if not question.stream:
             await trio.sleep(self.PACE)
-            return relay.take_whole(to_json(events[-1]))
-        for event in events[:-1]:
+            return relay.take_whole(to_json(whole))
+        for event in events:
             await trio.sleep(self.PACE)
             relay.take(ServerSentEvent(to_json(event), "message"))
-        if not answer.closed:
-            relay.finish()
+        relay.end()
 
 
-def demo_usage(words: list[str], asked: JSON) -> list[int]:
+def demo_usage(names: str, words: list[str], asked: JSON) -> JSON:
     prompt = len(to_json(asked)) // 4
-    return [prompt, len(words), prompt + len(words)]
+    return dict(zip(names.split(), (prompt, len(words), prompt + len(words)), strict=True))
 
 
 def demo_chat(words: list[str], asked: JSON) -> Iterator[JSON]:
     """The chunks of a chat completion; last, the whole of it."""
-    base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time())}
-    base |= {"object": "chat.completion.chunk", "model": "demo"}
-    deltas = [{"role": "assistant", "content": ""}, *({"content": w} for w in words), {}]
-    for delta in deltas:
-        ended = None if delta else "stop"
-        choice = {"index": 0, "delta": delta, "finish_reason": ended}
+    base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "object": "chat.completion.chunk",
+            "created": int(time.time()), "model": "demo"}  # fmt: skip
+    for delta in ({"role": "assistant", "content": ""}, *({"content": w} for w in words), {}):
+        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
         yield {**base, "choices": [choice]}
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    usage = dict(zip(names, demo_usage(words, asked), strict=True))
+    usage = demo_usage("prompt_tokens completion_tokens total_tokens", words, asked)
     if (asked.get("stream_options") or {}).get("include_usage"):
         yield {**base, "choices": [], "usage": usage}
     message = {"role": "assistant", "content": "".join(words)}
@@ -4260,8 +4248,7 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
     part = {"type": "output_text", "text": "".join(words), "annotations": []}
     item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
             "status": "completed", "content": [part]}  # fmt: skip
-    names = ("input_tokens", "output_tokens", "total_tokens")
-    usage: JSON = dict(zip(names, demo_usage(words, asked), strict=True))
+    usage = demo_usage("input_tokens output_tokens total_tokens", words, asked)
     usage |= {"input_tokens_details": {"cached_tokens": 0},
               "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
     whole = {
@@ -4276,56 +4263,64 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
 
 
 # ─── HTTP/2 ──────────────────────────────────────────────────────────────────────────
-# Hypercorn speaks it, on our wire, in a nursery of ours; our handlers see its ASGI as
-# one more HttpConnection. HTTP/2 has frames, windows and streams of its own, so here
-# each event wakes a task for each reader, as in the usual design.
+# Hypercorn speaks it, on our wire; to our handlers each stream is one more
+# HttpConnection. A stream has a window and a task of its own, so here each event wakes a
+# task for each reader, as in the usual design.
 
 HTTP2_STREAMS = 100
 GOODBYE = 0.5  # seconds, for a client that may be stuck
 
 
 class Http2Stream:
-    """One request over HTTP/2: ASGI on one side, what a Request needs on the other."""
+    """One request over HTTP/2: Hypercorn tells it what comes, it tells h2 what goes out."""
 
-    def __init__(
-        self, receive: Callable[[], Awaitable[JSON]], send: Callable[[JSON], Awaitable[None]]
-    ) -> None:
-        self._receive = receive
-        self._send = send
-        self._body_ended = False
+    def __init__(self, protocol: Http2, number: int) -> None:
+        self.protocol = protocol
+        self.h2 = protocol.connection
+        self.number = number
         self.rest: bytes | memoryview = b""
+        self.heard = self.answered = False  # all of the request, of the response
+        self.gone = trio.Event()
+        self._body_in, self._body = trio.open_memory_channel[bytes](10)
+
+    async def handle(self, event: object) -> None:
+        """From Hypercorn: a piece of the body, its end, or the end of the stream."""
+        if isinstance(event, Body):
+            with contextlib.suppress(trio.ClosedResourceError):  # we have answered already
+                return await self._body_in.send(event.data)
+        self.heard |= isinstance(event, EndBody)
+        self._body_in.close()
+        if isinstance(event, StreamClosed):
+            self.gone.set()
 
     async def receive(self) -> bytes | None:
-        while not self._body_ended:
-            message = await self._receive()
-            if message["type"] != "http.request":
-                return None
-            self._body_ended = not message.get("more_body")
-            if message["body"]:
-                return bytes(message["body"])
-        return b""
+        async for piece in self._body:
+            if piece:
+                return piece
+        return b"" if self.heard else None
 
     async def disconnected(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        await self.gone.wait()
 
-    async def _head(self, status: int, headers: Mapping[str, str]) -> None:
-        raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items()
-               if k != "connection"]  # fmt: skip
-        raw.append((b"date", http_date(int(time.time())).encode()))
-        await self._send({"type": "http.response.start", "status": status, "headers": raw})
-
-    async def _body(self, body: bytes, more: bool) -> None:
-        message = {"type": "http.response.body", "body": body, "more_body": more}
-        await self._send(message)
-
-    async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        await self._head(status, headers)
-        await self._body(body, False)
+    async def discard(self) -> None:
+        """The end of the stream tells the client to send no more."""
 
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        await self._head(status, headers)
-        await self._body(body, True)
+        pairs = [*headers.items(), ("date", http_date(int(time.time())))]
+        raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in pairs if k != "connection"]
+        self.h2.send_headers(self.number, [(b":status", b"%d" % status), *raw])
+        await self.protocol.flush()
+        await self._write(body)
+
+    async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        await self.start(status, headers, body)
+        await self.end()
+
+    async def end(self, last: bytes = b"") -> None:
+        await self._write(last)
+        self.h2.end_stream(self.number)
+        self.answered = True
+        await self.protocol.flush()
 
     def reader(self, log: EventLog, start: int) -> Reader:
         return Reader(log, self, SSE, start)
@@ -4335,188 +4330,150 @@ class Http2Stream:
         self.rest = data
 
     async def flush(self) -> None:
-        if self.rest:
-            await self._body(bytes(self.rest), True)
-            self.rest = b""
+        await self._write(self.rest)
+        self.rest = b""
 
-    async def end(self, last: bytes = b"") -> None:
-        await self._body(last, False)
+    async def _write(self, data: bytes | memoryview) -> None:
+        """Wait for the client's window, as long as the client takes anything."""
+        data = memoryview(data)
+        while data:
+            with trio.move_on_after(STUCK_TIMEOUT):
+                while (room := self._room()) <= 0:
+                    await self.protocol.news.wait()
+            if room <= 0:
+                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
+            self.h2.send_data(self.number, data[:room])
+            data = data[room:]
+            await self.protocol.flush()
 
-    async def discard(self) -> None:
-        """A body that nobody reads would hold up the other streams."""
-        with trio.move_on_after(LINGER_CLOSE):
-            while await self.receive():
-                pass
+    def _room(self) -> int:
+        if self.gone.is_set():
+            raise trio.BrokenResourceError("the client has left")
+        window = self.h2.local_flow_control_window(self.number)
+        return min(window, self.h2.max_outbound_frame_size)
 
 
 class Http2(H2Protocol):
-    """Hypercorn's HTTP/2, without what lets one stream end or hang the others.
+    """Hypercorn's HTTP/2, with streams of ours in place of its ASGI.
 
-    An exception in here ends the connection, and with it every stream. Hypercorn 0.18
-    raises KeyError for a body whose stream has ended, and UnicodeDecodeError for a head
-    that is not ASCII. It ends all streams at a client's GOAWAY, which only promises no
-    new ones (RFC 9113, section 6.8). And h2 4 ends the connection at the stream that
-    is one too many, where RFC 9113, section 5.1.2, wants that stream refused.
+    Hypercorn 0.18 takes an attempt to send nothing for progress: with a window that
+    stays shut, all of a log would go into its buffers. It raises KeyError for a body
+    whose stream has ended, and ends all streams at a client's GOAWAY, which only
+    promises no new ones (RFC 9113, section 6.8). And h2 4 ends the connection at the
+    stream that is one too many, where RFC 9113, section 5.1.2, wants that one refused.
     """
 
-    leaving = False  # the client has said GOAWAY
+    streams: dict[int, Http2Stream]  # type: ignore[assignment]
+
+    def __init__(
+        self, wire: Wire, handle: Callable[[Request], Awaitable[None]], tasks: TaskGroup
+    ) -> None:
+        asgi: Any = None
+        super().__init__(
+            asgi, Config(), WorkerContext(None), tasks, asgi, True, None, None, self.on_event
+        )
+        self.wire = wire
+        self.handle_request = handle
+        self.sending = trio.Lock()
+        self.leaving = False  # the client has said GOAWAY
+        self.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
+        self.news = trio.Event()  # from the client: there may be more room
+
+    async def on_event(self, event: object) -> None:
+        if isinstance(event, RawData):
+            async with self.sending:  # in h2's order: a head is read after those before it
+                await self.wire.send(event.data)
+        elif isinstance(event, Closed):
+            raise trio.BrokenResourceError("the client has broken the rules of HTTP/2")
+
+    async def run(self, stopped: trio.Event) -> None:
+        """Read until either side has had enough."""
+        most = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: HTTP2_STREAMS}
+        self.connection.local_settings = h2.settings.Settings(client=False, initial_values=most)
+        self.connection.initiate_connection()
+        self.connection.local_settings = h2.settings.Settings(client=False)  # h2 has no limit
+        await self.flush()
+        while self.streams or not (stopped.is_set() or self.leaving):
+            now, data = trio.current_time(), None
+            if now >= self.deadline:
+                return
+            with trio.move_on_at(min(self.deadline, now + LOOK_EVERY)):
+                data = await self.wire.receive()
+            if data == b"":
+                return
+            if data:
+                await self.handle(RawData(data))
+
+    async def goodbye(self) -> None:
+        """GOAWAY (RFC 9113, section 6.8), unless h2 has said it for a broken rule."""
+        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
+            self.connection.close_connection()
+            await self.flush()
+        await self.handle(Closed())
+        await self.wire.finish()
+
+    async def flush(self) -> None:
+        await self._flush()
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
-            if isinstance(event, h2.events.DataReceived | h2.events.RequestReceived):
-                await self._handle_stream(event)
-            elif isinstance(event, h2.events.ConnectionTerminated):
+            if isinstance(event, h2.events.ConnectionTerminated):
                 self.leaving = True
-                # h2 would send nothing more on any stream.
-                self.connection.state_machine.state = h2.connection.ConnectionState(
-                    h2.connection.ConnectionState.SERVER_OPEN
-                )
+                state = h2.connection.ConnectionState.SERVER_OPEN
+                self.connection.state_machine.state = state  # else h2 would say nothing more
+            elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                size = event.flow_controlled_length  # of the connection's window, too
+                self.connection.acknowledge_received_data(size, event.stream_id)
             # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
             elif not isinstance(event, h2.events.PriorityUpdated):
                 await super()._handle_events([event])
-        await self._flush()
+        await self.flush()
+        self.news.set()
+        self.news = trio.Event()
 
-    async def _handle_stream(
-        self, event: h2.events.DataReceived | h2.events.RequestReceived
-    ) -> None:
-        """Reset what Hypercorn fails on; refuse the stream that is one too many."""
-        number, codes = event.stream_id, h2.errors.ErrorCodes
-        if isinstance(event, h2.events.RequestReceived):
-            head = dict(event.headers or ())
-            method, path = head.get(b":method", b""), head.get(b":path", b"")
-            good = path.isascii() and path and method.isascii() and method != b"CONNECT"
-            if len(self.streams) >= HTTP2_STREAMS:
-                return self._reset(number, codes.REFUSED_STREAM)
-        else:
-            good = number in self.streams
-            if not good:  # the connection's window is shared
-                size = event.flow_controlled_length
-                self.connection.acknowledge_received_data(size, number)
-        if good:
-            await super()._handle_events([event])
-        else:
-            self._reset(number, codes.STREAM_CLOSED)
+    async def _create_stream(self, request: h2.events.RequestReceived) -> None:
+        if len(self.streams) >= HTTP2_STREAMS:
+            return self.reset(request.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+        stream = self.streams[request.stream_id] = Http2Stream(self, request.stream_id)
+        self.deadline = inf
+        self.task_group.spawn(self.serve, stream, request.headers)
 
-    async def stream_send(self, event: Any) -> None:
-        """Wait until the client has taken it, as long as it takes anything.
-
-        Hypercorn 0.18 takes an attempt to send nothing for progress: with a window that
-        stays shut, all of a log would go into its buffer, once for each reader.
-        """
-        if isinstance(event, Body | Data):
-            for n in range(0, len(event.data), 16 * KiB):
-                piece = type(event)(event.stream_id, event.data[n : n + 16 * KiB])
-                await super().stream_send(piece)
-                await self._taken(event.stream_id)
-            return
-        await super().stream_send(event)
-        buffer = self.stream_buffers.get(event.stream_id)
-        if isinstance(event, StreamClosed) and buffer and not buffer.complete:
-            # The app has left off in mid-response: the client must not wait for more.
-            del self.stream_buffers[event.stream_id]
-            self.priority.remove_stream(event.stream_id)
-            self._reset(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
-            await self._flush()
-
-    async def _taken(self, number: int) -> None:
-        left, since = inf, trio.current_time()
-        while buffer := self.stream_buffers.get(number):
-            with trio.move_on_after(LOOK_EVERY):
-                return await buffer.drain()
-            if len(buffer.buffer) < left:
-                left, since = len(buffer.buffer), trio.current_time()
-            elif trio.current_time() - since >= STUCK_TIMEOUT:
-                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
-
-    def _reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
-        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
-            self.connection.reset_stream(number, code)
-
-    async def goodbye(self) -> None:
-        """GOAWAY (RFC 9113, section 6.8)."""
-        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
-            self.connection.close_connection()
-            await self._flush()
-
-
-def asgi_app(handle: Callable[[Request], Awaitable[None]]) -> Any:
-    """Our handler as an application for Hypercorn: what ends one stream stays in it."""
-
-    async def app(scope: JSON, receive: Any, send: Any) -> None:
-        query = b"?" + scope["query_string"] if scope["query_string"] else b""
-        stream = Http2Stream(receive, send)
-        request = Request(
-            stream, scope["method"].encode(), scope["raw_path"] + query,
-            scope["headers"], scope["scheme"], "2",
-        )  # fmt: skip
+    async def serve(self, stream: Http2Stream, headers: list[tuple[bytes, bytes]]) -> None:
+        """One request: whatever goes wrong inside ends this stream and no other."""
+        head = dict(headers)
+        method, path = head[b":method"], head.get(b":path", b"")
+        headers = filter_pseudo_headers(headers)
         try:
-            await handle(request)
-        except* QUIET_ENDS:
-            pass  # this stream's client has gone, or is stuck; the others go on
+            await self.handle_request(Request(stream, method, path, headers, "https", "2"))
+        except* (*QUIET_ENDS, h2.exceptions.ProtocolError):
+            if self.wire.stuck:
+                raise  # then all streams are
         except* Exception:
             logger.exception("a stream failed in a way that nobody thought of")
+        if not (stream.gone.is_set() or (stream.answered and stream.heard)):
+            codes = h2.errors.ErrorCodes  # NO_ERROR: RFC 9113, section 8.1
+            self.reset(stream.number, codes.NO_ERROR if stream.answered else codes.INTERNAL_ERROR)
+        await self._close_stream(stream.number)
+        if not self.streams:
+            self.deadline = trio.current_time() + IDLE_TIMEOUT
+        await self.flush()
 
-    return app
+    def reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # the client was first
+            self.connection.reset_stream(number, code)
 
 
 async def serve_http2(
     wire: Wire, handle: Callable[[Request], Awaitable[None]], stopped: trio.Event
 ) -> None:
-    """HTTP/2 on one wire. Hypercorn's own server would keep no deadline for a head."""
-
-    async def send(event: object) -> None:
-        if isinstance(event, RawData):
-            await wire.send(event.data)
-        elif isinstance(event, Closed):
-            raise trio.BrokenResourceError("the HTTP/2 connection has ended")
-
+    """HTTP/2 on one wire: a task for each stream, and this one, which reads for all."""
     async with TaskGroup() as tasks:
-        protocol = Http2(
-            ASGIWrapper(asgi_app(handle)), http2_config(), WorkerContext(None), tasks,
-            ConnectionState(LifespanState({})), True, None, None, send,
-        )  # fmt: skip
-        offered = protocol.connection.local_settings
-        offered[h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL] = 0
-        offered.acknowledge()  # else h2 sends the old value, until that is confirmed
-        await protocol.initiate()
-        offered[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 1 << 30
-        offered.acknowledge()
+        protocol = Http2(wire, handle, tasks)
         try:
-            await read_http2(protocol, wire, stopped)
+            await protocol.run(stopped)
         finally:
             with trio.move_on_after(GOODBYE, shield=True):
                 await protocol.goodbye()
-                await protocol.handle(Closed())
-                await wire.finish()
-
-
-async def read_http2(protocol: Http2, wire: Wire, stopped: trio.Event) -> None:
-    """Until either side has had enough. The first whole head is there in 10 s."""
-    first_head = trio.current_time() + HEAD_TIMEOUT
-    idle_since = inf
-    while not (protocol.idle and (stopped.is_set() or protocol.leaving)):
-        now = trio.current_time()
-        idle_since = min(idle_since, now) if protocol.idle else inf
-        limit = idle_since + IDLE_TIMEOUT if protocol.keep_alive_requests else first_head
-        if now >= limit:
-            return
-        data = None
-        with trio.move_on_at(min(limit, now + LOOK_EVERY)):
-            data = await wire.receive()
-        if data:
-            await protocol.handle(RawData(data))
-        elif data == b"":
-            return
-
-
-def http2_config() -> Config:
-    config = Config()
-    config.errorlog = logger
-    config.include_server_header = False
-    config.include_date_header = False
-    config.h2_max_concurrent_streams = HTTP2_STREAMS
-    config.keep_alive_max_requests = 1 << 62  # it would end the live streams, too
-    return config
 
 
 # ─── More than one process: Redis Streams behind the same logs ───────────────────────

@@ -478,7 +478,7 @@ def test_a_browser_opens_as_many_connections_as_the_table_says(page, demo):
     opened = page.evaluate(OPEN, [260, 10])
     assert streams.startswith(f"{opened['streams']} a host")
     assert sockets.startswith(f"{opened['sockets']} a host in Chromium")
-    most = chatstream.http2_config().h2_max_concurrent_streams
+    most = chatstream.HTTP2_STREAMS
     assert f"what the server allows, here {most}" in streams
 
 

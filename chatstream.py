@@ -87,7 +87,7 @@ from email.utils import formatdate
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 import h2.connection
 import h2.errors
@@ -5001,81 +5001,25 @@ def cannot_know(what: str) -> Problem:
 
 
 # ─── Flags ───────────────────────────────────────────────────────────────────────────
-# Each flag stands once, in Settings: its default, how it is read, its help. Each can
-# also be given as an environment variable, CHATSTREAM_PORT and so on; a flag wins.
+# Each flag stands once, in Settings: its default, the form of its value, its help. Each
+# can also be given as an environment variable, CHATSTREAM_PORT and so on; a flag wins.
+
+ANY, WORD = ("(?s).*", "text"), (r"(?s)(\S.*)?", "text")  # as it is; without space around it
+PORT = "[0-9]{1,5}", "a port"
+COUNT = "[1-9][0-9]{0,2}", "a number from 1 to 999"
+NUMBER = r"[0-9]{0,9}\.?[0-9]{1,9}", "a number of 0 or more"
+LEVEL = "debug|info|warning|error", "debug, info, warning or error"
+ORIGIN = r"null|https?://[^/?#\s*@]+/?", "an origin, such as https://my.site"
+REDIS = "((rediss?|unix)://.*)?", "a URL, such as redis://host:6379"
 
 
 class UsageError(Exception):
     """The operator asked for something that cannot be: one line, exit code 2."""
 
 
-def to_text(text: str) -> str:
-    return text.strip()
-
-
-def to_port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError(f"{text!r} is not a port: 0 to 65535")
-    return int(text)
-
-
-def to_workers(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
-        raise ValueError(f"{text!r} is not a number of processes: 1 to 256")
-    return int(text)
-
-
-def to_number(text: str) -> float:
-    """Seconds, or a rate."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < inf:
-        raise ValueError(f"{text!r} must be a number of 0 or more")
-    return number
-
-
-def to_origin(text: str) -> str:
-    text = text.strip().rstrip("/").lower()
-    if text != "null" and not re.fullmatch(r"https?://[^/?#\s*@]+", text):
-        raise ValueError(f"{text!r} is not an origin, such as https://my.site")
-    return text
-
-
-def to_level(text: str) -> str:
-    if text not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"{text!r} is not one of debug, info, warning, error")
-    return text
-
-
-def to_base_url(text: str) -> str:
-    """`http://host:port/v1[?query]`; a bare host gets its /v1."""
-    text = text.strip()
-    if not text:
-        return ""
-    shown = "this" if set(text) & set("@?") else repr(text)  # it may have a key inside
-    wrong = f"{shown} is not a base URL, such as http://host:port/v1"
-    if not (text.isascii() and text.isprintable() and " " not in text):
-        raise ValueError(f"{wrong}: it has characters that cannot be sent")
-    try:
-        parts = urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError(wrong)
-    if parts.username or parts.password:
-        raise ValueError(f"{wrong}: a key belongs into OPENAI_API_KEY")
-    path = parts.path.rstrip("/") or ("" if parts.query else "/v1")
-    return f"{parts.scheme}://{parts.netloc}{path}" + (f"?{parts.query}" if parts.query else "")
-
-
-def flag(
-    default: Any, read: Callable[[str], Any], help: str, metavar: str = "", env: str = ""
-) -> Any:
+def flag(default: Any, form: tuple[str, str], help: str, metavar: str = "", env: str = "") -> Any:
     """A field of Settings that is a flag. A tuple as its default: it may be repeated."""
-    about = {"read": read, "help": help, "metavar": metavar or None, "env": env}
+    about = {"form": form, "help": help, "metavar": metavar or None, "env": env}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -5083,30 +5027,23 @@ def flag(
 class Settings:
     """What the flags say. Times in seconds."""
 
-    host: str = flag("localhost", to_text, "address to listen on")
-    port: int = flag(4001, to_port, "of the pages and of HTTP; 0 means any free one")
-    room_port: int = flag(8888, to_port, "of the room; both ports serve everything")
-    upstream: str = flag(
-        "", to_base_url, "base URL of an OpenAI-compatible model", "URL", "OPENAI_BASE_URL"
-    )
-    model: tuple[str, ...] = flag(
-        (), to_text, "a model that one may ask, the first is the default; without: any",
-        "NAME", "OPENAI_MODEL",
-    )  # fmt: skip
-    patience: float = flag(600, to_number, "how long the model may be silent", "S")
-    allow_origin: tuple[str, ...] = flag(
-        (), to_origin, "pages of this origin may ask and speak; null: from disk", "ORIGIN"
-    )
-    linger: float = flag(60, to_number, "how long an answer goes on unread", "S")
-    keep: float = flag(600, to_number, "how long an ended answer is kept", "S")
-    grace: float = flag(5, to_number, "how long answers may go on at a stop", "S")
-    room_rate: float = flag(20, to_number, "messages a second of one member; 0 means no limit", "N")
-    room_suffix: str = flag("--返回数据", str, "behind each message", "TEXT")
-    redis: str = flag("", to_text, "share room and answers over this Redis", "URL")
-    workers: int = flag(1, to_workers, "processes on the same sockets; needs --redis", "N")
-    certfile: str = flag("", to_text, "PEM, with --keyfile: HTTPS and WSS", "FILE")
-    keyfile: str = flag("", to_text, "PEM", "FILE")
-    log_level: str = flag("info", to_level, "debug, info, warning or error", "LEVEL")
+    host: str = flag("localhost", WORD, "address to listen on")
+    port: int = flag(4001, PORT, "of the pages and of HTTP; 0 means any free one")
+    room_port: int = flag(8888, PORT, "of the room; both ports serve everything")
+    upstream: str = flag("", WORD, "of an OpenAI-compatible model", "BASE_URL", "OPENAI_BASE_URL")
+    model: tuple[str, ...] = flag((), WORD, "one that may be asked", "NAME", "OPENAI_MODEL")
+    patience: float = flag(600, NUMBER, "how long the model may be silent", "S")
+    allow_origin: tuple[str, ...] = flag((), ORIGIN, "whose pages may ask; null: from disk")
+    linger: float = flag(60, NUMBER, "how long an answer goes on unread", "S")
+    keep: float = flag(600, NUMBER, "how long an ended answer is kept", "S")
+    grace: float = flag(5, NUMBER, "how long answers may go on at a stop", "S")
+    room_rate: float = flag(20, NUMBER, "messages a second of one member; 0 means no limit", "N")
+    room_suffix: str = flag("--返回数据", ANY, "behind each message", "TEXT")
+    redis: str = flag("", REDIS, "share room and answers over this Redis", "URL")
+    workers: int = flag(1, COUNT, "processes on the same sockets; needs --redis", "N")
+    certfile: str = flag("", WORD, "PEM, with --keyfile: HTTPS and WSS", "FILE")
+    keyfile: str = flag("", WORD, "PEM", "FILE")
+    log_level: str = flag("info", LEVEL, "debug, info, warning or error", "LEVEL")
     # Never a flag: a command line can be read by everybody on the machine.
     api_key: str = dataclasses.field(default="", repr=False)
     token: str = dataclasses.field(default="", repr=False)
@@ -5125,62 +5062,75 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
     """Flags, then environment, then defaults. Raises UsageError."""
     parser = Parser(prog="chatstream", description=__doc__.partition("\n")[0])
-    fields = [f for f in dataclasses.fields(Settings) if "read" in f.metadata]
-    for field in fields:
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            action="append" if isinstance(field.default, tuple) else "store",
-            metavar=field.metadata["metavar"],
-            help=field.metadata["help"],
-        )
+    flags = {f"--{f.name.replace('_', '-')}": f for f in dataclasses.fields(Settings) if f.metadata}
+    for name, field in flags.items():
+        about = field.metadata
+        parser.add_argument(name, action="append", help=about["help"], metavar=about["metavar"])
     given = vars(parser.parse_args(argv))
     settings: JSON = {}
-    for field in fields:
-        texts, source = given_texts(field, given, environ)
-        read = field.metadata["read"]
-        try:
-            values = tuple(read(text) for text in texts)
-        except ValueError as error:
-            raise UsageError(f"{source}: {error}") from None
-        if isinstance(field.default, tuple):
-            settings[field.name] = tuple(value for value in values if value)
-        elif values:
-            settings[field.name] = values[0]
+    for name, field in flags.items():
+        many, found = isinstance(field.default, tuple), {name: given[field.name]}
+        for variable in (f"CHATSTREAM_{field.name.upper()}", field.metadata["env"]):
+            if text := environ.get(variable):
+                found[variable] = text.split(",") if many else [text]
+        source, texts = next((pair for pair in found.items() if pair[1]), ("", []))
+        values = [read_value(field, text, source) for text in texts]
+        if values:
+            settings[field.name] = tuple(filter(None, values)) if many else values[-1]
     return complete(settings, environ)
 
 
-def given_texts(
-    field: dataclasses.Field[Any], given: Mapping[str, Any], environ: Mapping[str, str]
-) -> tuple[list[str], str]:
-    """What was given for a flag, and where."""
-    name = field.name.upper()
-    if (value := given[field.name]) is not None:
-        texts = value if isinstance(value, list) else [value]
-        return texts, f"--{field.name.replace('_', '-')}"
-    for variable in (f"CHATSTREAM_{name}", field.metadata["env"]):
-        if text := environ.get(variable):
-            many = isinstance(field.default, tuple)
-            return (text.split(",") if many else [text]), variable
-    return [], ""
+def read_value(field: dataclasses.Field[Any], text: str, source: str) -> Any:
+    form, wanted = field.metadata["form"]
+    text = text if form is ANY[0] else text.strip()
+    if not re.fullmatch(form, text):
+        shown = "it" if "@" in text else repr(text)  # there may be a password inside
+        raise UsageError(f"{source}: {shown} is not {wanted}")
+    return {"int": int, "float": float}.get(str(field.type), str)(text)
 
 
 def complete(settings: JSON, environ: Mapping[str, str]) -> Settings:
     """What is not a flag, and what must fit together. Raises UsageError."""
     for name, variable in (("api_key", "OPENAI_API_KEY"), ("token", "CHATSTREAM_TOKEN")):
-        secret = environ.get(variable, "").strip()
-        if not (secret.isascii() and secret.isprintable()):
+        settings[name] = environ.get(variable, "").strip()
+        if not (settings[name].isascii() and settings[name].isprintable()):
             raise UsageError(f"{variable} has characters that cannot be sent")
-        settings[name] = secret
-    if bool(settings.get("certfile")) != bool(settings.get("keyfile")):
+    settings["upstream"] = base_url(settings.get("upstream", ""))
+    settings["proxy"] = find_proxy(settings["upstream"], environ)
+    origins = settings.get("allow_origin", ())
+    settings["allow_origin"] = tuple(origin.rstrip("/").lower() for origin in origins)
+    made = Settings(**settings)
+    if (port := max(made.port, made.room_port)) > 65535:
+        raise UsageError(f"{port} is not a port: 0 to 65535")
+    if bool(made.certfile) != bool(made.keyfile):
         raise UsageError("--certfile and --keyfile go together")
-    if settings.get("workers", 1) > 1:
-        if not settings.get("redis"):
-            raise UsageError("--workers needs --redis, where they share their logs")
-        if not hasattr(os, "fork"):
-            raise UsageError("--workers does not work on this system: start one process")
-    if upstream := settings.get("upstream"):
-        settings["proxy"] = find_proxy(upstream, environ)
-    return Settings(**settings)
+    if made.workers > 1 and not made.redis:
+        raise UsageError("--workers needs --redis, where they share their logs")
+    if made.workers > 1 and not hasattr(os, "fork"):
+        raise UsageError("--workers does not work on this system: start one process")
+    return made
+
+
+def split_url(url: str, *schemes: str) -> SplitResult | None:
+    """Its parts, if it has one of these schemes, and a host."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in schemes and parts.hostname and parts.port != 0
+    except ValueError:
+        return None
+    return parts if good else None
+
+
+def base_url(text: str) -> str:
+    """`http://host:port/v1[?query]`; a bare host gets its /v1. Raises UsageError."""
+    parts = split_url(text, "http", "https")
+    if not text:
+        return ""
+    if not parts or "@" in parts.netloc or not re.fullmatch("[!-~]+", text):
+        wanted = "a base URL in ASCII, such as http://host:port/v1, with no key in it"
+        raise UsageError(f"--upstream or OPENAI_BASE_URL must be {wanted}")
+    path = parts.path.rstrip("/") or ("" if parts.query else "/v1")
+    return parts._replace(path=path, fragment="").geturl()
 
 
 def find_proxy(url: str, environ: Mapping[str, str]) -> str:
@@ -5188,27 +5138,19 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
 
     Raises UsageError if there is one that cannot be used.
     """
-    import urllib.request  # slow to load, and only needed here
-
     parts = urlsplit(url)
-    lower = {k.lower(): v.strip() for k, v in environ.items() if v.strip()}
     name = f"{parts.scheme}_proxy"
-    proxy = lower.get(name, "")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    exempt = {"no": lower.get("no_proxy", "")}
-    if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
-        f"{parts.hostname}:{port}", exempt
-    ):
+    lower = {k.lower(): v.strip() for k, v in environ.items() if v.strip()}
+    if name not in lower:
         return ""
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
-    try:
-        parsed = urlsplit(proxy)
-        good = parsed.scheme == "http" and bool(parsed.hostname) and parsed.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        name = name.upper()
-        raise UsageError(f"{name} must be an http:// proxy; NO_PROXY exempts a host")
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # it is slow
+
+    host = f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+    if proxy_bypass_environment(host, {"no": lower.get("no_proxy", "")}):
+        return ""
+    proxy = lower[name] if "://" in lower[name] else f"http://{lower[name]}"
+    if not split_url(proxy, "http"):
+        raise UsageError(f"{name.upper()} must be an http:// proxy; NO_PROXY exempts a host")
     return proxy
 
 
@@ -5216,7 +5158,6 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
 # All that can be wrong with flags, ports, certificate and Redis is found before the
 # first client is served, and told in one line.
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLIENT_VANISHED = 20  # seconds without TCP acknowledgement
 GC_THRESHOLD = 20_000  # new objects; the default of 700 looks for cycles all the time
 
@@ -5241,52 +5182,42 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Listening sockets on every address of a host, with one port number for all.
 
     Browsers and Node may try ::1 first for localhost. An address that this machine
-    lacks is skipped. Raises UsageError.
+    lacks is skipped, one that is taken is an error. Raises UsageError.
     """
-    host = host.strip("[]")
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)  # fmt: skip
-    except (OSError, UnicodeError):
-        raise UsageError(f"cannot listen on {host}:{port}: no such host") from None
+    host, reason = host.strip("[]"), "no such host"
     listeners: list[socket.socket] = []
-    lacking: OSError | None = None
-    for family, address in dict.fromkeys((f[0], f[4][0]) for f in found):
-        number = listeners[0].getsockname()[1] if listeners else port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        found = []
+    for family, address in dict.fromkeys((f[0], str(f[4][0])) for f in found):
+        dual = address == "::" and socket.has_dualstack_ipv6()
+        place = (address, port)
         try:
-            listeners.append(listen_on(family, str(address), number))
+            listener = socket.create_server(place, family=family, backlog=4096, dualstack_ipv6=dual)
         except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                reason = error.strerror or str(error)
-                raise UsageError(f"cannot listen on {host}:{number}: {reason}") from None
-            lacking = error
+            reason = error.strerror or str(error)
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                continue
+            listeners.clear()
+            break
+        listener.setblocking(False)
+        watch_for_life(listener, CLIENT_VANISHED)  # each connection inherits it
+        listeners.append(listener)
+        port = listener.getsockname()[1]
     if not listeners:
-        reason = (lacking and lacking.strerror) or "no such host"
         raise UsageError(f"cannot listen on {host}:{port}: {reason}")
     return listeners
-
-
-def listen_on(family: int, address: str, port: int) -> socket.socket:
-    dual = address == "::" and socket.has_dualstack_ipv6()
-    listener = socket.create_server(
-        (address, port), family=family, backlog=4096, dualstack_ipv6=dual
-    )
-    listener.setblocking(False)
-    watch_for_life(listener, CLIENT_VANISHED)  # each connection inherits it
-    return listener
 
 
 def raise_file_limit() -> None:
     """Each connection is a file: take as many as the system gives."""
     if resource is None:
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in ((65536, max(hard, 65536)), (hard, hard)):
-        try:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in ((hard, hard), (65536, max(hard, 65536))):
+        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-            break
-        except (ValueError, OSError):
-            continue
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 10240:
         logger.warning("this system lets us have %d connections (see ulimit -n)", soft - 50)
@@ -5298,19 +5229,13 @@ async def check_redis(url: str) -> None:
         import coredis
     except ImportError:
         raise UsageError("--redis needs coredis: pip install 'chatstream[redis]'") from None
-    if not re.match("(rediss?|unix)://", url):
-        raise UsageError("--redis needs a URL, such as redis://host:6379")
-    reason = ""
-    trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError, ValueError)
     try:
         with trio.fail_after(5):
             async with coredis.Redis.from_url(url, connect_timeout=3) as redis:
                 await redis.ping()
-    except* trouble as group:  # coredis has a nursery of its own
-        reason = why(group)
-    if reason:
+    except Exception as error:  # mostly in a group: coredis has a nursery of its own
         where = url.rpartition("@")[2].removeprefix("redis://")
-        raise UsageError(f"cannot reach Redis at {where}: {reason}")
+        raise UsageError(f"cannot reach Redis at {where}: {why(error)}") from None
 
 
 def start_line(settings: Settings, http: socket.socket, ws: socket.socket) -> str:
@@ -5322,110 +5247,91 @@ def start_line(settings: Settings, http: socket.socket, ws: socket.socket) -> st
     return f"chatstream: http{s}://{host}:{http_port}  ws{s}://{host}:{ws_port}  model: {model}"
 
 
-def on_signals(call: Callable[[], None]) -> None:
-    """Call this in Trio's loop at each SIGINT and SIGTERM, until the loop has ended."""
-    token = trio.lowlevel.current_trio_token()
-
-    def handle(*_: object) -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            token.run_sync_soon(call)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, handle)
+async def heed_signals(
+    stop: Callable[[], object], at_once: Callable[[], object], task_status: trio.TaskStatus[None]
+) -> None:
+    """The first SIGINT or SIGTERM means: stop. Another one: at once."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            stop()
+            stop = at_once
 
 
 async def serve(
-    settings: Settings,
-    tls: ssl.SSLContext | None,
-    http: list[socket.socket],
-    ws: list[socket.socket],
-    ready: Callable[[], object],
-    parent: int | None = None,
+    settings: Settings, tls: ssl.SSLContext | None, listeners: list[socket.socket], start: str
 ) -> int:
     """Serve on these sockets until a signal; a second one stops at once.
 
-    `parent` is a pipe that ends with the process that started us, and us with it.
+    A worker has no start line to print, and a pipe as stdin that ends with its parent.
     """
     gc.freeze()  # what is imported stays: no collection needs to look at it again
     gc.set_threshold(GC_THRESHOLD)
     stop = trio.Event()
-    ports = {sock.getsockname()[1] for sock in (*http, *ws)}
-    server = Server(App(settings, ports), tls)
+    server = Server(App(settings, {sock.getsockname()[1] for sock in listeners}), tls)
 
-    async def watch(pipe: int) -> None:
-        await trio.lowlevel.wait_readable(pipe)
+    async def end_with_parent() -> None:
+        await trio.lowlevel.wait_readable(0)
         stop.set()
 
+    def ready() -> None:
+        if start:
+            print(start, flush=True)
+
     async with trio.open_nursery() as nursery:
-
-        def stop_now() -> None:
-            if stop.is_set():
-                logger.warning("stopping at once")
-                nursery.cancel_scope.cancel()
-            stop.set()
-
-        on_signals(stop_now)
-        if parent is not None:
-            nursery.start_soon(watch, parent)
-        await server.serve([*http, *ws], stop, ready)
+        await nursery.start(heed_signals, stop.set, nursery.cancel_scope.cancel)
+        if not start:
+            nursery.start_soon(end_with_parent)
+        await server.serve(listeners, stop, ready)
         nursery.cancel_scope.cancel()
     return 0
 
 
-class Supervisor:
+async def supervise(
+    settings: Settings, argv: list[str], listeners: list[socket.socket], start: str
+) -> int:
     """N processes on the same sockets: one that dies is replaced, a stop goes to all.
 
     They share the listening sockets, opened once: the kernel gives each new connection
-    to one of them, so no port is ever closed while a worker is replaced. Each watches a
-    pipe, its stdin, that ends with this process.
+    to one of them, so no port is ever closed while a worker is replaced.
     """
+    at_once = trio.Event()
 
-    def __init__(self, settings: Settings, argv: list[str], fds: list[list[int]]) -> None:
-        self.settings = settings
-        self.start_worker = functools.partial(
-            trio.run_process,
-            [sys.executable, str(Path(__file__).resolve()), *argv],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "CHATSTREAM_LISTENERS": json.dumps(fds)},
-            pass_fds=[fd for pair in fds for fd in pair],
-            process_group=0,  # Ctrl-C is for this process, which passes it on
-            check=False,
-            deliver_cancel=kill,
-        )
-        self.stopping = False
-        self.alive: set[trio.Process] = set()
+    async def stop(worker: trio.Process) -> None:
+        """What is still there in the end, perhaps frozen, is killed."""
+        worker.terminate()
+        with trio.move_on_after(settings.grace + 2.5):
+            await at_once.wait()
+        worker.kill()
 
-    async def run(self, start: str) -> int:
-        async with trio.open_nursery() as nursery:
-            on_signals(functools.partial(self.stop, nursery.cancel_scope))
-            for _ in range(self.settings.workers):
-                nursery.start_soon(self.keep_one)
-            print(start, flush=True)
-        return 0
+    fds = [sock.fileno() for sock in listeners]
+    start_worker = functools.partial(
+        trio.run_process,
+        [sys.executable, __file__, *argv],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "CHATSTREAM_LISTENERS": json.dumps(fds)},
+        pass_fds=fds,
+        process_group=0,  # Ctrl-C is for this process, which passes it on
+        check=False,
+        deliver_cancel=stop,
+    )
 
-    def stop(self, scope: trio.CancelScope) -> None:
-        """Passed on to all. What is still there in the end, perhaps frozen, is killed."""
-        self.stopping = True
-        scope.deadline = trio.current_time() + self.settings.grace + 2.5
-        for process in self.alive:
-            process.terminate()
-
-    async def keep_one(self) -> None:
-        while not self.stopping:
+    async def keep_one() -> None:
+        while True:
             started = trio.current_time()
             async with trio.open_nursery() as nursery:
-                process = await nursery.start(self.start_worker)
-                self.alive.add(process)
-                if self.stopping:
-                    process.terminate()
-            self.alive.discard(process)
-            if not self.stopping:
-                logger.error("a worker died (%d) and is replaced", process.returncode)
-                await trio.sleep_until(started + 1)  # one that cannot live: not in a hurry
+                worker = await nursery.start(start_worker)
+            logger.error("a worker died (%d) and is replaced", worker.returncode)
+            await trio.sleep_until(started + 1)  # one that cannot live: not in a hurry
 
-
-async def kill(process: trio.Process) -> None:
-    process.kill()
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as workers:
+            await nursery.start(heed_signals, workers.cancel_scope.cancel, at_once.set)
+            for _ in range(settings.workers):
+                workers.start_soon(keep_one)
+            print(start, flush=True)
+        nursery.cancel_scope.cancel()
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -5433,10 +5339,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         settings = parse_flags(argv, os.environ)
-        logging.basicConfig(
-            level=settings.log_level.upper(), stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(message)s",
-        )  # fmt: skip
+        form = "%(asctime)s %(levelname)s %(message)s"
+        logging.basicConfig(level=settings.log_level.upper(), format=form)
         for noisy in ("trio-websocket", "hpack"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         # A connection that it loses is a traceback to coredis, and one line to us.
@@ -5444,18 +5348,15 @@ def main(argv: list[str] | None = None) -> int:
         raise_file_limit()
         tls = tls_context(settings)
         if inherited := os.environ.pop("CHATSTREAM_LISTENERS", ""):
-            shared = [[socket.socket(fileno=fd) for fd in fds]
-                      for fds in json.loads(inherited)]  # fmt: skip
-            return trio.run(serve, settings, tls, shared[0], shared[1], bool, 0)
+            listeners = [socket.socket(fileno=fd) for fd in json.loads(inherited)]
+            return trio.run(serve, settings, tls, listeners, "")
         http, ws = (listen(settings.host, n) for n in (settings.port, settings.room_port))
         if settings.redis:
             trio.run(check_redis, settings.redis)
         start = start_line(settings, http[0], ws[0])
         if settings.workers > 1:
-            fds = [[sock.fileno() for sock in socks] for socks in (http, ws)]
-            return trio.run(Supervisor(settings, argv, fds).run, start)
-        ready = functools.partial(print, start, flush=True)
-        return trio.run(serve, settings, tls, http, ws, ready)
+            return trio.run(supervise, settings, argv, [*http, *ws], start)
+        return trio.run(serve, settings, tls, [*http, *ws], start)
     except UsageError as error:
         print(f"chatstream: {error}", file=sys.stderr)
         return 2

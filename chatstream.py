@@ -56,6 +56,7 @@ import bisect
 import codecs
 import contextlib
 import dataclasses
+import difflib
 import errno
 import functools
 import gc
@@ -2761,7 +2762,6 @@ class Server:
     def __init__(self, app: App, tls: ssl.SSLContext | None) -> None:
         self.app = app
         self.tls = tls
-        self.stopped = trio.Event()
 
     async def run_writers(
         self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -2842,7 +2842,7 @@ class Server:
                 return await wire.finish()  # with an alert that says why
             if wire.socket.selected_alpn_protocol() == "h2":
                 handle = functools.partial(self.handle, wire)
-                return await serve_http2(wire, handle, self.stopped)
+                return await serve_http2(wire, handle)
         http1 = Http1(wire, scheme)
         request = await http1.serve(functools.partial(self.handle, wire))
         if request is None:
@@ -2929,7 +2929,6 @@ class Server:
             answer.discard()
         app.clock.close()
         app.room.close()
-        self.stopped.set()
         with trio.move_on_after(LINGER_CLOSE):
             while app.active:  # noqa: ASYNC110 (an event would be set in four places)
                 await trio.sleep(0.02)
@@ -4131,30 +4130,17 @@ CJK = "\u3000-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
 DEMO_WORD = re.compile(rf"\s*(?:[{CJK}]|[^\s{CJK}]+)")
 
 
-class Lessons:
-    """What the demo knows: www/lessons.en.md and lessons.zh.md.
+def lesson(text: str, question: str) -> str:
+    """The part of www/lessons.*.md whose heading is most like the question.
 
     The text before the first `# heading` introduces each answer, the one below `# *`
     ends it, and each other heading is a question with its lesson.
     """
-
-    def __init__(self, text: str) -> None:
-        self.introduction, *parts = re.split(r"(?m)^# +(.+)\n", text)
-        self.lessons = dict(zip(parts[::2], parts[1::2], strict=True))
-        self.ending = self.lessons.pop("*", "")
-
-    def answer(self, question: str) -> str:
-        """The lesson whose heading shares most with the question; the same each time."""
-        asked = set(DEMO_WORD.findall(question.lower()))
-
-        def likeness(heading: str) -> tuple[float, int]:
-            words = set(DEMO_WORD.findall(heading.lower()))
-            shared = len(words & asked) / (len(words | asked) or 1)
-            return shared, zlib.crc32((heading + question).encode(errors="replace"))
-
-        best = max(self.lessons, key=likeness, default="")
-        parts = (self.introduction, self.lessons.get(best, ""), self.ending)
-        return "\n\n".join(part.strip() for part in parts)
+    introduction, *parts = re.split(r"(?m)^# +(.+)\n", text)
+    lessons = dict(zip(parts[::2], parts[1::2], strict=True))
+    ending = lessons.pop("*", "")
+    heading = difflib.get_close_matches(question[:300], lessons, n=1, cutoff=0)
+    return "".join([introduction, *map(lessons.__getitem__, heading), ending])
 
 
 class Demo(Model):
@@ -4169,9 +4155,8 @@ class Demo(Model):
         self.answers = answers
         self.metrics = metrics
         www = www_folder()
-        names = ("lessons.en.md", "lessons.zh.md")
-        texts = [(www / name).read_text("utf-8") if www else "A demo." for name in names]
-        self.english, self.chinese = map(Lessons, texts)
+        files = [www / f"lessons.{language}.md" for language in ("en", "zh")] if www else []
+        self.lessons = [file.read_text("utf-8") for file in files] or ["A demo."] * 2
 
     def check(self, api: Api) -> None:
         if api in (COMPLETIONS, MESSAGES):
@@ -4202,8 +4187,8 @@ class Demo(Model):
             users = [m for m in said if isinstance(m, dict) and m.get("role") == "user"]
             said = users[-1].get("content") if users else ""
         question = text_of(said)
-        lessons = self.chinese if re.search(f"[{CJK}]", question) else self.english
-        return DEMO_WORD.findall(lessons.answer(question))
+        in_chinese = bool(re.search(f"[{CJK}]", question))
+        return DEMO_WORD.findall(lesson(self.lessons[in_chinese], question))
 
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
@@ -4309,7 +4294,7 @@ class Http2Stream:
         pairs = [*headers.items(), ("date", http_date(int(time.time())))]
         raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in pairs if k != "connection"]
         self.h2.send_headers(self.number, [(b":status", b"%d" % status), *raw])
-        await self.protocol.flush()
+        await self.protocol._flush()
         await self._write(body)
 
     async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
@@ -4320,7 +4305,7 @@ class Http2Stream:
         await self._write(last)
         self.h2.end_stream(self.number)
         self.answered = True
-        await self.protocol.flush()
+        await self.protocol._flush()
 
     def reader(self, log: EventLog, start: int) -> Reader:
         return Reader(log, self, SSE, start)
@@ -4344,7 +4329,7 @@ class Http2Stream:
                 raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
             self.h2.send_data(self.number, data[:room])
             data = data[room:]
-            await self.protocol.flush()
+            await self.protocol._flush()
 
     def _room(self) -> int:
         if self.gone.is_set():
@@ -4375,9 +4360,10 @@ class Http2(H2Protocol):
         self.wire = wire
         self.handle_request = handle
         self.sending = trio.Lock()
-        self.leaving = False  # the client has said GOAWAY
-        self.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
         self.news = trio.Event()  # from the client: there may be more room
+        self.idle_timeout = IDLE_TIMEOUT
+        self.patience = trio.CancelScope()
+        self.patience.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
 
     async def on_event(self, event: object) -> None:
         if isinstance(event, RawData):
@@ -4386,39 +4372,29 @@ class Http2(H2Protocol):
         elif isinstance(event, Closed):
             raise trio.BrokenResourceError("the client has broken the rules of HTTP/2")
 
-    async def run(self, stopped: trio.Event) -> None:
+    async def run(self) -> None:
         """Read until either side has had enough."""
         most = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: HTTP2_STREAMS}
         self.connection.local_settings = h2.settings.Settings(client=False, initial_values=most)
         self.connection.initiate_connection()
         self.connection.local_settings = h2.settings.Settings(client=False)  # h2 has no limit
-        await self.flush()
-        while self.streams or not (stopped.is_set() or self.leaving):
-            now, data = trio.current_time(), None
-            if now >= self.deadline:
-                return
-            with trio.move_on_at(min(self.deadline, now + LOOK_EVERY)):
-                data = await self.wire.receive()
-            if data == b"":
-                return
-            if data:
+        await self._flush()
+        with self.patience:
+            while data := await self.wire.receive():
                 await self.handle(RawData(data))
 
     async def goodbye(self) -> None:
         """GOAWAY (RFC 9113, section 6.8), unless h2 has said it for a broken rule."""
         if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
             self.connection.close_connection()
-            await self.flush()
+            await self._flush()
         await self.handle(Closed())
         await self.wire.finish()
-
-    async def flush(self) -> None:
-        await self._flush()
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
             if isinstance(event, h2.events.ConnectionTerminated):
-                self.leaving = True
+                self.idle_timeout = 0  # it asks nothing new
                 state = h2.connection.ConnectionState.SERVER_OPEN
                 self.connection.state_machine.state = state  # else h2 would say nothing more
             elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
@@ -4427,7 +4403,7 @@ class Http2(H2Protocol):
             # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
             elif not isinstance(event, h2.events.PriorityUpdated):
                 await super()._handle_events([event])
-        await self.flush()
+        await self._flush()
         self.news.set()
         self.news = trio.Event()
 
@@ -4435,7 +4411,7 @@ class Http2(H2Protocol):
         if len(self.streams) >= HTTP2_STREAMS:
             return self.reset(request.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
         stream = self.streams[request.stream_id] = Http2Stream(self, request.stream_id)
-        self.deadline = inf
+        self.patience.deadline = inf
         self.task_group.spawn(self.serve, stream, request.headers)
 
     async def serve(self, stream: Http2Stream, headers: list[tuple[bytes, bytes]]) -> None:
@@ -4455,22 +4431,20 @@ class Http2(H2Protocol):
             self.reset(stream.number, codes.NO_ERROR if stream.answered else codes.INTERNAL_ERROR)
         await self._close_stream(stream.number)
         if not self.streams:
-            self.deadline = trio.current_time() + IDLE_TIMEOUT
-        await self.flush()
+            self.patience.deadline = trio.current_time() + self.idle_timeout
+        await self._flush()
 
     def reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):  # the client was first
             self.connection.reset_stream(number, code)
 
 
-async def serve_http2(
-    wire: Wire, handle: Callable[[Request], Awaitable[None]], stopped: trio.Event
-) -> None:
+async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) -> None:
     """HTTP/2 on one wire: a task for each stream, and this one, which reads for all."""
     async with TaskGroup() as tasks:
         protocol = Http2(wire, handle, tasks)
         try:
-            await protocol.run(stopped)
+            await protocol.run()
         finally:
             with trio.move_on_after(GOODBYE, shield=True):
                 await protocol.goodbye()

@@ -90,14 +90,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
-import h2.connection
-import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
 import h11
 import trio
 import trio_websocket
+from h2.connection import ConnectionState
+from h2.errors import ErrorCodes
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData
 from hypercorn.protocol.events import Body, EndBody, StreamClosed
@@ -4361,7 +4361,6 @@ class Http2(H2Protocol):
         self.handle_request = handle
         self.sending = trio.Lock()
         self.news = trio.Event()  # from the client: there may be more room
-        self.idle_timeout = IDLE_TIMEOUT
         self.patience = trio.CancelScope()
         self.patience.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
 
@@ -4379,24 +4378,23 @@ class Http2(H2Protocol):
         self.connection.initiate_connection()
         self.connection.local_settings = h2.settings.Settings(client=False)  # h2 has no limit
         await self._flush()
-        with self.patience:
-            while data := await self.wire.receive():
-                await self.handle(RawData(data))
-
-    async def goodbye(self) -> None:
-        """GOAWAY (RFC 9113, section 6.8), unless h2 has said it for a broken rule."""
-        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
-            self.connection.close_connection()
-            await self._flush()
-        await self.handle(Closed())
-        await self.wire.finish()
+        try:
+            with self.patience:
+                while data := await self.wire.receive():
+                    await self.handle(RawData(data))
+        finally:
+            with trio.move_on_after(GOODBYE, shield=True):
+                if self.connection.state_machine.state is not ConnectionState.CLOSED:
+                    self.connection.close_connection()  # GOAWAY (RFC 9113, section 6.8)
+                    await self._flush()
+                await self.handle(Closed())
+                await self.wire.finish()
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
             if isinstance(event, h2.events.ConnectionTerminated):
-                self.idle_timeout = 0  # it asks nothing new
-                state = h2.connection.ConnectionState.SERVER_OPEN
-                self.connection.state_machine.state = state  # else h2 would say nothing more
+                # It goes on reading, but h2 would send nothing more.
+                self.connection.state_machine.state = ConnectionState.SERVER_OPEN
             elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
                 size = event.flow_controlled_length  # of the connection's window, too
                 self.connection.acknowledge_received_data(size, event.stream_id)
@@ -4409,7 +4407,7 @@ class Http2(H2Protocol):
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         if len(self.streams) >= HTTP2_STREAMS:
-            return self.reset(request.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+            return self.reset(request.stream_id, ErrorCodes.REFUSED_STREAM)
         stream = self.streams[request.stream_id] = Http2Stream(self, request.stream_id)
         self.patience.deadline = inf
         self.task_group.spawn(self.serve, stream, request.headers)
@@ -4427,14 +4425,14 @@ class Http2(H2Protocol):
         except* Exception:
             logger.exception("a stream failed in a way that nobody thought of")
         if not (stream.gone.is_set() or (stream.answered and stream.heard)):
-            codes = h2.errors.ErrorCodes  # NO_ERROR: RFC 9113, section 8.1
-            self.reset(stream.number, codes.NO_ERROR if stream.answered else codes.INTERNAL_ERROR)
+            code = ErrorCodes.NO_ERROR if stream.answered else ErrorCodes.INTERNAL_ERROR
+            self.reset(stream.number, code)  # RFC 9113, section 8.1
         await self._close_stream(stream.number)
         if not self.streams:
-            self.patience.deadline = trio.current_time() + self.idle_timeout
+            self.patience.deadline = trio.current_time() + IDLE_TIMEOUT
         await self._flush()
 
-    def reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
+    def reset(self, number: int, code: ErrorCodes) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):  # the client was first
             self.connection.reset_stream(number, code)
 
@@ -4442,12 +4440,7 @@ class Http2(H2Protocol):
 async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) -> None:
     """HTTP/2 on one wire: a task for each stream, and this one, which reads for all."""
     async with TaskGroup() as tasks:
-        protocol = Http2(wire, handle, tasks)
-        try:
-            await protocol.run()
-        finally:
-            with trio.move_on_after(GOODBYE, shield=True):
-                await protocol.goodbye()
+        await Http2(wire, handle, tasks).run()
 
 
 # ─── More than one process: Redis Streams behind the same logs ───────────────────────
@@ -4985,6 +4978,7 @@ NUMBER = r"[0-9]{0,9}\.?[0-9]{1,9}", "a number of 0 or more"
 LEVEL = "debug|info|warning|error", "debug, info, warning or error"
 ORIGIN = r"null|https?://[^/?#\s*@]+/?", "an origin, such as https://my.site"
 REDIS = "((rediss?|unix)://.*)?", "a URL, such as redis://host:6379"
+SECRET = "[ -~]*", "text that can be sent"
 
 
 class UsageError(Exception):
@@ -4992,9 +4986,9 @@ class UsageError(Exception):
 
 
 def flag(default: Any, form: tuple[str, str], help: str, metavar: str = "", env: str = "") -> Any:
-    """A field of Settings that is a flag. A tuple as its default: it may be repeated."""
+    """A field of Settings. A tuple as its default: it may be repeated. No help: no flag."""
     about = {"form": form, "help": help, "metavar": metavar or None, "env": env}
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata=about, repr=bool(help))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5019,8 +5013,8 @@ class Settings:
     keyfile: str = flag("", WORD, "PEM", "FILE")
     log_level: str = flag("info", LEVEL, "debug, info, warning or error", "LEVEL")
     # Never a flag: a command line can be read by everybody on the machine.
-    api_key: str = dataclasses.field(default="", repr=False)
-    token: str = dataclasses.field(default="", repr=False)
+    api_key: str = flag("", SECRET, "", env="OPENAI_API_KEY")
+    token: str = flag("", SECRET, "")
     proxy: str = dataclasses.field(default="", repr=False)
 
     @property
@@ -5036,19 +5030,20 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
     """Flags, then environment, then defaults. Raises UsageError."""
     parser = Parser(prog="chatstream", description=__doc__.partition("\n")[0])
-    flags = {f"--{f.name.replace('_', '-')}": f for f in dataclasses.fields(Settings) if f.metadata}
-    for name, field in flags.items():
-        about = field.metadata
-        parser.add_argument(name, action="append", help=about["help"], metavar=about["metavar"])
+    fields = [field for field in dataclasses.fields(Settings) if field.metadata]
+    for field in fields:
+        if help := field.metadata["help"]:
+            option, metavar = f"--{field.name.replace('_', '-')}", field.metadata["metavar"]
+            parser.add_argument(option, action="append", help=help, metavar=metavar)
     given = vars(parser.parse_args(argv))
     settings: JSON = {}
-    for name, field in flags.items():
-        many, found = isinstance(field.default, tuple), {name: given[field.name]}
+    for field in fields:
+        many = isinstance(field.default, tuple)
+        source, texts = f"--{field.name.replace('_', '-')}", given.get(field.name)
         for variable in (f"CHATSTREAM_{field.name.upper()}", field.metadata["env"]):
-            if text := environ.get(variable):
-                found[variable] = text.split(",") if many else [text]
-        source, texts = next((pair for pair in found.items() if pair[1]), ("", []))
-        values = [read_value(field, text, source) for text in texts]
+            if not texts and (text := environ.get(variable)):
+                source, texts = variable, text.split(",") if many else [text]
+        values = [read_value(field, text, source) for text in texts or ()]
         if values:
             settings[field.name] = tuple(filter(None, values)) if many else values[-1]
     return complete(settings, environ)
@@ -5056,19 +5051,15 @@ def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
 
 def read_value(field: dataclasses.Field[Any], text: str, source: str) -> Any:
     form, wanted = field.metadata["form"]
-    text = text if form is ANY[0] else text.strip()
+    text = text if form == ANY[0] else text.strip()
     if not re.fullmatch(form, text):
-        shown = "it" if "@" in text else repr(text)  # there may be a password inside
+        shown = repr(text) if field.repr and not set("@?") & set(text) else "it"  # a password?
         raise UsageError(f"{source}: {shown} is not {wanted}")
     return {"int": int, "float": float}.get(str(field.type), str)(text)
 
 
 def complete(settings: JSON, environ: Mapping[str, str]) -> Settings:
     """What is not a flag, and what must fit together. Raises UsageError."""
-    for name, variable in (("api_key", "OPENAI_API_KEY"), ("token", "CHATSTREAM_TOKEN")):
-        settings[name] = environ.get(variable, "").strip()
-        if not (settings[name].isascii() and settings[name].isprintable()):
-            raise UsageError(f"{variable} has characters that cannot be sent")
     settings["upstream"] = base_url(settings.get("upstream", ""))
     settings["proxy"] = find_proxy(settings["upstream"], environ)
     origins = settings.get("allow_origin", ())
@@ -5097,9 +5088,9 @@ def split_url(url: str, *schemes: str) -> SplitResult | None:
 
 def base_url(text: str) -> str:
     """`http://host:port/v1[?query]`; a bare host gets its /v1. Raises UsageError."""
-    parts = split_url(text, "http", "https")
     if not text:
         return ""
+    parts = split_url(text, "http", "https")
     if not parts or "@" in parts.netloc or not re.fullmatch("[!-~]+", text):
         wanted = "a base URL in ASCII, such as http://host:port/v1, with no key in it"
         raise UsageError(f"--upstream or OPENAI_BASE_URL must be {wanted}")

@@ -21,19 +21,18 @@ framed. A request owns its reader; the server owns the writers: that decides eve
 
 The classes, from the idea outwards (★: the part to read first, it needs nothing below):
 
-    ★ EventLog, Framing           events, numbered for ever; how they look on a connection
-    ★ Wire, Reader, Pump          who writes what to whom, and when
-    ★ Room, Answer                the logs and their writers; the clock is tick()
-      Answers                     who may start an answer, and how long it is kept
-      Http1, FrameParser, Member  connections: HTTP/1.1, WebSocket
-      Request, AccessPolicy       one request; who may ask
-      App, Server                 the routes and sessions; accepting and stopping
-      SSEParser, Exchange         what the upstream says, and how it is asked
-      Protocol, Relay, Upstream   the four protocols, one relay for all of them
-      Demo                        the model that needs no key
-      Http2                       HTTP/2, by Hypercorn
-      Cluster                     other processes, over Redis
-      Settings, main              the flags and the command
+    ★ EventLog, Framing            events, numbered for ever; how they look on a connection
+    ★ Outlet, Reader, Pump         who writes what to whom, and when
+    ★ Room, Answer                 the logs and their writers; the clock is tick()
+      Answers                      who may start an answer, and how long it is kept
+      Wire, Http1, Member          connections: HTTP/1.1, WebSocket
+      Request, AccessPolicy        one request; who may ask
+      App, Server                  the routes and sessions; accepting and stopping
+      SSEParser, Exchange          what the upstream says, and how it is asked
+      Api, Relay, Upstream, Demo   the four protocols; the models
+      Http2                        HTTP/2, by Hypercorn
+      Cluster                      other processes, over Redis
+      Settings, main               the flags and the command
 
 Endpoints (see ROUTES for the rights): GET /clock, /time, /healthz, /metrics, the pages; POST
 /chatgptApi/chatgpt_qa_stream, /v1/chat/completions, /v1/completions, /v1/responses,
@@ -131,12 +130,12 @@ def to_json(value: object) -> str:
 
 
 # ─── The log ★ ───────────────────────────────────────────────────────────────────────
-# append() and close() are plain functions: nothing else runs in between, so nobody
-# ever sees half a change. The log calls `on_news` once and waits for no reader.
+# append() and close() are plain functions: nothing else runs in between, so nobody ever sees
+# half a change. The log calls `on_news` once, and waits for no reader.
 #
-# A reader costs the log nothing: its position is a number that the reader keeps. So the
-# log never asks how far its readers are. It forgets by its bounds alone, and a reader
-# that stood still for too long finds that `start` has moved past its position.
+# A reader costs the log nothing, because its position is a number that the reader keeps. So
+# the log never asks how far its readers are. It forgets by its bounds alone, and a reader that
+# stood still for too long finds that `start` has moved past its position.
 #
 #         start                  end
 #           │                     │          as in a slice: `start` is the first event
@@ -174,13 +173,10 @@ class EventLog:
         self.readers: dict[Reader, None] = {}  # a set that keeps its order
         # A token is stored as its text alone: an Event for each would double its size.
         self._events: list[Event | str] = []
-        self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}
+        self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}  # see frames()
 
     def append(self, data: str, type: str = "message", **about: Any) -> int:
-        """Add an event at the end, and forget the oldest ones beyond the bounds.
-
-        Returns the place of the new event.
-        """
+        """Add an event; forget the oldest beyond the bounds. Returns the new one's place."""
         plain = type == "message" and not about
         event = data if plain else Event(data, type, about or NOTHING)
         self._events.append(event)
@@ -198,7 +194,7 @@ class EventLog:
         self.on_news(self)
 
     def skip_to(self, place: int) -> None:
-        """Start again at this place, with nothing kept. What was before is missed."""
+        """Start again at this place, with nothing kept: readers miss what was before."""
         self._events.clear()
         self._grow(-self.size)
         self.start = self.end = place
@@ -236,9 +232,9 @@ class EventLog:
     def frames(self, framing: Framing, place: int) -> tuple[bytes, int]:
         """The bytes of the events from `place` on, and the place after them.
 
-        Most readers stand at the same place: what one of them needs is made once and
-        kept until the log changes. It is WRITE_BYTES or so, because a slow reader holds
-        what its socket did not take: its memory is one write, however far back it is.
+        Most readers stand at the same place: what one of them needs is made once, and kept
+        until the log changes. It is WRITE_BYTES or so, because a slow reader holds what its
+        socket did not take. So its memory is one write, however far back it stands.
         """
         joined = self._joined.get((framing, place))
         if joined is None:
@@ -249,7 +245,7 @@ class EventLog:
 
     def _join(self, framing: Framing, place: int) -> tuple[bytes, int]:
         frames, size = [], 0
-        if place < self.start:  # what was missed is gone for good: say how much it was
+        if place < self.start:  # what was missed is gone for good: say how much
             frames.append(framing.frame(self.name, None, gap(self.start - place)))
             place = self.start
         for index in range(self._index(place), len(self._events)):
@@ -269,22 +265,22 @@ def size_of(event: Event | str) -> int:
 
 
 # ─── Framing ★ ───────────────────────────────────────────────────────────────────────
-# The same event, framed for SSE or for WebSocket: all that differs between the two.
+# The same event, framed for SSE or for WebSocket. Nothing else differs between the two.
 
 SSE_KEEP_ALIVE = HEARTBEAT_EVERY = 4  # seconds; many clients give up after 5 to 10
 WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
 
 
 def gap(missed: int) -> Event:
-    """How many events a reader has missed. It has no place: a client keeps its last id."""
+    """How much a reader has missed. It has no place: the client keeps the id that it has."""
     return Event(f'{{"missed": {missed}}}', "gap", {"missed": missed})
 
 
 def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     """An event as a block of an event stream (HTML standard, section 9.2.5).
 
-    `id:` comes after `data:`: some clients store an id as soon as they have read its
-    line, and would skip an event that was cut in half.
+    `id:` comes after `data:`, because some clients store an id as soon as they have read
+    its line. They would skip an event that was cut in half.
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
@@ -347,10 +343,11 @@ WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
 
 
 # ─── Delivery ★ ──────────────────────────────────────────────────────────────────────
-# The usual design wakes a task for each reader of each event. Here one task, the pump,
-# makes one plain pass over the readers of every log that has news and writes without
-# waiting. What a socket does not take stays with its reader, whose own task waits for
-# room while the pass goes on. A slow reader costs the others one failed attempt.
+# The usual design wakes a task for each reader of each event. Here one task, the pump, makes
+# one plain pass over the readers of every log with news, and writes without waiting. If
+# everything goes well, that is all: no other task runs. What a socket does not take stays
+# with its outlet, and the connection's own task waits for room while the pass goes on. So a
+# slow reader costs the others one failed attempt.
 
 STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
 LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
@@ -361,9 +358,9 @@ NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 @dataclasses.dataclass
 class Turn:
-    """How long a busy loop has been running; pause() lets others run when it is time.
+    """How long a busy loop has been running; pause() lets other tasks run when it is time.
 
-    Without it a pass over 10,000 readers would hold up everybody for 60 ms.
+    Without it, a pass over 10,000 readers would hold up everybody for 60 ms.
     """
 
     began: float = dataclasses.field(default_factory=time.perf_counter)
@@ -383,32 +380,20 @@ class Stuck(trio.BrokenResourceError):
     """The client takes nothing any more of what we send."""
 
 
-class Outlet(Protocol):
-    """Where a reader writes. While there is a `rest`, nothing else may be written."""
-
-    rest: bytes | memoryview  # what is still on its way
-
-    def write_now(self, data: bytes) -> None: ...
-    async def flush(self) -> None: ...
-
-
 @dataclasses.dataclass(slots=True, eq=False)
-class Wire:
-    """One connection: a non-blocking socket, plain or TLS, to a client or an upstream.
+class Outlet:
+    """The sending side of a connection: a non-blocking socket, plain or TLS.
 
     Two kinds of writers share it. The pump calls write_now(), which never waits; the
-    connection's task calls send(), which does. Nobody writes while there is a rest, because
-    half a frame inside another one is the end of any protocol: write_now() is only called
-    if there is none, and send() waits until there is none.
+    connection's task calls send(), which does. Half a frame inside another one is the end
+    of any protocol, so nobody writes while there is a rest: write_now() is called only if
+    there is none, and send() waits until there is none.
     """
 
     socket: Socket
-    peer: str = ""  # its address, for the log
     rest: memoryview | bytes = b""  # what the socket has not taken yet
     sent: int = 0  # bytes
     stuck: bool = False  # the peer takes nothing any more
-    ended: bool = False  # the peer has said all that it will
-    waiting_since: float = inf  # when we began to wait for bytes; inf: we do not
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
@@ -442,8 +427,8 @@ class Wire:
     async def _wait_for_room(self) -> None:
         """Wait until the socket takes more, as long as the peer takes anything.
 
-        Linux calls a socket writable when a third of its buffer is free. A slow peer
-        may take longer than our limit for that, so what counts is what it acknowledges.
+        Linux calls a socket writable when a third of its buffer is free. A slow peer may
+        need longer than our limit for that. So what counts is what it acknowledges.
         """
         unread, since = self._unacknowledged(), trio.current_time()
         while trio.current_time() - since < STUCK_TIMEOUT:
@@ -456,68 +441,12 @@ class Wire:
         raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
 
     def _unacknowledged(self) -> int:
-        """Bytes that the peer's system has not acknowledged; 0 where nobody can tell.
-
-        Source: tcp(7), SIOCOUTQ, which is the same number as termios.TIOCOUTQ.
-        """
+        """Bytes not acknowledged by the peer: tcp(7), SIOCOUTQ. 0 where nobody can tell."""
         raw = bytes(4)
         with contextlib.suppress(OSError):
             if fcntl is not None:
                 raw = fcntl.ioctl(self.socket, termios.TIOCOUTQ, raw)
         return int.from_bytes(raw, sys.byteorder)
-
-    async def receive(self) -> bytes:
-        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated."""
-        self.waiting_since = trio.current_time()
-        while (data := self.receive_now()) is None:
-            await trio.lowlevel.wait_readable(self.socket)
-        self.waiting_since = inf
-        self.ended = not data
-        return data
-
-    def receive_now(self) -> bytes | None:
-        """What is there already, b"" at the end, None if nothing is there.
-
-        64 KiB hold more than a TLS record: so nothing is left inside of OpenSSL that a
-        selector would not see.
-        """
-        try:
-            return self.socket.recv(64 * KiB)
-        except NOT_READY:
-            return None
-        except OSError as error:  # ssl.SSLError is one
-            raise trio.BrokenResourceError(str(error)) from error
-
-    async def finish(self) -> None:
-        """Say goodbye, and give the peer time to read what it was sent.
-
-        Closing a socket with unread input resets it and destroys what is under way.
-        """
-        broken = (trio.BrokenResourceError, OSError)
-        with contextlib.suppress(*broken), trio.move_on_after(LINGER_CLOSE):
-            await self.flush()
-            self._close_notify()
-            if not self.ended:
-                self.socket.shutdown(socket.SHUT_WR)
-                while await self.receive():
-                    pass
-
-    def close(self) -> None:
-        """Close it; reset it if it is stuck, so that its buffers are freed at once."""
-        if not self.stuck:
-            self._close_notify()
-        else:
-            with contextlib.suppress(OSError):  # it is gone already
-                linger = struct.pack("ii", 1, 0)
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        trio.lowlevel.notify_closing(self.socket)
-        self.socket.close()
-
-    def _close_notify(self) -> None:
-        """TLS's goodbye (RFC 8446, section 6.1), without waiting for the peer's."""
-        if isinstance(self.socket, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                self.socket.unwrap()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -530,7 +459,7 @@ class Reader:
     """
 
     log: EventLog
-    outlet: Outlet
+    outlet: Outlet | Http2Stream
     framing: Framing
     position: int
     delivered: int = 0  # events
@@ -580,21 +509,19 @@ class Reader:
     async def run(self, listen: Callable[[], Awaitable[object]]) -> bool:
         """Read the log to its end (True), or until the client has left (False).
 
-        `listen` waits for the client and returns when the client has left. It must be
-        something that can be cancelled and called again with nothing lost.
-        Raises BrokenResourceError when the client takes nothing any more.
+        `listen` waits for the client, and returns when the client has left. It can be
+        cancelled and called again, with nothing lost. Raises BrokenResourceError when the
+        client takes nothing any more. Two parties meet here, the pump and this task:
 
-        Two parties meet here, the pump and this task:
-
-            this task   has nothing to write, and sits in listen()
-            the pump    catch_up() writes an event: this task sleeps on
-            the pump    catch_up() fills the wire: it cancels `_listening`
+            this task   has nothing to write, and waits in listen()
+            the pump    catch_up() writes an event; this task sleeps on
+            the pump    catch_up() fills the wire, and cancels `_listening`
             this task   wakes up, and waits in flush() for room
-            the pump    catch_up() has nothing to do while there is a rest
-            this task   writes what it missed meanwhile, and sits in listen() again
+            the pump    catch_up() does nothing, because there is a rest
+            this task   writes what it has missed meanwhile, and waits in listen() again
 
-        No call is lost: all that a cancel can be for is looked at between flush() and
-        the next scope, where nothing waits and so nothing else runs.
+        No cancel comes too early: between flush() and the next scope nothing waits, so
+        nothing else runs, and whatever a cancel could be for is looked at there.
         """
         self.log.readers[self] = None
         try:
@@ -631,9 +558,9 @@ class Pump:
     async def run(self) -> None:
         """Pass after pass. The busier it gets, the more each write carries.
 
-        After a pass that carried more than one event of a log, the pump rests for as long
-        as the pass took: meanwhile more events come, and the next pass carries them
-        together. A lone event waits for nobody.
+        After a pass that carried more than one event of a log, the pump rests for as long as
+        the pass took. Meanwhile more events come, and the next pass carries them together.
+        A lone event waits for nobody.
         """
         while True:
             await self._news.wait()
@@ -658,8 +585,7 @@ async def race_disconnect(
 ) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
-    Two tasks in a nursery, and whichever is first cancels the other: the one pattern
-    for "whichever comes first". No task is left over.
+    Two tasks in a nursery, and whichever is first cancels the other. No task is left over.
     """
 
     async def watch() -> None:
@@ -675,8 +601,8 @@ async def race_disconnect(
 
 
 # ─── Writers ★ ───────────────────────────────────────────────────────────────────────
-# Each log has its writers, and they belong to the server: a reader that leaves takes
-# nothing with it. Only an answer looks back: when nobody attends it, it is stopped.
+# Each log has its writers, and they belong to the server: a reader that leaves takes nothing
+# with it. Only an answer looks back. When nobody attends it for a while, it is stopped.
 
 CLOCK_EVENTS = 60
 ROOM_EVENTS, ROOM_BYTES = 1000, MiB
@@ -688,10 +614,9 @@ HEAD_WAIT = 4  # seconds for the model's consent, before the stream starts witho
 async def tick(clock: EventLog) -> None:
     """One ticker for all readers: event n is the Unix second n, appended on the second.
 
-    Seconds that were missed (a busy or suspended machine) are made up for, as far back
-    as the log reaches. That also fills the log at the start, so that a reader loses
-    nothing when the server is started again. A clock that is set back has said those
-    seconds: it is silent until it has caught up.
+    Seconds that were missed (a busy or suspended machine) are made up for, as far back as the
+    log reaches. That also fills the log at the start, so that a reader loses nothing when the
+    server is started again. A clock that is set back is silent until it has caught up.
     """
     while True:
         second = int(time.time())
@@ -715,12 +640,11 @@ class Said(NamedTuple):
 class Room(EventLog):
     """What is said in the room, and who came and went.
 
-    Its ids carry a token of this start of the server: without it, event 7 of
-    yesterday's room would pass for event 7 of today's.
+    Its ids carry a token of this start of the server. Without it, event 7 of yesterday's
+    room would pass for event 7 of today's.
 
-    Comings and goings must not push messages out of the log. So only the last few of
-    them are kept, and the places of those forgotten stay empty: `_places` says which
-    places are kept.
+    Comings and goings must not push messages out of the log. So only the last few of them are
+    kept, and the places of the others stay empty: `_places` says where each event stands.
     """
 
     def __init__(self, on_news: Callable[[EventLog], None]) -> None:
@@ -728,7 +652,7 @@ class Room(EventLog):
         self.here = 0  # members in this process
         self.elsewhere = 0  # members in the others
         self._places: list[int] = []
-        self._comings: deque[int] = deque()  # those of comings and goings
+        self._comings: deque[int] = deque()  # the places of comings and goings
 
     def _index(self, place: int) -> int:
         return bisect.bisect_left(self._places, place)
@@ -739,7 +663,7 @@ class Room(EventLog):
     def _forget_oldest(self) -> None:
         if self._comings and self._comings[0] == self._places[0]:
             self._comings.popleft()
-        else:  # what readers miss is messages
+        else:  # only a lost message is a gap
             self.start = self._places[0] + 1
         self._forget(0)
 
@@ -753,7 +677,7 @@ class Room(EventLog):
         self._comings.clear()
 
     def add(self, said: Said, at: int, place: int | None = None) -> None:
-        """Append it. Over Redis, its place may be further on than our end."""
+        """Append it, `at` a time in milliseconds. Over Redis, it may skip some places."""
         self.end = self.end if place is None else place
         about: JSON = {"name": said.name, "at": at}
         if said.key is not None:
@@ -771,10 +695,7 @@ class Room(EventLog):
             self.add(said, int(time.time() * 1000))
 
     def history(self) -> int:
-        """The place from which the last ROOM_HISTORY messages follow.
-
-        With what is kept of comings and goings, these are at most 100 events.
-        """
+        """Where a new member starts: the last ROOM_HISTORY messages follow that place."""
         wanted = ROOM_HISTORY
         for place in reversed(self._places):
             wanted -= self[place].type == "message"
@@ -786,11 +707,9 @@ class Room(EventLog):
 class Answer(EventLog):
     """An answer under way, or one that has ended and is kept for late readers.
 
-    Its name has 128 random bits: a client that knows it may read it and stop it.
-
-    `scope` is around its writer. The linger time is the deadline of that scope, so
-    there is no timer to be kept. `account` is told how much memory it takes and says
-    whether there is so much.
+    Its name has 128 random bits: a client that knows it may read it and stop it. Its writer
+    runs in `scope`, and the linger time is that scope's deadline: no timer needs to be kept.
+    `account` is told how much memory it takes, and says whether there is so much.
     """
 
     def __init__(
@@ -838,8 +757,8 @@ class Answer(EventLog):
     async def started(self) -> None:
         """Wait until the first reader can be answered.
 
-        A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a
-        question that is repeated before its answer has a name is paid for twice.
+        A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a question
+        that is repeated before its answer has a name is paid for twice.
         """
         question = self.question
         patient = question.polled or not question.stream
@@ -851,9 +770,9 @@ class Answer(EventLog):
         self.affordable = self.account(size)
 
     def finish(self, problem: Problem | None = None) -> None:
-        """End it, in exactly one way; whatever is said later is ignored.
+        """End it, in exactly one way: whoever sees an end first calls this.
 
-        So this may be called by whoever sees an end first, and by run() in any case.
+        Its writer does so in any case. A second call changes nothing.
         """
         if self.closed:
             return
@@ -1117,6 +1036,68 @@ NOT_HTTP = {
     431: f"the request's head is larger than {HEAD_BYTES} bytes",
     501: "the only transfer coding that this server knows is chunked",
 }
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Wire(Outlet):
+    """One connection, to a client or an upstream: an outlet that is also read from."""
+
+    peer: str = ""  # its address, for the log
+    ended: bool = False  # the peer has said all that it will
+    waiting_since: float = inf  # when we began to wait for bytes; inf: we do not
+
+    async def receive(self) -> bytes:
+        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated."""
+        self.waiting_since = trio.current_time()
+        while (data := self.receive_now()) is None:
+            await trio.lowlevel.wait_readable(self.socket)
+        self.waiting_since = inf
+        self.ended = not data
+        return data
+
+    def receive_now(self) -> bytes | None:
+        """What is there already, b"" at the end, None if nothing is there.
+
+        64 KiB hold more than a TLS record: so nothing is left inside of OpenSSL that a
+        selector would not see.
+        """
+        try:
+            return self.socket.recv(64 * KiB)
+        except NOT_READY:
+            return None
+        except OSError as error:  # ssl.SSLError is one
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def finish(self) -> None:
+        """Say goodbye, and give the peer time to read what it was sent.
+
+        Closing a socket with unread input resets it and destroys what is under way.
+        """
+        broken = (trio.BrokenResourceError, OSError)
+        with contextlib.suppress(*broken), trio.move_on_after(LINGER_CLOSE):
+            await self.flush()
+            self._close_notify()
+            if not self.ended:
+                self.socket.shutdown(socket.SHUT_WR)
+                while await self.receive():
+                    pass
+
+    def close(self) -> None:
+        """Close it; reset it if it is stuck, so that its buffers are freed at once."""
+        if not self.stuck:
+            self._close_notify()
+        else:
+            with contextlib.suppress(OSError):  # it is gone already
+                linger = struct.pack("ii", 1, 0)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        trio.lowlevel.notify_closing(self.socket)
+        self.socket.close()
+
+    def _close_notify(self) -> None:
+        """TLS's goodbye (RFC 8446, section 6.1), without waiting for the peer's."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.socket.unwrap()
 
 
 async def shake_tls(sock: ssl.SSLSocket) -> None:
@@ -2692,7 +2673,7 @@ class Server:
         if self.tls:
             client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
         host, port, *_ = address
-        wire = Wire(client, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        wire = Wire(client, peer=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         self.app.wires[wire] = None
         try:
             await self.converse(wire)

@@ -10,40 +10,37 @@ One idea carries the whole program:
     a model ─────────▶  answer  ●●●●──▶       WebSocket
     a member ────────▶  room    ●●●●●●──▶     one JSON body (a short connection)
 
-Joining late, resuming after a cut, several readers of one answer, fan-out, slow
-readers and scaling out are then one mechanism, not six. SSE and WebSocket differ only
-in how an event is framed.
+Joining late, resuming after a cut, several readers of one answer, fan-out, slow readers and
+scaling out are then one mechanism, not six. SSE and WebSocket differ only in how an event is
+framed. A request owns its reader; the server owns the writers: that decides every lifetime.
 
     log      keeps                 a new reader starts    ends
     clock    60 events             with the next tick     with the server
     room     1000 events, 1 MiB    50 messages back       with the server
     answer   all, at most 64 MiB   at the beginning       done, stopped, abandoned, failed
 
-A request owns its reader; the server owns the writers. That decides every lifetime.
-
 The classes, from the idea outwards (★: the part to read first, it needs nothing below):
 
-    ★ EventLog                    a bounded list of events, numbered for ever
-    ★ Framing                     how the events look on one kind of connection
-    ★ Wire, Reader, Pump          who writes what to whom, and when
-    ★ Room, Answer, Answers       the logs and their writers; the clock is tick()
-      Http1, FrameParser, Member  connections: HTTP/1.1, WebSocket
-      Request, AccessPolicy       one request; who may ask
-      App, Server                 the routes and sessions; accepting and stopping
-      SSEParser, Exchange         what the upstream says, and how it is asked
-      Protocol, Relay, Upstream   the four protocols, one relay for all of them
-      Demo                        the model that needs no key
-      Http2                       HTTP/2, by Hypercorn
-      Cluster                     other processes, over Redis
-      Settings, main              the flags and the command
+    ★ EventLog, Framing            events, numbered for ever; how they look on a connection
+    ★ Outlet, Reader, Pump         who writes what to whom, and when
+    ★ Room, Answer                 the logs and their writers; the clock is tick()
+      Answers                      who may start an answer, and how long it is kept
+      Wire, Http1, Member          connections: HTTP/1.1, WebSocket
+      Request, AccessPolicy        one request; who may ask
+      App, Server                  the routes and sessions; accepting and stopping
+      SSEParser, Exchange          what the upstream says, and how it is asked
+      Api, Relay, Upstream, Demo   the four protocols; the models
+      Http2                        HTTP/2, by Hypercorn
+      Cluster                      other processes, over Redis
+      Settings, main               the flags and the command
 
-Endpoints (see ROUTES for the rights): GET /clock, /time, /healthz, /metrics, the pages;
-POST /chatgptApi/chatgpt_qa_stream, /v1/chat/completions, /v1/completions,
-/v1/responses, /v1/messages; GET and DELETE /answers/{id}; GET /v1/responses/{id}; POST
+Endpoints (see ROUTES for the rights): GET /clock, /time, /healthz, /metrics, the pages; POST
+/chatgptApi/chatgpt_qa_stream, /v1/chat/completions, /v1/completions, /v1/responses,
+/v1/messages; GET and DELETE /answers/{id}; GET /v1/responses/{id}; POST
 /v1/responses/{id}/cancel; WebSocket on /, /room and /clock.
 
-Limits: a request head 16 KiB, a question 16 MiB, an event 16 MiB, an answer 64 MiB, all
-answers 512 MiB and 1000 of them running, a message in the room 4096 characters.
+Limits: a request head 16 KiB, a question 16 MiB, an event 16 MiB, an answer 64 MiB, all answers
+512 MiB and 1000 of them running, a message in the room 4096 characters.
 
 Run `python chatstream.py`, then open http://localhost:4001/.
 """
@@ -86,7 +83,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from email.utils import formatdate
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, cast
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import h2.errors
@@ -105,50 +102,21 @@ from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 
-try:  # to ask the kernel how much a peer has acknowledged; not on Windows
+try:  # not on Windows
     import fcntl
+    import resource
     import termios
 except ImportError:  # pragma: no cover
-    fcntl = termios = None  # type: ignore[assignment]
-try:  # to raise the limit of open files; not on Windows
-    import resource
-except ImportError:  # pragma: no cover
-    resource = None  # type: ignore[assignment]
+    fcntl = resource = termios = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import coredis
 
-T = TypeVar("T")
 JSON = dict[str, Any]
+Socket = socket.socket
+NOTHING: Mapping[str, Any] = {}  # shared by all that have nothing to add
 KiB, MiB = 1024, 1024 * 1024
 logger = logging.getLogger("chatstream")
-
-
-class Problem(Exception):
-    """What went wrong, as the client is told it: an HTTP error, or an `error` event.
-
-    The fields are those of OpenAI's error object; `status` is an HTTP status.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        type: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.type = type
-        self.headers = dict(headers or {})
-        self.error: JSON = {
-            "message": message, "type": type, "param": param, "code": code
-        }  # fmt: skip
-
-    def __str__(self) -> str:
-        return str(self.error["message"])
 
 
 def to_json(value: object) -> str:
@@ -157,17 +125,17 @@ def to_json(value: object) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        text = json.dumps(value, separators=(",", ":"))
+        return json.dumps(value, separators=(",", ":"))
     return text
 
 
 # ─── The log ★ ───────────────────────────────────────────────────────────────────────
-# append() and close() are plain functions: nothing else runs in between, so nobody
-# ever sees half a change. The log calls `on_news` once and waits for no reader.
+# append() and close() are plain functions: nothing else runs in between, so nobody ever sees
+# half a change. The log calls `on_news` once, and waits for no reader.
 #
-# A reader costs the log nothing: its position is a number that the reader keeps. So the
-# log never asks how far its readers are. It forgets by its bounds alone, and a reader
-# that stood still for too long finds that `start` has moved past its position.
+# A reader costs the log nothing, because its position is a number that the reader keeps. So
+# the log never asks how far its readers are. It forgets by its bounds alone, and a reader that
+# stood still for too long finds that `start` has moved past its position.
 #
 #         start                  end
 #           │                     │          as in a slice: `start` is the first event
@@ -175,8 +143,7 @@ def to_json(value: object) -> str:
 #                   │
 #                position                    a reader's next event
 
-NOTHING: Mapping[str, Any] = {}  # shared by all events that have nothing to add
-EVENT_OVERHEAD = 96  # bytes that an event takes in memory beside its text
+EVENT_OVERHEAD = 96  # bytes of memory that an Event takes beside its text
 
 
 class Event(NamedTuple):
@@ -187,74 +154,67 @@ class Event(NamedTuple):
     about: Mapping[str, Any] = NOTHING
 
 
+@dataclasses.dataclass(eq=False)
 class EventLog:
     """A bounded list of events, and the readers that stand at places in it.
 
     Places are numbered for ever; an event's id is `<name>-<place>`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        max_events: float = inf,
-        max_bytes: float = inf,
-        on_news: Callable[[EventLog], None] = lambda log: None,
-    ) -> None:
-        self.name = name
-        self.max_events = max_events
-        self.max_bytes = max_bytes
-        self.on_news = on_news
+    name: str
+    max_events: float = inf
+    max_bytes: float = inf
+    on_news: Callable[[EventLog], None] = lambda log: None
+
+    def __post_init__(self) -> None:
         self.start = self.end = 0
         self.size = 0  # bytes of memory
         self.closed = False
         self.readers: dict[Reader, None] = {}  # a set that keeps its order
         # A token is stored as its text alone: an Event for each would double its size.
         self._events: list[Event | str] = []
-        self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}
+        self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}  # see frames()
 
     def append(self, data: str, type: str = "message", **about: Any) -> int:
-        """Add an event at the end and forget the oldest ones beyond the bounds.
-
-        Returns the place of the new event.
-        """
+        """Add an event; forget the oldest beyond the bounds. Returns the new one's place."""
         plain = type == "message" and not about
         event = data if plain else Event(data, type, about or NOTHING)
         self._events.append(event)
-        self.size += size_of(event)
+        self._grow(size_of(event))
         self.end += 1
         while len(self._events) > self.max_events or self.size > self.max_bytes:
             self._forget_oldest()
-        self._changed()
+        self._joined.clear()
+        self.on_news(self)
         return self.end - 1
 
     def close(self) -> None:
         """Say that nothing more will come. Readers go on to the end."""
         self.closed = True
-        self._changed()
+        self.on_news(self)
 
     def skip_to(self, place: int) -> None:
-        """Start again at this place, with nothing kept. What was before is missed."""
+        """Start again at this place, with nothing kept: readers miss what was before."""
         self._events.clear()
+        self._grow(-self.size)
         self.start = self.end = place
-        self.size = 0
 
     def _forget_oldest(self) -> None:
-        self.size -= size_of(self._events.pop(0))
+        self._grow(-size_of(self._events.pop(0)))
         self.start += 1
 
-    def _changed(self) -> None:
-        self._joined.clear()
-        self.on_news(self)
+    def _grow(self, size: int) -> None:
+        self.size += size
 
     def _index(self, place: int) -> int:
         return place - self.start
 
-    def _place(self, index: int) -> int:
-        return self.start + index
+    def _at(self, index: int) -> tuple[int, Event]:
+        event = self._events[index]
+        return self.start + index, Event(event) if isinstance(event, str) else event
 
     def __getitem__(self, place: int) -> Event:
-        event = self._events[self._index(place)]
-        return Event(event) if isinstance(event, str) else event
+        return self._at(self._index(place))[1]
 
     def id(self, place: int) -> str:
         return f"{self.name}-{place}"
@@ -272,9 +232,9 @@ class EventLog:
     def frames(self, framing: Framing, place: int) -> tuple[bytes, int]:
         """The bytes of the events from `place` on, and the place after them.
 
-        Most readers stand at the same place: what one of them needs is made once and
-        kept until the log changes. It is WRITE_BYTES or so, because a slow reader holds
-        what its socket did not take: its memory is one write, however far back it is.
+        Most readers stand at the same place: what one of them needs is made once, and kept
+        until the log changes. It is WRITE_BYTES or so, because a slow reader holds what its
+        socket did not take. So its memory is one write, however far back it stands.
         """
         joined = self._joined.get((framing, place))
         if joined is None:
@@ -284,50 +244,50 @@ class EventLog:
         return joined
 
     def _join(self, framing: Framing, place: int) -> tuple[bytes, int]:
-        frames, size, index = [], 0, self._index(place)
-        while index < len(self._events) and size < WRITE_BYTES:
-            event = self._events[index]
-            if isinstance(event, str):
-                event = Event(event)
-            frames.append(framing.frame(self.name, self._place(index), event))
+        frames, size = [], 0
+        if place < self.start:  # what was missed is gone for good: say how much
+            frames.append(framing.frame(self.name, None, gap(self.start - place)))
+            place = self.start
+        for index in range(self._index(place), len(self._events)):
+            place, event = self._at(index)
+            frames.append(framing.frame(self.name, place, event))
+            place += 1
             size += len(frames[-1])
-            index += 1
-        after = self._place(index) if index < len(self._events) else self.end
-        # A framing may show nothing of an event; an empty chunk would end the body.
-        return framing.wrap(b"".join(frames)) if size else b"", after
+            if size >= WRITE_BYTES:
+                break
+        return framing.wrap(b"".join(frames)), place
 
 
 def size_of(event: Event | str) -> int:
-    """Bytes that an event takes in memory."""
     if isinstance(event, str):
         return sys.getsizeof(event) + 16
     return sys.getsizeof(event.data) + EVENT_OVERHEAD
 
 
 # ─── Framing ★ ───────────────────────────────────────────────────────────────────────
-# The same event, framed for SSE or for WebSocket: all that differs between the two.
+# The same event, framed for SSE or for WebSocket. Nothing else differs between the two.
 
 SSE_KEEP_ALIVE = HEARTBEAT_EVERY = 4  # seconds; many clients give up after 5 to 10
 WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
 
 
-def frame_sse(name: str, place: int, event: Event) -> bytes:
+def gap(missed: int) -> Event:
+    """How much a reader has missed. It has no place: the client keeps the id that it has."""
+    return Event(f'{{"missed": {missed}}}', "gap", {"missed": missed})
+
+
+def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     """An event as a block of an event stream (HTML standard, section 9.2.5).
 
-    `id:` comes after `data:`: some clients store an id as soon as they have read its
-    line, and would skip an event that was cut in half.
+    `id:` comes after `data:`, because some clients store an id as soon as they have read
+    its line. They would skip an event that was cut in half.
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
     if "\n" in data or "\r" in data:  # not splitlines(): U+2028 does not end a line
         data = "\ndata: ".join(re.split("\r\n|\r|\n", data))
-    block = f"{type_line}data: {data}\nid: {name}-{place}\n\n"
-    return block.encode(errors="replace")
-
-
-def sse_gap(missed: int) -> bytes:
-    """The gap is not an event of the log: without an id, the client keeps its last."""
-    return b'event: gap\ndata: {"missed": %d}\n\n' % missed
+    id_line = "" if place is None else f"id: {name}-{place}\n"
+    return f"{type_line}data: {data}\n{id_line}\n".encode(errors="replace")
 
 
 def as_is(data: bytes) -> bytes:
@@ -335,8 +295,8 @@ def as_is(data: bytes) -> bytes:
 
 
 def http_chunk(data: bytes) -> bytes:
-    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1)."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1). An empty one would end it."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
@@ -352,69 +312,59 @@ def frame_ws(payload: bytes, opcode: int = TEXT) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
 
 
-def frame_ws_json(name: str, place: int, event: Event) -> bytes:
+def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
     """An event of the room for chatstream.v1, or of the clock, as one JSON text."""
-    fields: JSON = {"id": f"{name}-{place}", **event.about}
-    if name == "clock":
+    fields: JSON = {} if place is None else {"id": f"{name}-{place}"}
+    if event.type != "message":
+        fields |= {"type": event.type, **event.about}
+    elif name == "clock":
         fields["data"] = event.data
     else:
-        fields["type"] = event.type
-        if event.type == "message":
-            fields["text"] = event.data
+        fields |= {"type": "message", **event.about, "text": event.data}
     return frame_ws(to_json(fields).encode())
-
-
-def ws_gap(missed: int) -> bytes:
-    return frame_ws(b'{"type":"gap","missed":%d}' % missed)
-
-
-def frame_ws_plain(suffix: str, name: str, place: int, event: Event) -> bytes:
-    """What was said and nothing else, for any WebSocket client."""
-    if event.type != "message":
-        return b""
-    return frame_ws((event.data + suffix).encode(errors="replace"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: a fast dict key
 class Framing:
     """How the events of a log look on one kind of connection. Times in seconds."""
 
-    frame: Callable[[str, int, Event], bytes]
-    gap: Callable[[int], bytes] = lambda missed: b""
+    frame: Callable[[str, int | None, Event], bytes]
     wrap: Callable[[bytes], bytes] = as_is  # around all that goes out in one write
     keep_alive: bytes = b""
     every: float = inf
     steady: bool = False  # keep-alives at fixed times, not only after silence
 
 
-SSE = Framing(frame_sse, sse_gap, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
+SSE = Framing(frame_sse, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=http_chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
-WS_JSON = Framing(frame_ws_json, ws_gap, as_is, HEARTBEAT, HEARTBEAT_EVERY, True)
-WS_CLOCK = Framing(frame_ws_json, ws_gap)  # a tick a second is sign of life enough
+WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, True)
+WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
 
 
 # ─── Delivery ★ ──────────────────────────────────────────────────────────────────────
-# The usual design wakes a task for each reader of each event. Here one task, the pump,
-# makes one plain pass over the readers of every log that has news and writes without
-# waiting. What a socket does not take stays with its reader, whose own task waits for
-# room while the pass goes on. A slow reader costs the others one failed attempt.
+# The usual design wakes a task for each reader of each event. Here one task, the pump, makes
+# one plain pass over the readers of every log with news, and writes without waiting. If
+# everything goes well, that is all: no other task runs. What a socket does not take stays
+# with its outlet, and the connection's own task waits for room while the pass goes on. So a
+# slow reader costs the others one failed attempt.
 
 STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
 LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
 LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is closed
 TURN = 0.005  # seconds after which a busy loop lets the other tasks run
+NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
+@dataclasses.dataclass
 class Turn:
-    """How long a busy loop has been running; pause() lets others run when it is time.
+    """How long a busy loop has been running; pause() lets other tasks run when it is time.
 
-    Without it a pass over 10,000 readers would hold up everybody for 60 ms.
+    Without it, a pass over 10,000 readers would hold up everybody for 60 ms.
     """
 
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.worked = 0.0  # seconds before this turn
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    worked: float = 0  # seconds before this turn
 
     async def pause(self) -> None:
         if time.perf_counter() - self.began > TURN:
@@ -430,72 +380,20 @@ class Stuck(trio.BrokenResourceError):
     """The client takes nothing any more of what we send."""
 
 
-class Outlet(Protocol):
-    """Where a reader writes.
+@dataclasses.dataclass(slots=True, eq=False)
+class Outlet:
+    """The sending side of a connection: a non-blocking socket, plain or TLS.
 
-    `rest` are bytes that are still on their way. While there are any, nothing else may
-    be written.
+    Two kinds of writers share it. The pump calls write_now(), which never waits; the
+    connection's task calls send(), which does. Half a frame inside another one is the end
+    of any protocol, so nobody writes while there is a rest: write_now() is called only if
+    there is none, and send() waits until there is none.
     """
 
-    rest: bytes | memoryview
-
-    def write_now(self, data: bytes) -> None: ...
-    async def flush(self) -> None: ...
-
-
-def peer_name(sock: socket.socket) -> str:
-    try:
-        host, port, *_ = sock.getpeername()
-    except (OSError, ValueError):
-        return "a client that has gone"
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-class Wire:
-    """One connection: a non-blocking socket, plain or TLS, to a client or an upstream.
-
-    Two kinds of writers share it. The pump calls write_now(), which never waits; tasks
-    call send(), which does. `rest` is what the socket has not taken. Nobody writes
-    anything else before it is gone, because half a frame inside another one is the end
-    of any protocol: write_now() is called only if there is no rest, and send() waits
-    for its turn.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        self.peer = peer_name(sock)
-        # What goes out
-        self.rest: memoryview | bytes = b""
-        self.sent = 0  # bytes
-        self.stuck = False
-        self._lock = trio.Lock()
-        # What comes in
-        self.ended = False  # the peer has said all that it will
-        self.waiting_since = inf  # when we began to wait for bytes; inf: we do not
-
-    async def when_ready(
-        self,
-        call: Callable[[], T],
-        wait: Callable[[Any], Awaitable[None]] = trio.lowlevel.wait_readable,
-    ) -> T:
-        """Make a call on the socket as soon as the socket is ready for it.
-
-        `wait` says what a plain socket waits for; TLS itself says what it needs.
-        Raises BrokenResourceError if the connection is broken.
-        """
-        needed: Callable[[Any], Awaitable[None]]
-        while True:
-            try:
-                return call()
-            except ssl.SSLWantReadError:
-                needed = trio.lowlevel.wait_readable
-            except ssl.SSLWantWriteError:
-                needed = trio.lowlevel.wait_writable
-            except BlockingIOError:
-                needed = wait
-            except OSError as error:  # ssl.SSLError is one
-                raise trio.BrokenResourceError(str(error)) from error
-            await needed(self.socket)  # out here, where no exception is kept alive
+    socket: Socket
+    rest: memoryview | bytes = b""  # what the socket has not taken yet
+    sent: int = 0  # bytes
+    stuck: bool = False  # the peer takes nothing any more
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
@@ -509,146 +407,75 @@ class Wire:
 
     async def flush(self) -> None:
         """Wait until all is written. Raises BrokenResourceError, also if stuck."""
-        if self.rest:
-            async with self._lock:
-                await self._drain()
-
-    async def send(self, data: bytes) -> None:
-        """Write all of it. Unlike most of Trio, not a checkpoint if it goes out at once."""
-        if not self.rest:
-            self.write_now(data)
-            return await self.flush()
-        async with self._lock:
-            await self._drain()
-            self.rest = memoryview(data)
-            await self._drain()
-
-    async def _drain(self) -> None:
         while self.rest:
-            taken = await self.when_ready(self._send_rest, self._wait_for_room)
+            await self._wait_for_room()
+            try:
+                taken = self.socket.send(self.rest)
+            except NOT_READY:
+                continue
+            except OSError as error:
+                raise trio.BrokenResourceError(str(error)) from error
             self.sent += taken
             self.rest = self.rest[taken:]
 
-    def _send_rest(self) -> int:
-        try:
-            return self.socket.send(self.rest)
-        except ssl.SSLWantWriteError:  # as a plain socket that is full
-            raise BlockingIOError from None
+    async def send(self, data: bytes) -> None:
+        """Write all of it. Unlike most of Trio, not a checkpoint if it goes out at once."""
+        await self.flush()
+        self.write_now(data)
+        await self.flush()
 
-    async def _wait_for_room(self, sock: socket.socket) -> None:
+    async def _wait_for_room(self) -> None:
         """Wait until the socket takes more, as long as the peer takes anything.
 
-        Linux calls a socket writable when a third of its buffer is free. A slow peer
-        may take longer than our limit for that, so what counts is what it acknowledges.
+        Linux calls a socket writable when a third of its buffer is free. A slow peer may
+        need longer than our limit for that. So what counts is what it acknowledges.
         """
         unread, since = self._unacknowledged(), trio.current_time()
         while trio.current_time() - since < STUCK_TIMEOUT:
             with trio.move_on_after(LOOK_EVERY):
-                return await trio.lowlevel.wait_writable(sock)
+                return await trio.lowlevel.wait_writable(self.socket)
             before, unread = unread, self._unacknowledged()
             if unread < before:
                 since = trio.current_time()
         self.stuck = True
-        self.abort()
         raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
 
     def _unacknowledged(self) -> int:
-        """Bytes that the peer's system has not acknowledged; 0 where nobody can tell.
-
-        Source: tcp(7), SIOCOUTQ, which is the same number as termios.TIOCOUTQ.
-        """
-        if fcntl is None:
-            return 0
-        try:
-            raw = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
-        except OSError:
-            return 0
+        """Bytes not acknowledged by the peer: tcp(7), SIOCOUTQ. 0 where nobody can tell."""
+        raw = bytes(4)
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                raw = fcntl.ioctl(self.socket, termios.TIOCOUTQ, raw)
         return int.from_bytes(raw, sys.byteorder)
 
-    async def receive(self) -> bytes:
-        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated."""
-        self.waiting_since = trio.current_time()
-        data = await self.when_ready(self._recv)
-        self.waiting_since = inf
-        self.ended = not data
-        return data
 
-    def _recv(self) -> bytes:
-        # 64 KiB hold more than a TLS record: so nothing is left inside of OpenSSL that
-        # a selector would not see.
-        return self.socket.recv(64 * KiB)
-
-    def receive_now(self) -> bytes | None:
-        """What is there already, b"" at the end, None if nothing is there."""
-        try:
-            return self._recv()
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
-
-    def abort(self) -> None:
-        """Let close() reset the connection, so that its buffers are freed at once."""
-        with contextlib.suppress(OSError):  # it is gone already
-            linger = struct.pack("ii", 1, 0)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-    async def finish(self) -> None:
-        """Say goodbye, and give the peer time to read what it was sent.
-
-        Closing a socket with unread input resets it and destroys what is under way.
-        """
-        broken = (trio.BrokenResourceError, OSError)
-        with contextlib.suppress(*broken), trio.move_on_after(LINGER_CLOSE):
-            await self.flush()
-            self._close_notify()
-            if not self.ended:
-                self.socket.shutdown(socket.SHUT_WR)
-                while await self.receive():
-                    pass
-
-    def close(self) -> None:
-        if not self.stuck:
-            self._close_notify()
-        trio.lowlevel.notify_closing(self.socket)
-        self.socket.close()
-
-    def _close_notify(self) -> None:
-        """TLS's goodbye (RFC 8446, section 6.1), without waiting for the peer's."""
-        if isinstance(self.socket, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                self.socket.unwrap()
-
-
+@dataclasses.dataclass(slots=True, eq=False)
 class Reader:
     """A position in a log, on a connection.
 
-    Two drive it. The pump calls catch_up() when there is news; that is a plain
-    function. The connection's task sits in run(), and is needed only for what must
-    wait: room on a full wire, the end of the log, the client leaving.
+    Two drive it. The pump calls catch_up() when there is news; that is a plain function.
+    The connection's task sits in run(), and is needed only for what must wait: room on a
+    full wire, the end of the log, the client leaving.
     """
 
-    __slots__ = (
-        "_listening", "delivered", "dropped", "framing", "gaps", "log", "outlet",
-        "position", "quiet_since",
-    )  # fmt: skip
-
-    def __init__(self, log: EventLog, outlet: Outlet, framing: Framing, position: int) -> None:
-        self.log = log
-        self.outlet = outlet
-        self.framing = framing
-        self.position = position
-        self.delivered = self.gaps = 0
-        self.dropped: str | None = None  # why, if it was
-        self.quiet_since = trio.current_time()
-        self._listening = trio.CancelScope()
+    log: EventLog
+    outlet: Outlet | Http2Stream
+    framing: Framing
+    position: int
+    delivered: int = 0  # events
+    gaps: int = 0
+    dropped: str | None = None  # why, if it was
+    quiet_since: float = dataclasses.field(default_factory=trio.current_time)
+    _listening: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
 
     def catch_up(self, now: float) -> None:
         """Write what is new, as far as the connection takes it. Never waits."""
         log, outlet, framing = self.log, self.outlet, self.framing
         while self.position < log.end and not outlet.rest:
-            if self.position < log.start:
-                self._write_gap()
-                continue
             frames, position = log.frames(framing, self.position)
+            if self.position < log.start:
+                self.gaps += 1
+                self.position = log.start
             self.delivered += position - self.position
             self.position = position
             if frames:
@@ -657,14 +484,6 @@ class Reader:
                 self.quiet_since = now
         if log.closed or outlet.rest:
             self._listening.cancel()
-
-    def _write_gap(self) -> None:
-        """What was missed is gone for good: say how much; go on where the log begins."""
-        gap = self.framing.gap(self.log.start - self.position)
-        self.position = self.log.start
-        self.gaps += 1
-        if gap:
-            self.outlet.write_now(self.framing.wrap(gap))
 
     def keep_alive(self, now: float) -> None:
         """Called a few times a second: break a silence that has lasted long enough."""
@@ -690,35 +509,34 @@ class Reader:
     async def run(self, listen: Callable[[], Awaitable[object]]) -> bool:
         """Read the log to its end (True), or until the client has left (False).
 
-        `listen` waits for the client and returns when the client has left. It must be
-        something that can be cancelled and called again with nothing lost.
-        Raises BrokenResourceError when the client takes nothing any more.
+        `listen` waits for the client, and returns when the client has left. It can be
+        cancelled and called again, with nothing lost. Raises BrokenResourceError when the
+        client takes nothing any more. Two parties meet here, the pump and this task:
 
-        Two parties meet here: the pump, and this task.
+            this task   has nothing to write, and waits in listen()
+            the pump    catch_up() writes an event; this task sleeps on
+            the pump    catch_up() fills the wire, and cancels `_listening`
+            this task   wakes up, and waits in flush() for room
+            the pump    catch_up() does nothing, because there is a rest
+            this task   writes what it has missed meanwhile, and waits in listen() again
 
-            this task   writes what is there; sits in listen()
-            the pump    catch_up(): writes an event. This task sleeps on.
-            the pump    catch_up(): the wire is full. It cancels `_listening`.
-            this task   wakes up, makes a new scope, waits in flush() for room
-            the pump    catch_up(): the wire is still full. It cancels the new scope, too.
-            this task   catches up, enters the cancelled scope, and so flushes again
-
-        The scope is made anew before anything is waited for. A cancel that comes from
-        then on ends the next listen() at once, so no call is lost.
+        No cancel comes too early: between flush() and the next scope nothing waits, so
+        nothing else runs, and whatever a cancel could be for is looked at there.
         """
         self.log.readers[self] = None
         try:
             while True:
-                self.catch_up(trio.current_time())
-                with self._listening:
-                    await listen()
-                    return False
-                self._listening = trio.CancelScope()
+                await self.outlet.flush()
                 if self.dropped:
                     raise trio.BrokenResourceError(self.dropped)
-                await self.outlet.flush()
-                if self.log.closed and self.position >= self.log.end:
+                self.catch_up(trio.current_time())
+                if self.outlet.rest:
+                    continue
+                if self.log.closed:
                     return True
+                with trio.CancelScope() as self._listening:
+                    await listen()
+                    return False
         except Stuck:
             self.dropped = "stuck"
             raise
@@ -727,10 +545,10 @@ class Reader:
 
 
 class Pump:
-    """One task for the whole server: every log with news, every reader catches up."""
+    """One task for the whole server: in every log with news, every reader catches up."""
 
     def __init__(self) -> None:
-        self._news_in: dict[EventLog, int] = {}
+        self._news_in: dict[EventLog, int] = {}  # and how many events
         self._news = trio.Event()
 
     def notify(self, log: EventLog) -> None:
@@ -740,32 +558,26 @@ class Pump:
     async def run(self) -> None:
         """Pass after pass. The busier it gets, the more each write carries.
 
-        After a pass that carried more than one event of a log, the pump rests for as
-        long as the pass took: meanwhile more events come, and the next pass carries
-        them together. A lone event waits for nobody.
+        After a pass that carried more than one event of a log, the pump rests for as long as
+        the pass took. Meanwhile more events come, and the next pass carries them together.
+        A lone event waits for nobody.
         """
         while True:
             await self._news.wait()
             # Taken before the pass: what is appended from now on is for the next one.
-            self._news = trio.Event()
-            logs, self._news_in = self._news_in, {}
-            took = await self._pass(logs)
+            logs, self._news_in, self._news = self._news_in, {}, trio.Event()
+            turn, now = Turn(), trio.current_time()
+            for log in logs:
+                for n, reader in enumerate(list(log.readers)):
+                    if n % 64 == 63:
+                        await turn.pause()
+                    if reader in log.readers:  # it may have left during a pause
+                        reader.catch_up(now)
+                await turn.pause()
             if max(logs.values()) > 1:
-                await trio.sleep(took)
-            elif took > TURN / 10:
+                await trio.sleep(turn.total())
+            elif turn.total() > TURN / 10:
                 await trio.lowlevel.checkpoint()  # a crowd: let it speak first
-
-    async def _pass(self, logs: Iterable[EventLog]) -> float:
-        """All readers of these logs. Returns the seconds that it took."""
-        turn, now = Turn(), trio.current_time()
-        for log in logs:
-            for n, reader in enumerate(list(log.readers)):
-                if n % 64 == 63:
-                    await turn.pause()
-                if reader in log.readers:  # it may have left during a pause
-                    reader.catch_up(now)
-            await turn.pause()
-        return turn.total()
 
 
 async def race_disconnect(
@@ -773,10 +585,8 @@ async def race_disconnect(
 ) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
-    Two tasks in a nursery, and whichever is first cancels the other: the one pattern
-    for "whichever comes first". No task is left over.
+    Two tasks in a nursery, and whichever is first cancels the other. No task is left over.
     """
-    stayed = False
 
     async def watch() -> None:
         await disconnected()
@@ -785,14 +595,14 @@ async def race_disconnect(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch)
         await wait()
-        stayed = True
         nursery.cancel_scope.cancel()
-    return stayed
+        return True
+    return False
 
 
 # ─── Writers ★ ───────────────────────────────────────────────────────────────────────
-# Each log has its writers, and they belong to the server: a reader that leaves takes
-# nothing with it. Only an answer looks back: when nobody attends it, it is stopped.
+# Each log has its writers, and they belong to the server: a reader that leaves takes nothing
+# with it. Only an answer looks back. When nobody attends it for a while, it is stopped.
 
 CLOCK_EVENTS = 60
 ROOM_EVENTS, ROOM_BYTES = 1000, MiB
@@ -801,25 +611,20 @@ ANSWER_BYTES = 64 * MiB
 HEAD_WAIT = 4  # seconds for the model's consent, before the stream starts without it
 
 
-def clock_text(second: int) -> str:
-    moment = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(second))
-    return f"The server time is: {moment}"
-
-
 async def tick(clock: EventLog) -> None:
     """One ticker for all readers: event n is the Unix second n, appended on the second.
 
-    Seconds that were missed (a busy or suspended machine) are made up for, as far back
-    as the log reaches. That also fills the log at the start, so that a reader loses
-    nothing when the server is started again. A clock that is set back has said those
-    seconds: it is silent until it has caught up.
+    Seconds that were missed (a busy or suspended machine) are made up for, as far back as the
+    log reaches. That also fills the log at the start, so that a reader loses nothing when the
+    server is started again. A clock that is set back is silent until it has caught up.
     """
     while True:
         second = int(time.time())
         if second - clock.end > CLOCK_EVENTS:
             clock.skip_to(second - CLOCK_EVENTS)
         while clock.end <= second:
-            clock.append(clock_text(clock.end))
+            moment = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(clock.end))
+            clock.append(f"The server time is: {moment}")
         await trio.sleep(1 - time.time() % 1)
 
 
@@ -835,44 +640,36 @@ class Said(NamedTuple):
 class Room(EventLog):
     """What is said in the room, and who came and went.
 
-    Its ids carry a token of this start of the server: without it, event 7 of
-    yesterday's room would pass for event 7 of today's.
+    Its ids carry a token of this start of the server. Without it, event 7 of yesterday's
+    room would pass for event 7 of today's.
 
-    Comings and goings must not push messages out of the log. So only the last few of
-    them are kept, and the places of those forgotten stay empty: `_places` says which
-    places are kept.
+    Comings and goings must not push messages out of the log. So only the last few of them are
+    kept, and the places of the others stay empty: `_places` says where each event stands.
     """
 
-    def __init__(
-        self,
-        on_news: Callable[[EventLog], None],
-        store: Callable[[Said], Awaitable[None]] | None = None,
-    ) -> None:
-        name = f"room-{secrets.token_hex(4)}"
-        super().__init__(name, ROOM_EVENTS, ROOM_BYTES, on_news)
-        self.store = store or self.store_here
+    def __init__(self, on_news: Callable[[EventLog], None]) -> None:
+        super().__init__(f"room-{secrets.token_hex(4)}", ROOM_EVENTS, ROOM_BYTES, on_news)
         self.here = 0  # members in this process
         self.elsewhere = 0  # members in the others
         self._places: list[int] = []
-        self._comings: deque[int] = deque()
+        self._comings: deque[int] = deque()  # the places of comings and goings
 
     def _index(self, place: int) -> int:
         return bisect.bisect_left(self._places, place)
 
-    def _place(self, index: int) -> int:
-        return self._places[index]
+    def _at(self, index: int) -> tuple[int, Event]:
+        return self._places[index], super()._at(index)[1]
 
     def _forget_oldest(self) -> None:
-        place, type = self._places[0], self[self._places[0]].type
+        if self._comings and self._comings[0] == self._places[0]:
+            self._comings.popleft()
+        else:  # only a lost message is a gap
+            self.start = self._places[0] + 1
         self._forget(0)
-        if type == "message":  # what was lost before a place is what `start` says
-            self.start = place + 1
 
     def _forget(self, index: int) -> None:
-        self.size -= size_of(self._events.pop(index))
-        place = self._places.pop(index)
-        if self._comings and self._comings[0] == place:
-            self._comings.popleft()
+        self._grow(-size_of(self._events.pop(index)))
+        del self._places[index]
 
     def skip_to(self, place: int) -> None:
         super().skip_to(place)
@@ -880,7 +677,7 @@ class Room(EventLog):
         self._comings.clear()
 
     def add(self, said: Said, at: int, place: int | None = None) -> None:
-        """Append it. Over Redis, its place may be further on than our end."""
+        """Append it, `at` a time in milliseconds. Over Redis, it may skip some places."""
         self.end = self.end if place is None else place
         about: JSON = {"name": said.name, "at": at}
         if said.key is not None:
@@ -889,30 +686,137 @@ class Room(EventLog):
             about["members"] = self.here + self.elsewhere
             self._comings.append(self.end)
             if len(self._comings) > ROOM_COMINGS:
-                self._forget(self._index(self._comings[0]))
+                self._forget(self._index(self._comings.popleft()))
         self._places.append(self.end)
         self.append(said.text, said.type, **about)
 
-    async def store_here(self, said: Said) -> None:
+    async def store(self, said: Said) -> None:
         if not self.closed:
-            self.add(said, now_ms())
+            self.add(said, int(time.time() * 1000))
 
     def history(self) -> int:
-        """The place from which the last ROOM_HISTORY messages follow.
-
-        With what is kept of comings and goings, these are at most 100 events.
-        """
+        """Where a new member starts: the last ROOM_HISTORY messages follow that place."""
         wanted = ROOM_HISTORY
-        for index in range(len(self._events) - 1, -1, -1):
-            wanted -= self[self._places[index]].type == "message"
+        for place in reversed(self._places):
+            wanted -= self[place].type == "message"
             if not wanted:
-                return self._places[index]
+                return place
         return self.start
 
 
-def now_ms() -> int:
-    """Milliseconds since 1970, as JavaScript counts them."""
-    return int(time.time() * 1000)
+class Answer(EventLog):
+    """An answer under way, or one that has ended and is kept for late readers.
+
+    Its name has 128 random bits: a client that knows it may read it and stop it. Its writer
+    runs in `scope`, and the linger time is that scope's deadline: no timer needs to be kept.
+    `account` is told how much memory it takes, and says whether there is so much.
+    """
+
+    def __init__(
+        self, name: str, question: Question, model: Model, linger: float = 60,
+        on_news: Callable[[EventLog], None] = lambda log: None,
+        account: Callable[[int], bool] = lambda size: True,
+    ) -> None:  # fmt: skip
+        super().__init__(name, on_news=on_news)
+        self.question = question
+        self.model = model
+        self.linger = linger  # seconds that it goes on with nobody there
+        self.account = account
+        # Who attends it
+        self.attendants = 0
+        self.scope = trio.CancelScope()
+        # How it goes
+        self.begun = trio.current_time()
+        self.accepted = trio.Event()  # the model has agreed to answer, or it has ended
+        self.ended = trio.Event()
+        self.headers: dict[str, str] = {}  # of the upstream's, for our response
+        # How it ended
+        self.problem: Problem | None = None
+        self.refused = False  # before it was accepted: then the status says so
+        self.kept = True  # for late readers
+        self.affordable = True  # there is memory for it
+
+    def attend(self) -> None:
+        self.attendants += 1
+        self.scope.deadline = inf
+
+    def leave(self) -> None:
+        """When the last attendant leaves, the linger time begins."""
+        self.attendants -= 1
+        if not self.attendants:
+            self.scope.deadline = trio.current_time() + self.linger
+
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[None]:
+        self.attend()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    async def started(self) -> None:
+        """Wait until the first reader can be answered.
+
+        A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a question
+        that is repeated before its answer has a name is paid for twice.
+        """
+        question = self.question
+        patient = question.polled or not question.stream
+        with trio.move_on_after(inf if patient else HEAD_WAIT):
+            await (self.accepted if question.stream else self.ended).wait()
+
+    def _grow(self, size: int) -> None:
+        self.size += size
+        self.affordable = self.account(size)
+
+    def finish(self, problem: Problem | None = None) -> None:
+        """End it, in exactly one way: whoever sees an end first calls this.
+
+        Its writer does so in any case. A second call changes nothing.
+        """
+        if self.closed:
+            return
+        self.problem = problem
+        self.refused = problem is not None and not self.accepted.is_set()
+        for event in self.question.closing(self, problem):
+            self.append(event.data, event.type)
+        self.close()
+
+    def close(self) -> None:
+        super().close()
+        self.accepted.set()
+        self.ended.set()
+
+    def discard(self) -> None:
+        """End this copy of an answer that goes on elsewhere: without an event."""
+        self.kept = False
+        self.close()
+
+
+# That is the idea. What follows is what the open internet demands of it.
+
+# ─── Answers: who may start one, and how long it is kept ─────────────────────────────
+
+ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
+ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
+
+
+class Problem(Exception):
+    """What went wrong, as the client is told it: an HTTP error, or an `error` event.
+
+    `error` is OpenAI's error object; `status` is an HTTP status.
+    """
+
+    def __init__(
+        self, status: int, message: str, type: str = "invalid_request_error",
+        code: str | None = None, param: str | None = None, headers: Mapping[str, str] = NOTHING,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.type, self.headers = status, type, dict(headers)
+        self.error: JSON = {"message": message, "type": type, "param": param, "code": code}
+
+    def __str__(self) -> str:
+        return str(self.error["message"])
 
 
 def stopped() -> Problem:
@@ -925,8 +829,12 @@ def abandoned() -> Problem:
 
 def server_stopping() -> Problem:
     retry = {"retry-after": "5"}
-    message = "the server is stopping: ask again"
-    return Problem(503, message, "server_stopping", headers=retry)
+    return Problem(503, "the server is stopping: ask again", "server_stopping", headers=retry)
+
+
+def too_busy() -> Problem:
+    message = "too many answers are under way: try again in a moment"
+    return Problem(503, message, "server_busy", headers={"retry-after": "5"})
 
 
 class Model:
@@ -955,141 +863,6 @@ class Reply(NamedTuple):
 
     body: str
     headers: Mapping[str, str] = NOTHING
-
-
-class Answer(EventLog):
-    """An answer under way, or one that has ended and is kept for late readers.
-
-    Its name has 128 random bits: a client that knows it may read it and stop it.
-
-    `scope` is around its writer. The linger time is the deadline of that scope, so
-    there is no timer to be kept. `account` is told how much memory it takes and says
-    whether there is so much.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        question: Question,
-        model: Model,
-        linger: float = 60,
-        on_news: Callable[[EventLog], None] = lambda log: None,
-        account: Callable[[int], bool] = lambda size: True,
-    ) -> None:
-        super().__init__(name, on_news=on_news)
-        self.question = question
-        self.model = model
-        self.linger = linger  # seconds that it goes on with nobody there
-        self.account = account
-        # Who attends it
-        self.attendants = 0
-        self.unattended_since = trio.current_time()
-        self.scope = trio.CancelScope()
-        # How it goes
-        self.begun = trio.current_time()
-        self.accepted = trio.Event()  # the model has agreed to answer, or it has ended
-        self.ended = trio.Event()
-        self.headers: dict[str, str] = {}  # of the upstream's, for our response
-        # How it ended
-        self.problem: Problem | None = None
-        self.refused = False  # before it was accepted: then the status says so
-        self.kept = True  # for late readers
-        self.affordable = True  # there is memory for it
-
-    def attend(self) -> None:
-        self.attendants += 1
-        self.scope.deadline = inf
-
-    def leave(self) -> None:
-        """When the last attendant leaves, the linger time begins."""
-        self.attendants -= 1
-        if not self.attendants:
-            self.unattended_since = trio.current_time()
-            self.scope.deadline = self.unattended_since + self.linger
-
-    @contextlib.contextmanager
-    def attended(self) -> Iterator[None]:
-        self.attend()
-        try:
-            yield
-        finally:
-            self.leave()
-
-    async def started(self) -> None:
-        """Wait until the first reader can be answered.
-
-        A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a
-        question that is repeated before its answer has a name is paid for twice.
-        """
-        question = self.question
-        patient = question.polled or not question.stream
-        with trio.move_on_after(inf if patient else HEAD_WAIT):
-            await (self.accepted if question.stream else self.ended).wait()
-
-    async def run(self) -> None:
-        """The writer, from the first word to the end, whatever happens."""
-        problem: Problem | None = server_stopping()  # if the server ends meanwhile
-        try:
-            with self.scope:
-                await self.model.write(self)
-                problem = None
-            if self.scope.cancelled_caught:
-                problem = abandoned()  # by its deadline; stop() says why by itself
-        except Problem as failure:
-            problem = failure
-        except Exception:
-            logger.exception("an answer failed in a way that nobody thought of")
-            problem = Problem(500, "the answer failed inside the server", "server_error")
-        finally:
-            self.finish(problem)
-
-    def append(self, data: str, type: str = "message", **about: Any) -> int:
-        before = self.size
-        place = super().append(data, type, **about)
-        self.affordable = self.account(self.size - before)
-        return place
-
-    def skip_to(self, place: int) -> None:
-        self.account(-self.size)
-        super().skip_to(place)
-
-    def write(self, data: str, type: str = "message") -> None:
-        """Append what the model says. Raises Problem if it is too much to keep."""
-        self.append(data, type)
-        if not self.affordable or self.size > ANSWER_BYTES:
-            too_large = "the answer is too large to keep"
-            raise Problem(502, too_large, "upstream_error", "too_large")
-
-    def finish(self, problem: Problem | None = None) -> None:
-        """End it, in exactly one way; whatever is said later is ignored.
-
-        So this may be called by whoever sees an end first, and by run() in any case.
-        """
-        if self.closed:
-            return
-        self.problem = problem
-        self.refused = problem is not None and not self.accepted.is_set()
-        for event in self.question.closing(self, problem):
-            self.append(event.data, event.type)
-        self.close()
-
-    def close(self) -> None:
-        super().close()
-        self.accepted.set()
-        self.ended.set()
-
-    def discard(self) -> None:
-        """End this copy of an answer that goes on elsewhere: without an event."""
-        self.kept = False
-        self.close()
-
-
-# That is the idea. What follows is what the open internet demands of it.
-
-# ─── Answers: who may start one, and how long it is kept ─────────────────────────────
-
-ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
-ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
 
 
 @dataclasses.dataclass(eq=False)
@@ -1175,7 +948,7 @@ class Answers:
         alone = [answer for answer in self.open() if not answer.attendants]
         if not alone:
             raise too_busy()
-        self.stop(min(alone, key=lambda a: a.unattended_since), abandoned())
+        self.stop(min(alone, key=lambda a: a.scope.deadline), abandoned())
 
     def stop(self, answer: Answer, problem: Problem) -> None:
         if not answer.closed:
@@ -1209,9 +982,19 @@ class Answers:
             self.forget(next(iter(self.ended)))
 
     async def run(self, answer: Answer) -> None:
+        """The writer of an answer, from the first word to the end, whatever happens."""
+        problem: Problem | None = abandoned()  # at its scope's deadline
         try:
-            await answer.run()
+            with answer.scope:
+                await answer.model.write(answer)
+                problem = None
+        except Problem as failure:
+            problem = failure
+        except Exception:
+            logger.exception("an answer failed in a way that nobody thought of")
+            problem = Problem(500, "the answer failed inside the server", "server_error")
         finally:
+            answer.finish(problem)
             del self.running[answer]
             self._settle(answer)
 
@@ -1231,11 +1014,6 @@ class Answers:
         answer.question.body = b""
         answer.size -= size
         self.held -= size
-
-
-def too_busy() -> Problem:
-    message = "too many answers are under way: try again in a moment"
-    return Problem(503, message, "server_busy", headers={"retry-after": "5"})
 
 
 # ─── Connections: HTTP/1.1 and WebSocket ─────────────────────────────────────────────
@@ -1258,6 +1036,82 @@ NOT_HTTP = {
     431: f"the request's head is larger than {HEAD_BYTES} bytes",
     501: "the only transfer coding that this server knows is chunked",
 }
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Wire(Outlet):
+    """One connection, to a client or an upstream: an outlet that is also read from."""
+
+    peer: str = ""  # its address, for the log
+    ended: bool = False  # the peer has said all that it will
+    waiting_since: float = inf  # when we began to wait for bytes; inf: we do not
+
+    async def receive(self) -> bytes:
+        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated."""
+        self.waiting_since = trio.current_time()
+        while (data := self.receive_now()) is None:
+            await trio.lowlevel.wait_readable(self.socket)
+        self.waiting_since = inf
+        self.ended = not data
+        return data
+
+    def receive_now(self) -> bytes | None:
+        """What is there already, b"" at the end, None if nothing is there.
+
+        64 KiB hold more than a TLS record: so nothing is left inside of OpenSSL that a
+        selector would not see.
+        """
+        try:
+            return self.socket.recv(64 * KiB)
+        except NOT_READY:
+            return None
+        except OSError as error:  # ssl.SSLError is one
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def finish(self) -> None:
+        """Say goodbye, and give the peer time to read what it was sent.
+
+        Closing a socket with unread input resets it and destroys what is under way.
+        """
+        broken = (trio.BrokenResourceError, OSError)
+        with contextlib.suppress(*broken), trio.move_on_after(LINGER_CLOSE):
+            await self.flush()
+            self._close_notify()
+            if not self.ended:
+                self.socket.shutdown(socket.SHUT_WR)
+                while await self.receive():
+                    pass
+
+    def close(self) -> None:
+        """Close it; reset it if it is stuck, so that its buffers are freed at once."""
+        if not self.stuck:
+            self._close_notify()
+        else:
+            with contextlib.suppress(OSError):  # it is gone already
+                linger = struct.pack("ii", 1, 0)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        trio.lowlevel.notify_closing(self.socket)
+        self.socket.close()
+
+    def _close_notify(self) -> None:
+        """TLS's goodbye (RFC 8446, section 6.1), without waiting for the peer's."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.socket.unwrap()
+
+
+async def shake_tls(sock: ssl.SSLSocket) -> None:
+    """TLS's handshake, which both reads and writes. Raises BrokenResourceError."""
+    while True:
+        try:
+            return sock.do_handshake()
+        except ssl.SSLWantReadError:
+            wait = trio.lowlevel.wait_readable
+        except ssl.SSLWantWriteError:
+            wait = trio.lowlevel.wait_writable
+        except OSError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+        await wait(sock)  # out here, where no exception is kept alive
 
 
 class Http1:
@@ -1567,6 +1421,13 @@ PING_FRAME = frame_ws(b"", PING)
 PING_EVERY = 20  # seconds
 CHATTER_BYTES = 256 * KiB  # pings and empty fragments, with no message among them
 NAME_CHARACTERS = 32
+
+
+def frame_ws_plain(suffix: str, name: str, place: int | None, event: Event) -> bytes:
+    """What was said and nothing else, for any WebSocket client."""
+    if event.type != "message":
+        return b""
+    return frame_ws((event.data + suffix).encode(errors="replace"))
 
 
 def check_handshake(request: Request) -> None:
@@ -2233,8 +2094,8 @@ class App:
         # The logs and who writes them
         self.clock = EventLog("clock", CLOCK_EVENTS, on_news=self.pump.notify)
         self.cluster = Cluster(self, settings.redis) if settings.redis else None
-        store = self.cluster.store if self.cluster else None
-        self.room = Room(self.pump.notify, store)
+        self.room = Room(self.pump.notify)
+        self.say = self.cluster.store if self.cluster else self.room.store
         self.answers = Answers(settings.linger, settings.keep, self.pump.notify, self.on_end)
         model = Upstream if settings.upstream else Demo
         self.model: Upstream | Demo = model(settings, self.answers, self.metrics)
@@ -2677,7 +2538,7 @@ class App:
     async def attend_room(self, member: Member) -> None:
         await self.enter(member.name, "joined")
         try:
-            await member.stay(self.room.store, self.settings.room_rate)
+            await member.stay(self.say, self.settings.room_rate)
         finally:
             await self.enter(member.name, "left")
 
@@ -2690,7 +2551,7 @@ class App:
         room.here += 1 if type == "joined" else -1
         (self.names.add if type == "joined" else self.names.discard)(name)
         with contextlib.suppress(Problem), trio.move_on_after(1, shield=True):
-            await room.store(Said(type, name))
+            await self.say(Said(type, name))
 
     def member(
         self, wire: Wire, is_clock: bool, v1: bool, now: int, query: Mapping[str, str]
@@ -2797,8 +2658,7 @@ class Server:
             await trio.lowlevel.wait_readable(listener)
             try:
                 for _ in range(50):
-                    client, _ = listener.accept()
-                    connections.start_soon(self.connection, client)
+                    connections.start_soon(self.connection, *listener.accept())
             except BlockingIOError:
                 pass
             except OSError as error:  # of a client that has gone, or no file is left
@@ -2807,12 +2667,13 @@ class Server:
                     warned = trio.current_time()
                 await trio.sleep(0.1)
 
-    async def connection(self, client: socket.socket) -> None:
+    async def connection(self, client: socket.socket, address: tuple[Any, ...]) -> None:
         """One client: whatever goes wrong inside ends here, as one line in the log."""
         client.setblocking(False)
         if self.tls:
             client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
-        wire = Wire(client)
+        host, port, *_ = address
+        wire = Wire(client, peer=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         self.app.wires[wire] = None
         try:
             await self.converse(wire)
@@ -2837,7 +2698,7 @@ class Server:
             scheme = "https"
             try:
                 with trio.fail_after(HEAD_TIMEOUT):
-                    await wire.when_ready(wire.socket.do_handshake)
+                    await shake_tls(wire.socket)
             except trio.BrokenResourceError:
                 return await wire.finish()  # with an alert that says why
             if wire.socket.selected_alpn_protocol() == "h2":
@@ -3227,7 +3088,9 @@ class Relay:
         if speaks and not self.spoke:
             self.spoke = True
             self.metrics.first_token(trio.current_time() - self.answer.begun)
-        self.answer.write(data, type)
+        self.answer.append(data, type)
+        if not self.answer.affordable or self.answer.size > ANSWER_BYTES:
+            raise upstream_problem("the answer is too large to keep", code="too_large")
 
 
 def is_error(chunk: Any) -> bool:
@@ -4061,7 +3924,7 @@ class Upstream(Model):
                     sock, server_hostname=self.host, do_handshake_on_connect=False
                 )
                 wire = Wire(secure)
-                await wire.when_ready(secure.do_handshake)
+                await shake_tls(secure)
         except BaseException:
             wire.close()
             raise
@@ -4464,9 +4327,18 @@ async def serve_http2(
 ) -> None:
     """HTTP/2 on one wire. Hypercorn's own server would keep no deadline for a head."""
 
+    sending = trio.Lock()  # the streams' tasks share the wire
+
     async def send(event: object) -> None:
         if isinstance(event, RawData):
-            await wire.send(event.data)
+            try:
+                sending.acquire_nowait()  # mostly, and then it is not a checkpoint
+            except trio.WouldBlock:
+                await sending.acquire()
+            try:
+                await wire.send(event.data)
+            finally:
+                sending.release()
         elif isinstance(event, Closed):
             raise trio.BrokenResourceError("the HTTP/2 connection has ended")
 
@@ -4487,7 +4359,8 @@ async def serve_http2(
             with trio.move_on_after(GOODBYE, shield=True):
                 await protocol.goodbye()
                 await protocol.handle(Closed())
-                await wire.finish()
+                async with sending:
+                    await wire.finish()
 
 
 async def read_http2(protocol: Http2, wire: Wire, stopped: trio.Event) -> None:
@@ -4777,7 +4650,8 @@ class Cluster:
 
     def context(self, sent: float) -> list[str | int | float]:
         room, late = self.app.room, self.offset + sent + REDIS_TIMEOUT
-        return [late, room.name, room.end, self.last, self.me, room.here, ROOM_EVENTS, now_ms()]
+        at = int(time.time() * 1000)
+        return [late, room.name, room.end, self.last, self.me, room.here, ROOM_EVENTS, at]
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""

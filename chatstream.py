@@ -867,10 +867,9 @@ class Reply(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Question:
-    """What a client asks a model.
+    """What a client asks a model: as bytes, and only until the model has them.
 
-    Only its bytes are kept, and only until the model has them: the objects that they
-    parse to take up to 30 times as much.
+    The objects that they parse to take up to 30 times as much memory.
     """
 
     api: Api
@@ -889,6 +888,7 @@ class Question:
         return self.api.closing(answer, problem)
 
 
+@dataclasses.dataclass(eq=False)
 class Answers:
     """All answers: who may start one, and when it is forgotten.
 
@@ -896,46 +896,44 @@ class Answers:
     for each token would cost more than the token.
     """
 
-    def __init__(
-        self,
-        linger: float,
-        keep: float,
-        on_news: Callable[[EventLog], None] = lambda log: None,
-        on_end: Callable[[Answer], None] = lambda answer: None,
-    ) -> None:
-        self.linger = linger
-        self.keep = keep
-        self.on_news = on_news
-        self.on_end = on_end
-        self.by_id: dict[str, Answer] = {}
-        self.by_key: dict[str, Answer] = {}  # by Idempotency-Key
-        self.ended: OrderedDict[Answer, float] = OrderedDict()  # and when
-        self.running: dict[Answer, None] = {}  # their writers have not ended
-        self.held = 0
+    linger: float  # seconds that one goes on with nobody there
+    keep: float  # seconds that one is kept when it has ended
+    on_news: Callable[[EventLog], None]
+    on_end: Callable[[Answer], None]
+    by_id: dict[str, Answer] = dataclasses.field(default_factory=dict)
+    by_key: dict[str, Answer] = dataclasses.field(default_factory=dict)  # Idempotency-Key
+    running: dict[Answer, None] = dataclasses.field(default_factory=dict)
+    ended: OrderedDict[Answer, float] = dataclasses.field(default_factory=OrderedDict)  # when
+    held: int = 0
 
     def begin(
         self, nursery: trio.Nursery, model: Model, question: Question, name: str = ""
     ) -> Answer:
-        """Start an answer in this nursery. Raises Problem 503 if there are too many."""
-        size = len(question.body) + ANSWER_OVERHEAD
-        if len(self.running) >= ANSWERS_RUNNING and len(self.open()) >= ANSWERS_RUNNING:
-            self._stop_least_attended()
+        """Start an answer in this nursery. Raises Problem 503 if there are too many.
+
+        If all places are taken, the one that nobody has attended for the longest time
+        is stopped.
+        """
         background = sum(answer.question.background for answer in self.running)
         if question.background and background >= ANSWERS_BACKGROUND:
             raise too_busy()
-        if not self._make_room(size):
+        if len(self.open()) >= ANSWERS_RUNNING:
+            alone = [answer for answer in self.open() if not answer.attendants]
+            if not alone:
+                raise too_busy()
+            self.stop(min(alone, key=lambda a: a.scope.deadline), abandoned())
+        size = len(question.body) + ANSWER_OVERHEAD
+        if not self.account(size):
+            self.held -= size
             raise too_busy()
-        answer = Answer(
-            name or secrets.token_hex(16), question, model,
-            self.linger, self.on_news, self.account,
-        )  # fmt: skip
+        name = name or secrets.token_hex(16)
+        answer = Answer(name, question, model, self.linger, self.on_news, self.account)
+        answer.size = size
         if question.background:
             answer.attend()
-        self.by_id[answer.name] = answer
         if question.key:
             self.by_key[question.key] = answer
-        answer.size = size
-        self.held += size
+        self.by_id[name] = answer
         self.running[answer] = None
         nursery.start_soon(self.run, answer)
         return answer
@@ -943,43 +941,16 @@ class Answers:
     def open(self) -> list[Answer]:
         return [answer for answer in self.running if not answer.closed]
 
-    def _stop_least_attended(self) -> None:
-        """Make room for one more. Raises Problem if somebody attends each of them."""
-        alone = [answer for answer in self.open() if not answer.attendants]
-        if not alone:
-            raise too_busy()
-        self.stop(min(alone, key=lambda a: a.scope.deadline), abandoned())
-
     def stop(self, answer: Answer, problem: Problem) -> None:
         if not answer.closed:
             answer.model.stop(answer, problem)
-            if answer.closed:
-                self._settle(answer)
 
     def account(self, size: int) -> bool:
-        """An answer has grown by so much: is there room for it?"""
+        """Is there room for so many more bytes? The oldest ended answers make it."""
         self.held += size
-        return self.held <= ANSWERS_BYTES or self._make_room(0)
-
-    def _make_room(self, size: int) -> bool:
-        """Forget ended answers, the oldest first, until so much more can be held."""
-        while self.held + size > ANSWERS_BYTES:
-            if not self.ended:
-                return False
+        while self.held > ANSWERS_BYTES and self.ended:
             self.forget(next(iter(self.ended)))
-        return True
-
-    def forget(self, answer: Answer) -> None:
-        self.ended.pop(answer, None)
-        if self.by_id.pop(answer.name, None):
-            self.held -= answer.size
-        if self.by_key.get(answer.question.key) is answer:
-            del self.by_key[answer.question.key]
-
-    def forget_old(self, now: float) -> None:
-        """Called a few times a second."""
-        while self.ended and next(iter(self.ended.values())) <= now - self.keep:
-            self.forget(next(iter(self.ended)))
+        return self.held <= ANSWERS_BYTES
 
     async def run(self, answer: Answer) -> None:
         """The writer of an answer, from the first word to the end, whatever happens."""
@@ -996,17 +967,11 @@ class Answers:
         finally:
             answer.finish(problem)
             del self.running[answer]
-            self._settle(answer)
-
-    def _settle(self, answer: Answer) -> None:
-        """An answer has ended: keep it, without its question, or forget it."""
-        if answer in self.ended or answer.name not in self.by_id:
-            return
-        self.drop_question(answer)
-        self.ended[answer] = trio.current_time()
-        self.on_end(answer)
-        if answer.refused or not answer.kept:
-            self.forget(answer)
+            self.drop_question(answer)
+            self.ended[answer] = trio.current_time()
+            self.on_end(answer)
+            if answer.refused or not answer.kept:
+                self.forget(answer)
 
     def drop_question(self, answer: Answer) -> None:
         """The model has it: nobody needs its bytes any more."""
@@ -1015,6 +980,19 @@ class Answers:
         answer.size -= size
         self.held -= size
 
+    def forget(self, answer: Answer) -> None:
+        """Only if it has ended."""
+        del self.ended[answer]
+        del self.by_id[answer.name]
+        if self.by_key.get(answer.question.key) is answer:
+            del self.by_key[answer.question.key]
+        self.held -= answer.size
+
+    def forget_old(self, now: float) -> None:
+        """Called a few times a second."""
+        while self.ended and next(iter(self.ended.values())) <= now - self.keep:
+            self.forget(next(iter(self.ended)))
+
 
 # ─── Connections: HTTP/1.1 and WebSocket ─────────────────────────────────────────────
 # One client is one nursery, with one `except*`: whatever goes wrong inside ends that
@@ -1022,6 +1000,7 @@ class Answers:
 # ended by one client: trio-websocket issue 184.)
 
 HEAD_BYTES, HEAD_TIMEOUT = 16 * KiB, 10
+AHEAD_BYTES = 128 * KiB  # what a client may send before its turn has come
 IDLE_TIMEOUT = 75  # between two requests; more than a load balancer's 60
 QUIET_ENDS = (  # of a connection: not a fault of ours, and not news
     trio.BrokenResourceError,
@@ -1031,11 +1010,7 @@ QUIET_ENDS = (  # of a connection: not a fault of ours, and not news
     trio_websocket.ConnectionClosed,
     OSError,
 )
-NOT_HTTP = {
-    400: "this is not a valid HTTP/1 request",
-    431: f"the request's head is larger than {HEAD_BYTES} bytes",
-    501: "the only transfer coding that this server knows is chunked",
-}
+NOT_HTTP = f"this is not HTTP/1 with a head of at most {HEAD_BYTES} bytes, chunked if coded"
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1124,27 +1099,19 @@ class Http1:
     error that says why; after that, only the connection's end is left to say it.
 
     While a response streams, the task sits in disconnected(), which reads. So it learns
-    at once that its client has left. A server that only writes learns that when its
-    buffers are full.
+    at once that its client has left.
     """
 
     def __init__(self, wire: Wire, scheme: str) -> None:
-        # Per-connection state
         self.wire = wire
         self.scheme = scheme
         self.conn = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
-        self.requests = 0
-        # Per-request state
-        self.raw = b""  # what has come of the next head
-        self.chunked = False  # our response is
 
     async def serve(self, handle: Callable[[Request], Awaitable[None]]) -> Request | None:
         """Request after request until either side has had enough: None.
 
         Or until a request asks for a WebSocket: that is returned, and not answered.
         """
-        if (early := self.wire.receive_now()) is not None:  # a head is mostly there already
-            self.feed(early)
         try:
             while request := await self.next_request():
                 if request.wants_websocket:
@@ -1154,119 +1121,103 @@ class Http1:
                 # could be taken for it.
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
-                self.raw = self.conn.trailing_data[0]  # of a pipelined request
                 self.conn.start_next_cycle()
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
-        except h11.RemoteProtocolError as error:
-            status = error.error_status_hint
-            await self.refuse(Problem(status, NOT_HTTP.get(status, NOT_HTTP[400])))
-        except Problem as problem:
-            await self.refuse(problem)
-        if self.conn.our_state is not h11.IDLE:
-            await self.wire.finish()
+        except (Problem, h11.RemoteProtocolError) as error:
+            await self.refuse(error)
+        await self.wire.finish()
         return None
-
-    def feed(self, data: bytes) -> None:
-        if not self.raw and self.conn.their_state is h11.IDLE and data:
-            data = data.lstrip(b"\r\n")  # RFC 9112, section 2.2
-            if not data:
-                return
-        self.raw += data
-        self.conn.receive_data(data)
 
     async def next_request(self) -> Request | None:
         """The next request's head; None if the client leaves instead of asking."""
-        limit = IDLE_TIMEOUT if self.requests else HEAD_TIMEOUT
-        with trio.move_on_after(limit) as scope:
+        first, raw = self.conn.their_http_version is None, self.conn.trailing_data[0]
+        with trio.move_on_after(HEAD_TIMEOUT if first or raw else IDLE_TIMEOUT) as scope:
             while (event := self.conn.next_event()) is h11.NEED_DATA:
                 data = await self.wire.receive()
-                if self.requests and not self.raw:  # the idle time is over
-                    scope.deadline = trio.current_time() + HEAD_TIMEOUT
-                self.feed(data)
-        if scope.cancelled_caught:
-            if self.raw or not self.requests:
-                raise Problem(408, "the request's head did not arrive in time")
-            return None
-        return self.accept(event) if isinstance(event, h11.Request) else None
+                if data and not raw:
+                    data = data.lstrip(b"\r\n")  # RFC 9112, section 2.2
+                    if not data:
+                        continue
+                    scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIMEOUT)
+                raw += data
+                self.conn.receive_data(data)
+        if scope.cancelled_caught and (first or raw):
+            raise Problem(408, "the request's head did not arrive in time")
+        return self.accept(event, raw) if isinstance(event, h11.Request) else None
 
-    def accept(self, head: h11.Request) -> Request:
+    def accept(self, head: h11.Request, raw: bytes) -> Request:
         """Refuse what h11 lets through and we do not. Raises Problem."""
-        self.requests += 1
-        raw, self.raw = self.raw, b""
+        trailing = self.conn.trailing_data[0]
+        raw = raw[: len(raw) - len(trailing)]
         # h11 only limits a head that is incomplete; one packet may bring a whole one.
-        size = sum(len(name) + len(value) + 4 for name, value in head.headers)
-        if size + len(head.target) > HEAD_BYTES:
-            raise Problem(431, NOT_HTTP[431])
-        names = [name for name, _ in head.headers]
+        if len(raw) > HEAD_BYTES:
+            raise Problem(431, NOT_HTTP)
+        names = {name for name, _ in head.headers}
         # A proxy before us may go by the other one of the two. The rest of what it took
         # for one request would be a second one to us (RFC 9112, section 11.2).
-        if b"content-length" in names and b"transfer-encoding" in names:
+        if {b"content-length", b"transfer-encoding"} <= names:
             raise Problem(400, "send Content-Length or Transfer-Encoding, not both")
-        if head.http_version not in (b"1.0", b"1.1"):
+        version = head.http_version.decode()
+        if version not in ("1.0", "1.1"):
             raise Problem(505, "this server speaks HTTP/1.0, HTTP/1.1 and HTTP/2")
-        self.chunked = head.http_version == b"1.1"
-        trailing = self.conn.trailing_data[0]
+        if b"upgrade" not in names:  # only a handshake needs these bytes again
+            raw = trailing = b""
         return Request(
-            self, head.method, head.target, head.headers, self.scheme,
-            head.http_version.decode(), raw[: len(raw) - len(trailing)], trailing,
-        )  # fmt: skip
+            self, head.method, head.target, head.headers, self.scheme, version, raw, trailing
+        )
 
     # What a Request needs of its connection
 
     async def receive(self) -> bytes | None:
         """The next piece of the body; b"" after the last; None: the client has left."""
-        while True:
-            if self.conn.they_are_waiting_for_100_continue:
-                go_on = h11.InformationalResponse(status_code=100, headers=[])
-                await self.wire.send(self.conn.send(go_on) or b"")
-            event = self.conn.next_event()
-            if isinstance(event, h11.Data):
-                return bytes(event.data)
-            if isinstance(event, h11.EndOfMessage):
-                return b""
-            if event is not h11.NEED_DATA:
-                return None
+        if self.conn.they_are_waiting_for_100_continue:
+            await self._send(h11.InformationalResponse(status_code=100, headers=[]))
+        while (event := self.conn.next_event()) is h11.NEED_DATA:
             self.conn.receive_data(await self.wire.receive())  # h11 tells end from cut
+        if isinstance(event, h11.Data):
+            return bytes(event.data)
+        return b"" if isinstance(event, h11.EndOfMessage) else None
 
     async def disconnected(self) -> None:
         """Wait until the client has left, or sends more than anybody will read."""
-        while len(self.raw) <= HEAD_BYTES:
+        while len(self.conn.trailing_data[0]) <= AHEAD_BYTES:
             data = await self.wire.receive()
-            self.feed(data)  # a pipelined request waits for its turn
+            self.conn.receive_data(data)  # a pipelined request waits for its turn
             if not data:
                 return
 
     async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """A whole response: one write."""
-        await self.wire.send(
-            self._head(status, headers)
-            + (self.conn.send(h11.Data(body)) or b"" if body else b"")
-            + (self.conn.send(h11.EndOfMessage()) or b"")
-        )
+        """A whole response."""
+        await self._send(self._head(status, headers), h11.Data(body), h11.EndOfMessage())
 
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """The head of a stream, with its first bytes. A reader writes the rest."""
-        head = self._head(status, headers)
-        await self.wire.send(head + (self.conn.send(h11.Data(body)) or b""))
-
-    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        pairs = [*headers.items(), ("date", http_date(int(time.time())))]
-        reason = http.client.responses.get(status, "")
-        return self.conn.send(h11.Response(status_code=status, headers=pairs, reason=reason))
-
-    def reader(self, log: EventLog, start: int) -> Reader:
-        return Reader(log, self.wire, SSE_CHUNKED if self.chunked else SSE, start)
+        await self._send(self._head(status, headers), h11.Data(body))
 
     async def end(self, last: bytes = b"") -> None:
         """The end of a stream; `last` are its last bytes."""
-        data = (self.conn.send(h11.Data(last)) or b"") if last else b""
-        await self.wire.send(data + (self.conn.send(h11.EndOfMessage()) or b""))
+        await self._send(h11.Data(last), h11.EndOfMessage())
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> h11.Response:
+        pairs = [*headers.items(), ("date", http_date(int(time.time())))]
+        reason = http.client.responses.get(status, "")
+        return h11.Response(status_code=status, headers=pairs, reason=reason)
+
+    async def _send(self, *events: h11.Event) -> None:
+        """All in one write."""
+        await self.wire.send(b"".join([self.conn.send(event) or b"" for event in events]))
+
+    def reader(self, log: EventLog, start: int) -> Reader:
+        chunked = self.conn.their_http_version == b"1.1"
+        return Reader(log, self.wire, SSE_CHUNKED if chunked else SSE, start)
 
     async def discard(self) -> None:
         """Nobody will read the rest of the body: this connection ends."""
 
-    async def refuse(self, problem: Problem) -> None:
+    async def refuse(self, problem: Problem | h11.RemoteProtocolError) -> None:
         """Answer what cannot be accepted as a request, if no response has begun."""
+        if isinstance(problem, h11.RemoteProtocolError):
+            problem = Problem(problem.error_status_hint, NOT_HTTP)
         logger.info("%s refused: %d %s", self.wire.peer, problem.status, problem)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers, body = problem_response(problem)
@@ -1287,16 +1238,17 @@ def problem_response(problem: Problem) -> tuple[dict[str, str], bytes]:
 
 MESSAGE_CHARACTERS = 4096
 MESSAGE_BYTES = 12 * MESSAGE_CHARACTERS + KiB  # as JSON, all of them escaped emoji
-UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 class WebSocketClose(Exception):
     """The connection must end, with this code (RFC 6455, section 7.4.1)."""
 
     def __init__(self, code: int, reason: str) -> None:
-        super().__init__(code, reason)
         self.code = code
         self.reason = reason
+
+
+CUT_OFF = WebSocketClose(1006, "")  # it left without a close frame
 
 
 class FrameParser:
@@ -1308,14 +1260,15 @@ class FrameParser:
     MESSAGE_BYTES.
     """
 
-    __slots__ = ("_buffer", "_decoder", "_opcode", "_parts", "_size")
+    __slots__ = ("_buffer", "_opcode", "_parts", "_rest", "_size")
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._opcode = CONTINUATION  # of the message whose fragments are coming, if any
-        self._size = 0  # of these so far
+        # The message whose fragments are coming, if any
+        self._opcode = CONTINUATION
+        self._size = 0  # bytes so far
         self._parts: list[str] = []
-        self._decoder: codecs.IncrementalDecoder | None = None
+        self._rest = b""  # of a character that was cut
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
@@ -1327,21 +1280,38 @@ class FrameParser:
             if opcode >= CLOSE:
                 return opcode, payload
             self._opcode = opcode or self._opcode
-            if self._opcode == TEXT:
-                self._parts.append(self._decode(payload, final))
             self._size += len(payload)
+            if self._opcode == TEXT:
+                self._decode(self._rest + payload, final)
             if final:
                 text, opcode = "".join(self._parts), self._opcode
                 self._opcode, self._size, self._parts = CONTINUATION, 0, []
                 return opcode, text if opcode == TEXT else b""  # which nobody wants
         return None
 
+    def _decode(self, data: bytes, final: bool) -> None:
+        """Text may be cut inside a character; nonsense is found in its fragment."""
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", final)
+        except UnicodeDecodeError:
+            raise WebSocketClose(1007, "text must be UTF-8") from None
+        self._rest = data[used:]
+        self._parts.append(text)
+
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
         buffer = self._buffer
         if len(buffer) < 2:
             return None
-        self._check_head(buffer[0], buffer[1])
         final, opcode, size = buffer[0] >= 0x80, buffer[0] & 0xF, buffer[1] & 0x7F
+        if buffer[0] & 0x70 or opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+            raise WebSocketClose(1002, "reserved bits and opcodes mean nothing here")
+        if buffer[1] < 0x80:
+            raise WebSocketClose(1002, "a client must mask its frames")
+        if opcode >= CLOSE:
+            if not final or size > 125:
+                raise WebSocketClose(1002, "a control frame is short, and in one piece")
+        elif (opcode == CONTINUATION) != (self._opcode != CONTINUATION):
+            raise WebSocketClose(1002, "a message begins once, then it continues")
         start = {126: 4, 127: 10}.get(size, 2)
         if len(buffer) < start:
             return None
@@ -1357,31 +1327,6 @@ class FrameParser:
         payload = unmask(buffer[start + 4 : end], buffer[start : start + 4])
         del buffer[:end]
         return final, opcode, payload
-
-    def _check_head(self, first: int, second: int) -> None:
-        opcode = first & 0xF
-        if first & 0x70 or opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
-            raise WebSocketClose(1002, "reserved bits and opcodes mean nothing here")
-        if second < 0x80:
-            raise WebSocketClose(1002, "a client must mask its frames")
-        if opcode >= CLOSE:
-            if first < 0x80 or second & 0x7F > 125:
-                raise WebSocketClose(1002, "a control frame is short, and in one piece")
-        elif (opcode == CONTINUATION) != (self._opcode != CONTINUATION):
-            raise WebSocketClose(1002, "a message begins once, then it continues")
-
-    def _decode(self, payload: bytes, final: bool) -> str:
-        """Text may be cut inside a character; nonsense is found in its fragment."""
-        try:
-            if final and not self._decoder:
-                return payload.decode()
-            self._decoder = self._decoder or UTF8()
-            text = self._decoder.decode(payload, final)
-        except UnicodeDecodeError:
-            raise WebSocketClose(1007, "text must be UTF-8") from None
-        if final:
-            self._decoder = None
-        return text
 
 
 def unmask(data: bytes | bytearray, key: bytes | bytearray) -> bytes:
@@ -1433,37 +1378,29 @@ def frame_ws_plain(suffix: str, name: str, place: int | None, event: Event) -> b
 def check_handshake(request: Request) -> None:
     """Refuse what trio-websocket would fail on (RFC 6455, section 4.2.1)."""
     headers = request.headers
-    if request.method != "GET" or request.version != "1.1":
-        raise Problem(400, "a WebSocket handshake is a GET over HTTP/1.1")
-    if headers.get("upgrade", "").lower() != "websocket":
-        raise Problem(400, "a WebSocket handshake has one Upgrade: websocket")
-    if "upgrade" not in re.split(r"\s*,\s*", headers.get("connection", "").lower()):
-        raise Problem(400, "a WebSocket handshake needs Connection: Upgrade")
+    upgrades = re.split(r"\s*,\s*", headers.get("connection", "").lower())
+    if request.method != "GET" or request.version != "1.1" or "upgrade" not in upgrades:
+        raise Problem(400, "a WebSocket begins with GET, HTTP/1.1 and Connection: Upgrade")
     if headers.get("sec-websocket-version") != "13":
         need = {"sec-websocket-version": "13", "upgrade": "websocket"}
         raise Problem(426, "this server speaks WebSocket version 13", headers=need)
     if not re.fullmatch("[A-Za-z0-9+/]{22}==", headers.get("sec-websocket-key", "")):
         raise Problem(400, "Sec-WebSocket-Key must be 16 bytes in base64")
-    for name in ("connection", "host", "sec-websocket-extensions",
-                 "sec-websocket-protocol"):  # fmt: skip
-        if not headers.get(name, "").isascii():
-            raise Problem(400, f"the header {name} must be ASCII")
     try:
-        headers.get("host", "").encode().decode("idna")
+        headers.get("host", "").encode("ascii").decode("idna")
+        for name in ("connection", "sec-websocket-extensions", "sec-websocket-protocol"):
+            headers.get(name, "").encode("ascii")
     except UnicodeError:
-        raise Problem(400, "the header host is not a host name") from None
+        wrong = "Host must be a host's name, and Connection and Sec-WebSocket-* ASCII"
+        raise Problem(400, wrong) from None
 
 
+@dataclasses.dataclass(eq=False)
 class HandshakeStream(trio.abc.Stream):
-    """A wire as trio-websocket gets it: to shake hands, not to read on or hang up.
+    """A wire as trio-websocket gets it: to shake hands, not to read on or hang up."""
 
-    Its own task goes on reading behind the handshake, and closes the stream when it
-    does not like what it reads. From there on both are ours.
-    """
-
-    def __init__(self, wire: Wire, head: bytes) -> None:
-        self.wire = wire
-        self.head = head
+    wire: Wire
+    head: bytes
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self.wire.send(bytes(data))
@@ -1490,7 +1427,9 @@ async def shake_hands(wire: Wire, head: bytes, may_v1: bool) -> bool:
     return v1
 
 
-INVISIBLE = frozenset("\u00ad\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+)
 
 
 def clean_name(name: str) -> str:
@@ -1498,16 +1437,15 @@ def clean_name(name: str) -> str:
 
     A tower of combining marks is cut to two; a guest has a number.
     """
-    shown: list[str] = []
-    for c in unicodedata.normalize("NFKC", name):
-        marks = [unicodedata.combining(s) or unicodedata.category(s) == "Me"
-                 for s in (*shown[-2:], c)]  # fmt: skip
-        variant = "\ufe00" <= c <= "\ufe0f" or "\U000e0100" <= c <= "\U000e01ef"
-        shows = c.isprintable() and c not in INVISIBLE and not variant
-        if shows and not (len(marks) == 3 and all(marks)):
-            shown.append(c)
-    text = "".join(shown).strip()[:NAME_CHARACTERS].strip()
-    return text or f"guest-{random.randint(1000, 9999)}"
+    visible = INVISIBLE.sub("", unicodedata.normalize("NFKC", name))
+    shown, marks = "", 0
+    for c in filter(str.isprintable, visible):
+        is_mark = unicodedata.combining(c) or unicodedata.category(c) == "Me"
+        marks = marks + 1 if is_mark else 0
+        if marks <= 2:
+            shown += c
+    shown = shown.strip()[:NAME_CHARACTERS].strip()
+    return shown or f"guest-{random.randint(1000, 9999)}"
 
 
 def free_name(wanted: str, taken: set[str]) -> str:
@@ -1525,10 +1463,7 @@ class Member(Reader):
     on its wire, it does not read, and TCP lets the client feel that.
     """
 
-    __slots__ = (
-        "chatter", "close", "frames", "message", "name", "owed", "pinged_at", "pings",
-        "room", "turn", "wire",
-    )  # fmt: skip
+    __slots__ = ("chatter", "close", "frames", "name", "owed", "pinged_at", "turn", "wire")
 
     def __init__(
         self, wire: Wire, log: EventLog, framing: Framing, start: int, name: str = ""
@@ -1537,13 +1472,11 @@ class Member(Reader):
         self.wire = wire
         self.name = name
         self.frames = FrameParser()
-        self.message: str | bytes | None = None  # the one that waits for its turn
-        self.owed = b""  # pongs and errors, to be sent before we listen on
+        self.owed = b""  # a pong or an error, to be sent before we listen on
         self.chatter = 0  # bytes since the last message
-        self.turn = 0.0  # when the next message may be said
-        self.pings = 0
+        self.turn = 0.0  # a second after this, the next frame may be read
         self.pinged_at = self.quiet_since
-        self.close = WebSocketClose(1006, "")
+        self.close = CUT_OFF
 
     def keep_alive(self, now: float) -> None:
         """Also ping; and drop a member that was silent since the last ping.
@@ -1554,14 +1487,14 @@ class Member(Reader):
         super().keep_alive(now)
         if now - self.pinged_at < PING_EVERY or self.outlet.rest:
             return  # we do not listen while a wire is full: that has its own deadline
-        if self.pings and self.wire.waiting_since <= self.pinged_at:
+        if self.wire.waiting_since < self.pinged_at:
             self.drop("silent")
         else:
-            self.pings, self.pinged_at = self.pings + 1, now
+            self.pinged_at = now
             self.write_aside(PING_FRAME)
 
     async def stay(self, say: Callable[[Said], Awaitable[None]], rate: float) -> None:
-        """Until it or we have had enough."""
+        """Until it or we have had enough. Its messages go to `say`, `rate` a second."""
         try:
             if await self.run(functools.partial(self.listen, say, rate)):
                 self.close = WebSocketClose(1001, "the server is stopping")
@@ -1572,17 +1505,26 @@ class Member(Reader):
         """Pass on everything that it says, until it leaves. Raises WebSocketClose.
 
         May be called away at every `await`, and again later: what is half done stands
-        in `message`, `owed` and `frames`.
+        in `owed`, `turn` and `frames`.
         """
         while True:
             if self.owed:
-                await self.pay()
-            elif self.message is not None:
-                await self.throttle(rate)
-                message, self.message = self.message, None
-                await self.pass_on(say, message)
-            elif frame := self.frames.next():
-                self.take(*frame)
+                await self.outlet.flush()
+                owed, self.owed = self.owed, b""
+                self.write_aside(owed)
+            if self.turn > trio.current_time() + 1:  # it has said a second's worth
+                await trio.sleep_until(self.turn - 1)
+            if frame := self.frames.next():
+                opcode, payload = frame
+                if opcode == PING:
+                    self.owed = frame_ws(cast(bytes, payload), PONG)
+                elif opcode == CLOSE:
+                    raise parse_close(cast(bytes, payload))
+                elif opcode != PONG:
+                    self.chatter = 0
+                    self.turn = max(self.turn, trio.current_time()) + 1 / (rate or inf)
+                    await self.pass_on(say, payload)
+                await trio.lowlevel.checkpoint()  # let the others have their turn
             elif data := await self.wire.receive():
                 self.frames.feed(data)
                 self.chatter += len(data)
@@ -1590,20 +1532,6 @@ class Member(Reader):
                     raise trio.BrokenResourceError("it chatters, and says nothing")
             else:
                 return
-
-    def take(self, opcode: int, payload: str | bytes) -> None:
-        if opcode == PING:
-            self.owed += frame_ws(cast(bytes, payload), PONG)
-        elif opcode == CLOSE:
-            raise parse_close(cast(bytes, payload))
-        elif opcode != PONG:
-            self.message, self.chatter = payload, 0
-
-    async def pay(self) -> None:
-        await self.outlet.flush()
-        owed, self.owed = self.owed, b""
-        self.outlet.write_now(owed)
-        await self.outlet.flush()
 
     async def pass_on(self, say: Callable[[Said], Awaitable[None]], message: str | bytes) -> None:
         """One message. Raises WebSocketClose if the connection must end of it."""
@@ -1615,19 +1543,16 @@ class Member(Reader):
             if said.key is not None:
                 told["key"] = said.key
             v1 = self.framing is WS_JSON
-            self.owed += frame_ws((to_json(told) if v1 else f"error: {problem}").encode())
+            self.owed = frame_ws((to_json(told) if v1 else f"error: {problem}").encode())
 
     def parse(self, message: str | bytes) -> Said:
         if isinstance(message, bytes):
             raise WebSocketClose(1003, "this room is for text")
-        fields: Any = {"text": message}
-        if self.framing is WS_JSON:
-            try:
-                fields = from_json(message)
-            except ValueError:
-                fields = None
-        said = fields if isinstance(fields, dict) else {}
-        text, key = said.get("text"), said.get("key")
+        try:
+            fields = from_json(message) if self.framing is WS_JSON else {"text": message}
+            text, key = fields["text"], fields.get("key")
+        except (ValueError, TypeError, KeyError):
+            text = key = None
         if not isinstance(text, str) or not isinstance(key, str | None):
             raise WebSocketClose(1007, 'send {"text": "..."}')
         if len(text) > MESSAGE_CHARACTERS:
@@ -1636,19 +1561,9 @@ class Member(Reader):
         text = text.encode(errors="replace").decode()
         return Said("message", self.name, text, key and key[:100])
 
-    async def throttle(self, rate: float) -> None:
-        """Go on no faster than `rate` messages a second, after a second's worth.
-
-        A member that talks faster fills the socket's buffers, and TCP makes it wait.
-        """
-        if not rate:
-            return await trio.lowlevel.checkpoint()  # let the pump have its turn
-        await trio.sleep_until(self.turn - 1)
-        self.turn = max(self.turn, trio.current_time()) + 1 / rate
-
     async def goodbye(self) -> None:
         """Everything that was said earlier, by anyone, then the close frame."""
-        if self.close.code == 1006:
+        if self.close is CUT_OFF:
             return  # there is nobody to tell
         end = self.log.end
         with trio.move_on_after(LINGER_CLOSE):

@@ -2720,9 +2720,8 @@ def why(group: BaseException) -> str:
 
 
 # ─── What the upstream says ──────────────────────────────────────────────────────────
-# The upstream's stream is read by the standard's rules, bytes first and text second, and
-# passed on as it came. It has said everything only when it has said its end: whatever ends
-# before that is a cut.
+# The upstream's stream is read by the standard's rules, and passed on as it came. It has
+# said everything only when it has said its end: whatever ends before that is a cut.
 
 EVENT_BYTES, WHOLE_BYTES = 16 * MiB, 16 * MiB
 WORDS_BYTES, WORDS_CHARACTERS = 64 * KiB, 500  # of the upstream's reasons
@@ -2736,94 +2735,87 @@ class ServerSentEvent(NamedTuple):
 class SSEParser:
     """Reads an event stream (HTML standard 9.2.6), however its bytes were split.
 
-    Lines are cut as bytes and decoded one by one, so that a character that arrives in two
-    pieces is whole again. An event larger than `max_bytes` raises ValueError.
-
-    An unfinished line is a list of its pieces, joined when its end is there: adding each
-    piece to one growing string would take time that grows with its square.
+    Bytes become text only up to a blank line: by then, a character that came in two pieces
+    is whole. An event larger than `max_bytes` raises ValueError.
     """
-
-    _LINE_END = re.compile(rb"\r\n|\n|\r")
 
     def __init__(self, max_bytes: float = inf) -> None:
         self.max_bytes = max_bytes
-        self._type = ""
-        self._data: list[str] = []
-        self._size = 0  # of the event that is not complete yet
-        self._tail: list[bytes] = []
+        self._unread = bytearray()  # of the event that is not complete yet
         self._after_cr = False  # a line end already; should a LF come, it is part of it
-        self._first_line = True  # which may have a byte order mark
+        self._encoding = "utf-8-sig"  # until the first event: a byte order mark may come
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         """Take the next bytes; return the events that they complete.
 
         A last event without its blank line is never returned, as the standard wants.
         """
-        if self._after_cr and data[:1] == b"\n":  # the second half of a CR LF
-            data, self._after_cr = data[1:], False
-        if not data:
-            return []
-        self._after_cr = data[-1:] == b"\r"
-        *lines, tail = self._LINE_END.split(data)
-        if lines:
-            lines[0] = b"".join(self._tail) + lines[0]
-            self._tail.clear()
-        self._tail.append(tail)
-        self._size += len(data)
-        events = [event for line in lines if (event := self._line(line))]
-        if self._size > self.max_bytes:
-            limit = self.max_bytes
-            size = f"{limit / MiB:g} MiB" if limit >= MiB else f"{limit} bytes"
-            raise ValueError(f"an event of more than {size}")
+        if data and (self._after_cr or b"\r" in data):
+            after_cr, self._after_cr = self._after_cr, data[-1:] == b"\r"
+            data = data[1:] if after_cr and data[:1] == b"\n" else data
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if self._unread or data[-2:] != b"\n\n":  # else it is whole, as nearly always
+            searched = max(len(self._unread) - 1, 0)  # no byte is searched twice
+            self._unread += data
+            end = self._unread.rfind(b"\n\n", searched) + 1
+            if not end:
+                if len(self._unread) > self.max_bytes:
+                    raise ValueError(f"an event of more than {self.max_bytes / MiB:.3g} MiB")
+                return []
+            data = bytes(self._unread[:end])
+            del self._unread[: end + 1]
+        text = data.decode(self._encoding, "replace")
+        self._encoding = "utf-8"
+        events = []
+        lines, type = [], ""
+        for line in text.split("\n"):
+            name, _, value = line.partition(":")
+            if name == "data":
+                lines.append(value.removeprefix(" "))
+            elif name == "event":
+                type = value.removeprefix(" ")
+            elif not line:
+                if lines:  # without data it does not end an event, and the type is lost
+                    events.append(ServerSentEvent("\n".join(lines), type or "message"))
+                lines, type = [], ""
         return events
 
     def unfinished(self) -> str:
         """The data of a last event that lacks its blank line."""
-        if line := b"".join(self._tail):
-            self._line(line)
-        return "\n".join(self._data)
-
-    def _line(self, raw: bytes) -> ServerSentEvent | None:
-        if self._first_line:
-            raw, self._first_line = raw.removeprefix(b"\xef\xbb\xbf"), False
-        if raw:
-            name, _, value = raw.decode(errors="replace").partition(":")
-            if name == "data":
-                self._data.append(value.removeprefix(" "))
-            elif name == "event":
-                self._type = value.removeprefix(" ")
-            return None
-        # A blank line. Without data it does not end an event, and the type is lost.
-        data, type = self._data, self._type
-        self._data, self._type, self._size = [], "", len(self._tail[0])
-        return ServerSentEvent("\n".join(data), type or "message") if data else None
+        events = self.feed(b"\n\n")
+        return events[-1].data if events else ""
 
 
 def upstream_problem(message: str, status: int = 502, code: str | None = None) -> Problem:
     return Problem(status, message, "upstream_error", code)
 
 
-def find_words(said: Any) -> str:
-    """The reason in an error, wherever it stands; "" if there is none."""
-    if isinstance(said, str):
-        return said
-    if isinstance(said, dict):
-        places = ("error", "message", "detail", "errors", "msg", "title", "reason")
-        said = [said[name] for name in places if said.get(name)]
-    if isinstance(said, list):
-        return next((words for item in said[:5] if (words := find_words(item))), "")
-    return ""
+def is_error(said: Any) -> bool:
+    """Whichever of the usual forms it has; a null in `error` is not one."""
+    if isinstance(said, list) and said:
+        said = said[0]
+    return isinstance(said, dict) and (
+        "error" in (said.get("object"), said.get("type"))
+        or (said.get("error") is not None and said.get("object") != "response")
+    )
 
 
 def reason_given(status: int, said: Any, secrets: Iterable[str]) -> Problem:
-    """The upstream's own words about what went wrong, without the key."""
-    words = clean_words(find_words(said), secrets)
+    """The upstream's own words about what went wrong, wherever they stand, without the key."""
+    places = ("error", "message", "detail", "errors", "msg", "title", "reason")
+    words, waiting = "", [said]
+    around: JSON = {}
+    while waiting and not words:
+        said = waiting.pop()
+        if isinstance(said, dict):
+            around, said = around | said, [said.get(place) for place in places]
+        if isinstance(said, list):
+            waiting += reversed(said[: len(places)])
+        elif isinstance(said, str):
+            words = clean_words(said, secrets)
     problem = upstream_problem(words or f"the upstream answered {status}", status)
-    error = said[0] if isinstance(said, list) and said else said
-    while isinstance(error, dict) and isinstance(error.get("error"), dict):
-        error = error["error"]
     for name in ("type", "param", "code"):
-        value = error.get(name) if isinstance(error, dict) else None
+        value = around.get(name)
         if isinstance(value, str | int) and value not in ("", "error"):
             problem.error[name] = clean_words(value, secrets) if isinstance(value, str) else value
     return problem
@@ -2862,8 +2854,6 @@ def key_pattern(secret: str) -> re.Pattern[str]:
 # references of OpenAI's chat completions, completions and responses, and of Anthropic's
 # messages.
 
-RESPONSE_ENDS = {"response.completed", "response.incomplete", "response.failed"}
-
 
 class JsonBody:
     """A question as JSON: parsed once, to be checked, and changed only where it must be.
@@ -2876,35 +2866,26 @@ class JsonBody:
         if brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS:
             raise Problem(413, "the body has too many brackets or commas: send less")
         try:
-            self.fields = CHECKER.decode(raw.decode())
-        except RecursionError:
-            raise Problem(400, "the body is not JSON: nested too deeply") from None
+            self.fields = from_json(raw)
         except ValueError as error:
             raise Problem(400, f"the body is not JSON: {error}"[:300]) from None
         if not isinstance(self.fields, dict):
             raise Problem(400, 'send a JSON object, such as {"messages": [...]}')
+        self.model = str(self.fields.get("model") or "")
+        self.changes: JSON = {}  # None takes the field out
         self._raw = raw
-        self._changes: JSON = {}
-
-    @property
-    def model(self) -> str:
-        return str(self._changes.get("model") or self.fields.get("model") or "")
 
     def choose(self, model: str) -> None:
         # A second "model" may be the one that counts for the upstream.
         twice = self._raw.count(b'"model"') > 1 or b"\\u00" in self._raw
-        if model and (model != self.fields.get("model") or twice):
-            self._changes["model"] = model
-
-    def change(self, name: str, value: object) -> None:
-        """None takes the field out."""
-        self._changes[name] = value
+        if model and (model != self.model or twice):
+            self.model = self.changes["model"] = model
 
     def raw(self) -> bytes:
-        if not self._changes:
+        if not self.changes:
             return self._raw
-        fields = from_json(self._raw) | self._changes
-        gone = [name for name, value in self._changes.items() if value is None]
+        fields = self.fields | self.changes
+        gone = [name for name, value in self.changes.items() if value is None]
         return to_json({k: v for k, v in fields.items() if k not in gone}).encode()
 
 
@@ -2913,20 +2894,25 @@ def check_question(fields: JSON, api: Api) -> None:
 
     All else is the upstream's to judge, and passed on: it may be newer than we are.
     """
-    messages = fields.get("messages")
-    if api.has_messages and (not isinstance(messages, list) or not messages):
+    kinds = {"stream": bool, "background": bool, "model": str, "stream_options": dict}
+    for name, kind in {**kinds, "previous_response_id": str}.items():
+        if not isinstance(fields.get(name), kind | None):
+            raise Problem(400, f"{name} has the wrong type", param=name)
+    messages = fields.get("messages") if api.has_messages else [{"role": "any"}]
+    if not isinstance(messages, list) or not messages:
         wanted = "messages must be a list of at least one {role, content}"
         raise Problem(400, wanted, param="messages")
-    for n, message in enumerate(cast(list[Any], messages) if api.has_messages else ()):
+    for n, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Problem(400, "each message needs a role", param=f"messages[{n}]")
         if not isinstance(message.get("content"), str | list | None):
             wanted = "content must be text, or a list of parts"
             raise Problem(400, wanted, param=f"messages[{n}].content")
-    kinds = {"stream": bool, "background": bool, "model": str, "stream_options": dict}
-    for name, kind in {**kinds, "previous_response_id": str}.items():
-        if not isinstance(fields.get(name), kind | None):
-            raise Problem(400, f"{name} has the wrong type", param=name)
+
+
+def ask_as_is(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
+    stream = body.fields.get("stream") is True
+    return Question(api, body.raw(), stream, body.model, headers)
 
 
 class Relay:
@@ -2946,45 +2932,68 @@ class Relay:
     def take(self, event: ServerSentEvent) -> None:
         """Raises Problem if it says an error, or nothing that can be understood."""
         data, type = event
-        if self.answer.closed or not data.strip():
+        api, answer, data = self.api, self.answer, data.strip()
+        if answer.closed or not data:
             return
-        if data.strip() == "[DONE]":
-            if self.api.adds_done:
-                self.finish()
-            return
+        if data == "[DONE]":
+            return self.finish() if api.adds_done else None
         try:
-            chunk = from_json(data)
-        except ValueError:
+            chunk, end = DECODER.raw_decode(data)
+        except (ValueError, RecursionError):
+            end = 0
+        if end < len(data):
             if type != "error":
-                raise upstream_problem("the upstream sent a chunk that is not JSON") from None
+                raise upstream_problem("the upstream sent a chunk that is not JSON")
             chunk = data
         if type == "error" or is_error(chunk):
             raise reason_given(502, chunk, self.secrets)
         if not isinstance(chunk, dict):
             raise upstream_problem("the upstream sent a chunk that is not an object")
+        if api.ends and isinstance(named := chunk.get("type"), str) and named.isprintable():
+            type = named or type
         if not self.began:
             self.began = True
-            self.answer.accepted.set()
-        self.api.take(self, type, data, chunk)
+            answer.accepted.set()
+        if not self.spoke and type.endswith(api.speaks):
+            self.spoke = True
+            self.metrics.first_token(trio.current_time() - answer.begun)
+        if api.adds_done:
+            self.note_choices(chunk)
+        api.take(self, chunk, data, type)
+        if type in api.ends:
+            answer.finish()
+
+    def note_choices(self, chunk: JSON) -> None:
+        """Which choices have begun, and which have ended."""
+        choices = chunk.get("choices")
+        for n, choice in enumerate(choices if isinstance(choices, list) else ()):
+            if isinstance(choice, dict):
+                index = str(choice.get("index", n))
+                if choice.get("finish_reason") is not None:
+                    self.choices[index] = True
+                elif index not in self.choices:
+                    self.choices[index] = False
 
     def take_whole(self, text: str) -> None:
         """A body that is not a stream. Raises Problem."""
+        api, stream = self.api, self.answer.question.stream
         try:
             whole = from_json(text)
         except ValueError:
             raise upstream_problem("the upstream sent what is not JSON") from None
-        if is_error(whole) or not isinstance(whole, dict) or self.api.says not in whole:
+        if is_error(whole) or not isinstance(whole, dict) or api.says not in whole:
             raise reason_given(502, whole, self.secrets)
-        if whole[self.api.says] == [] and self.api.adds_done and self.answer.question.stream:
+        if whole[api.says] == [] and api.adds_done and stream:
             raise upstream_problem("the upstream ended without an answer", code="cut")
         try:
-            chunks = self.api.split(whole) if self.answer.question.stream else []
+            events = [*api.split(whole)] if stream else [api.keep(whole)] if api.keep else []
         except (TypeError, AttributeError, ValueError, LookupError):
             raise upstream_problem("the upstream's answer has a shape that nobody knows") from None
-        for chunk in chunks:
-            self.take(ServerSentEvent(to_json(chunk), "message"))
-        if not self.answer.question.stream:
-            self.write(*self.api.keep(self, text, whole))
+        self.metrics.first_token(trio.current_time() - self.answer.begun)
+        for event in events:
+            api.take(self, event, to_json(event), event["type"] if api.ends else "message")
+        if not events:
+            self.write(text)
         self.answer.finish()
 
     def end(self) -> None:
@@ -2999,53 +3008,49 @@ class Relay:
             raise upstream_problem("the upstream ended without an answer", code="cut")
         self.answer.finish()
 
-    def write(self, data: str, type: str = "message", speaks: bool = True) -> None:
-        if speaks and not self.spoke:
-            self.spoke = True
-            self.metrics.first_token(trio.current_time() - self.answer.begun)
+    def write(self, data: str, type: str = "message") -> None:
+        """Append what the model says. Raises Problem if it is too much to keep."""
         self.answer.append(data, type)
         if not self.answer.affordable or self.answer.size > ANSWER_BYTES:
             raise upstream_problem("the answer is too large to keep", code="too_large")
 
 
-def is_error(chunk: Any) -> bool:
-    """Whichever of the usual forms it has; a null in `error` is not one."""
-    if isinstance(chunk, list):
-        return bool(chunk) and is_error(chunk[0])
-    return isinstance(chunk, dict) and (
-        "error" in (chunk.get("object"), chunk.get("type"))
-        or (chunk.get("error") is not None and chunk.get("object") != "response")
-    )
-
-
-def take_chat(relay: Relay, type: str, data: str, chunk: JSON) -> None:
-    note_choices(relay, chunk)
+def take_as_is(relay: Relay, chunk: JSON, data: str, type: str) -> None:
     relay.write(data, type)
 
 
-def note_choices(relay: Relay, chunk: JSON) -> Any:
-    """Which choices have begun, and which have ended. Returns the first one's delta."""
-    delta = None
-    choices = chunk.get("choices")
-    for n, choice in enumerate(choices if isinstance(choices, list) else ()):
-        if isinstance(choice, dict):
-            index = choice.get("index", n)
-            ended = choice.get("finish_reason") is not None
-            relay.choices[str(index)] = ended or relay.choices.get(str(index), False)
-            delta = delta or choice
-    return delta
+def split_chat(whole: JSON) -> Iterator[JSON]:
+    """A whole completion as one chunk; the end follows by itself."""
+    choices = []
+    for choice in whole["choices"]:
+        delta = {**(choice.get("message") or {})}
+        if calls := delta.get("tool_calls"):
+            delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
+        choices.append({**choice, "delta": delta})
+        choices[-1].pop("message", None)
+    yield {**whole, "object": "chat.completion.chunk", "choices": choices}
 
 
-def take_chat_page(relay: Relay, type: str, data: str, chunk: JSON) -> None:
+def ask_for_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
+    """{messages} is all that the chat page's protocol knows, and perhaps a model."""
+    asked = {"messages": body.fields["messages"], "stream": True}
+    if body.model:
+        asked["model"] = body.model
+    return Question(api, to_json(asked).encode(), True, body.model, headers)
+
+
+def take_for_page(relay: Relay, chunk: JSON, data: str, type: str) -> None:
     """Text, reasoning, and an end that is not an ordinary one, each as an event."""
-    choice = note_choices(relay, chunk) or {}
-    delta = choice.get("delta")
-    delta = delta if isinstance(delta, dict) else {}
-    if text := text_of(delta.get("content")):
-        relay.write(to_json({"content": text}))
-    if text := text_of(delta.get("reasoning_content") or delta.get("reasoning")):
-        relay.write(to_json({"content": "", "reasoning": text}))
-    finish = choice.get("finish_reason")
+    choices = chunk.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        return
+    delta, finish = choice.get("delta"), choice.get("finish_reason")
+    if isinstance(delta, dict):
+        if text := text_of(delta.get("content")):
+            relay.write(to_json({"content": text}))
+        if text := text_of(delta.get("reasoning_content") or delta.get("reasoning")):
+            relay.write(to_json({"content": "", "reasoning": text}))
     if isinstance(finish, str) and finish != "stop":
         relay.write(to_json({"content": "", "finish_reason": finish}))
 
@@ -3058,159 +3063,90 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def take_response(relay: Relay, type: str, data: str, chunk: JSON) -> None:
-    """As it came, but for our id, and a sequence_number where there is none."""
-    type, before = str(chunk.get("type") or type), dict(chunk)
-    if isinstance(response := chunk.get("response"), dict):
-        chunk["response"] = rename_response(relay, response)
-    if "response_id" in chunk and relay.response_id:
-        chunk["response_id"] = relay.response_id
-    if not isinstance(chunk.get("sequence_number"), int):
-        chunk["sequence_number"] = relay.sequence + 1
-    relay.sequence = chunk["sequence_number"]
-    text = data if chunk == before else to_json(chunk)
-    if type == "response.failed":
-        text = hide(text, relay.secrets)
-    relay.write(text, type, type.endswith(".delta"))
-    if type in RESPONSE_ENDS:
-        relay.answer.finish()
+# ── responses ──
+# Whatever the upstream sends, a response can be retrieved: its first event settles its id,
+# its numbers only grow, and an event that ends it has it.
+
+RESPONSE_ENDS = frozenset(f"response.{end}" for end in ("completed", "incomplete", "failed"))
+RESPONSE_STATES = RESPONSE_ENDS | {"response.created", "response.queued", "response.in_progress"}
 
 
-def rename_response(relay: Relay, response: JSON) -> JSON:
-    """Its id with our secret: it cannot be guessed, and it cannot be repeated."""
-    if not relay.response_id:
-        named = response.get("id") or f"resp_{secrets.token_hex(16)}"
-        relay.response_id = f"{named}.{relay.answer.name}"
-    previous = relay.answer.question.previous or response.get("previous_response_id")
-    renamed = {**response, "id": relay.response_id}
-    return renamed | ({"previous_response_id": previous} if previous else {})
+def ask_for_response(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
+    """`background` is ours: a log needs nobody there, and upstreams seldom know it.
+
+    So that there is something to poll, the upstream is then asked for a stream.
+    """
+    background = body.fields.get("background") is True
+    polled = background and body.fields.get("stream") is not True
+    previous = body.fields.get("previous_response_id") or ""
+    if "background" in body.fields:
+        body.changes["background"] = None
+    if polled:
+        body.changes["stream"] = True
+    if ours := re.fullmatch(r"(.+)\.[0-9a-f]{32}", previous):
+        body.changes["previous_response_id"] = ours[1]
+    question = ask_as_is(api, body, headers)
+    question.stream |= polled
+    question.background, question.polled, question.previous = background, polled, previous
+    return question
 
 
-def take_message(relay: Relay, type: str, data: str, chunk: JSON) -> None:
-    type = str(chunk.get("type") or type)
-    relay.write(data, type, type == "content_block_delta")
-    if type == "message_stop":
-        relay.answer.finish()
+def take_response(relay: Relay, chunk: JSON, data: str, kind: str) -> None:
+    """As it came, but for our id, and a sequence_number where there is none of use."""
+    response, number = chunk.get("response"), chunk.get("sequence_number")
+    relay.response_id = relay.response_id or response_id(relay.answer, response)
+    changes: JSON = {"response_id": relay.response_id} if "response_id" in chunk else {}
+    if isinstance(response, dict):
+        changes["response"] = renamed = {**response, "id": relay.response_id}
+        if previous := relay.answer.question.previous:
+            renamed["previous_response_id"] = previous
+        if response.get("error"):
+            failure = reason_given(502, response, relay.secrets).error
+            code = failure["code"] or "server_error"
+            renamed["error"] = {"code": code, "message": failure["message"]}
+    elif kind in RESPONSE_ENDS:
+        raise upstream_problem("the upstream ended without a response", code="cut")
+    if type(number) is not int or not relay.sequence < number < 10**14:
+        number = changes["sequence_number"] = relay.sequence + 1
+    relay.sequence = number
+    relay.write(to_json(chunk | changes) if changes else data, kind)
 
 
-def split_chat(whole: JSON) -> list[JSON]:
-    """A whole completion as one chunk; the end follows by itself."""
-    choices = []
-    for choice in whole["choices"]:
-        delta = dict(choice.get("message") or {})
-        if calls := delta.get("tool_calls"):
-            delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
-        rest = {name: value for name, value in choice.items() if name != "message"}
-        choices.append({**rest, "delta": delta})
-    return [{**whole, "object": "chat.completion.chunk", "choices": choices}]
+def response_id(answer: Answer, response: Any) -> str:
+    """The upstream's, with our secret: it cannot be guessed, and it cannot be repeated."""
+    id = response.get("id") if isinstance(response, dict) else None
+    return f"{id if id and isinstance(id, str | int) else 'resp_0'}.{answer.name}"
 
 
-def split_completion(whole: JSON) -> list[JSON]:
-    return [whole]
+def keep_response(whole: JSON) -> JSON:
+    """As the last event of a stream, so that it can be retrieved like one."""
+    end = f"response.{whole.get('status') or 'completed'}"
+    return {"type": end if end in RESPONSE_ENDS else "response.incomplete", "response": whole}
 
 
-def split_response(whole: JSON) -> list[JSON]:
-    return response_events(whole, lambda text: [text])
-
-
-def response_events(whole: JSON, cut: Callable[[str], list[str]]) -> list[JSON]:
+def response_events(
+    whole: JSON, cut: Callable[[str], list[str]] = lambda text: [text]
+) -> Iterator[JSON]:
     """The events of a stream that ends in this response; `cut` makes deltas of a text."""
-    status = whole.get("status") or "completed"
     begun = {**whole, "status": "in_progress", "output": [], "usage": None}
-    events: list[JSON] = [
-        {"type": f"response.{name}", "response": begun} for name in ("created", "in_progress")
-    ]
+    yield {"type": "response.created", "response": begun}
+    yield {"type": "response.in_progress", "response": begun}
     for n, item in enumerate(whole["output"]):
         content = item.get("content") if item.get("type") == "message" else None
         empty = {**item, "status": "in_progress"} | ({"content": []} if content else {})
-        events.append({"type": "response.output_item.added", "output_index": n, "item": empty})
+        yield {"type": "response.output_item.added", "output_index": n, "item": empty}
         for m, part in enumerate(content or ()):
             at = {"item_id": item.get("id"), "output_index": n, "content_index": m}
-            text, says = part.get("text", ""), "response.output_text"
-            first = {**part, "text": ""} if "text" in part else part
-            events.append({"type": "response.content_part.added", **at, "part": first})
+            text = part.get("text")
+            first = {**part, "text": ""} if text else part
+            yield {"type": "response.content_part.added", **at, "part": first}
+            for delta in cut(text) if text else ():
+                yield {"type": "response.output_text.delta", **at, "delta": delta, "logprobs": []}
             if text:
-                deltas = ({"delta": delta, "logprobs": []} for delta in cut(text))
-                events += [{"type": f"{says}.delta", **at, **delta} for delta in deltas]
-                events.append({"type": f"{says}.done", **at, "text": text, "logprobs": []})
-            events.append({"type": "response.content_part.done", **at, "part": part})
-        events.append({"type": "response.output_item.done", "output_index": n, "item": item})
-    return [*events, {"type": f"response.{status}", "response": whole}]
-
-
-def split_message(whole: JSON) -> list[JSON]:
-    """Each block whole; of its text, one delta."""
-    events: list[JSON] = [
-        {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
-    ]
-    for n, block in enumerate(whole["content"]):
-        begun = {**block, "text": ""} if "text" in block else block
-        delta = {"type": "text_delta", "text": block.get("text", "")}
-        events += [
-            {"type": "content_block_start", "index": n, "content_block": begun},
-            {"type": "content_block_delta", "index": n, "delta": delta},
-            {"type": "content_block_stop", "index": n},
-        ]
-    end = {name: whole.get(name) for name in ("stop_reason", "stop_sequence")}
-    usage = whole.get("usage") or {}
-    return [*events, {"type": "message_delta", "delta": end, "usage": usage},
-            {"type": "message_stop"}]  # fmt: skip
-
-
-def keep_as_is(relay: Relay, text: str, whole: JSON) -> tuple[str, str]:
-    return text, "message"
-
-
-def keep_response(relay: Relay, text: str, whole: JSON) -> tuple[str, str]:
-    """As the last event of a stream, so that it can be retrieved like one."""
-    type = f"response.{whole.get('status') or 'completed'}"
-    response = rename_response(relay, whole)
-    return to_json({"type": type, "sequence_number": 0, "response": response}), type
-
-
-def error_event(answer: Answer, problem: Problem, **more: object) -> Event:
-    """The one form that makes every SDK raise."""
-    error = {**problem.error, "type": problem.type}
-    number = next_sequence(answer)
-    fields = {"type": "error", "sequence_number": number, **more, "error": error}
-    return Event(to_json(fields), "error")
-
-
-def close_chat(answer: Answer, problem: Problem | None, **more: object) -> list[Event]:
-    return [error_event(answer, problem, **more) if problem else Event("[DONE]")]
-
-
-def close_message(answer: Answer, problem: Problem | None) -> list[Event]:
-    return [error_event(answer, problem)] if problem else []
-
-
-def close_response(answer: Answer, problem: Problem | None) -> list[Event]:
-    """The error, then the end of a response, with the status that retrieve tells."""
-    if problem is None:
-        return []
-    status = "cancelled" if problem.type == "stopped" else "failed"
-    error = {"code": "server_error", "message": str(problem)}
-    number = next_sequence(answer) + 1
-    response = {**response_now(answer), "status": status, "error": error}
-    last = {"type": "response.failed", "sequence_number": number, "response": response}
-    return [error_event(answer, problem), Event(to_json(last), "response.failed")]
-
-
-def sequence_of(answer: Answer, place: int) -> int:
-    """An event's sequence_number, or its place where it has none."""
-    found = re.search(r'"sequence_number":\s*(\d{1,15})', answer[place].data)
-    return int(found[1]) if found else place
-
-
-def next_sequence(answer: Answer) -> int:
-    return sequence_of(answer, answer.end - 1) + 1 if answer.end > answer.start else 0
-
-
-def place_of_sequence(answer: Answer, number: int) -> int:
-    """The place of the first event after this sequence_number. They only grow."""
-    places = range(answer.start, answer.end)
-    key = functools.partial(sequence_of, answer)
-    return answer.start + bisect.bisect_right(places, number, key=key)
+                yield {"type": "response.output_text.done", **at, "text": text, "logprobs": []}
+            yield {"type": "response.content_part.done", **at, "part": part}
+        yield {"type": "response.output_item.done", "output_index": n, "item": item}
+    yield keep_response(whole)
 
 
 def response_now(answer: Answer, end: float = inf) -> JSON:
@@ -3222,51 +3158,52 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
     for place in range(int(min(answer.end, end)) - 1, answer.start - 1, -1):
         event = answer[place]
         if event.type == "response.output_item.done":
-            items.insert(0, from_json(event.data).get("item"))
-        elif event.type in RESPONSE_ENDS:
-            return cast(JSON, from_json(event.data)["response"])
-        elif place <= answer.start + 1:
+            item = from_json(event.data).get("item")
+            items[:0] = [item] if isinstance(item, dict) else []
+        elif event.type in RESPONSE_STATES or place == answer.start:
             response = from_json(event.data).get("response")
             if isinstance(response, dict):
-                return {**response, "output": items}
+                return response if event.type in RESPONSE_ENDS else response | {"output": items}
     return {
-        "id": f"resp_{answer.name}.{answer.name}", "object": "response", "output": items,
+        "id": response_id(answer, None), "object": "response", "output": items,
         "created_at": int(time.time()), "status": "in_progress", "tools": [],
         "model": answer.question.model, "parallel_tool_calls": True, "tool_choice": "auto",
     }  # fmt: skip
 
 
-def ask_as_is(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
-    stream = body.fields.get("stream") is True
-    return Question(api, body.raw(), stream, body.model, headers)
+def fail_response(answer: Answer, problem: Problem, number: int) -> Event:
+    """The end of a response after an error, with the status that retrieve tells."""
+    status = "cancelled" if problem.type == "stopped" else "failed"
+    error = {"code": "server_error", "message": str(problem)}
+    response = {**response_now(answer), "status": status, "error": error}
+    last = {"type": "response.failed", "sequence_number": number, "response": response}
+    return Event(to_json(last), "response.failed")
 
 
-def ask_for_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
-    """{messages} is all that the chat page's protocol knows, and perhaps a model."""
-    asked: JSON = {"messages": from_json(body.raw())["messages"], "stream": True}
-    if body.model:
-        asked["model"] = body.model
-    return Question(api, to_json(asked).encode(), True, body.model, headers)
+def sequence_of(answer: Answer, place: int) -> int:
+    """An event's sequence_number, or its place where it has none."""
+    found = re.search(r'"sequence_number":\s*(\d{1,15})', answer[place].data)
+    return int(found[1]) if found else place
 
 
-def ask_for_response(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
-    """`background` is ours: a log needs nobody there, and upstreams seldom know it.
+def place_of_sequence(answer: Answer, number: int) -> int:
+    """The place of the first event after this sequence_number. They only grow."""
+    places, key = range(answer.start, answer.end), functools.partial(sequence_of, answer)
+    return answer.start + bisect.bisect_right(places, number, key=key)
 
-    So that there is something to poll, the upstream is then asked for a stream.
-    """
-    stream = body.fields.get("stream") is True
-    background = body.fields.get("background") is True
-    if "background" in body.fields:
-        body.change("background", None)
-    if background and not stream:
-        body.change("stream", True)
-    previous = body.fields.get("previous_response_id") or ""
-    if ours := re.fullmatch(r"(.+)\.[0-9a-f]{32}", previous):
-        body.change("previous_response_id", ours[1])
-    return Question(
-        api, body.raw(), stream or background, body.model, headers,
-        background=background, polled=background and not stream, previous=previous,
-    )  # fmt: skip
+
+def split_message(whole: JSON) -> Iterator[JSON]:
+    """Each block whole; of its text, one delta."""
+    yield {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
+    for n, block in enumerate(whole["content"]):
+        begun = {**block, "text": ""} if "text" in block else block
+        delta = {"type": "text_delta", "text": block.get("text", "")}
+        yield {"type": "content_block_start", "index": n, "content_block": begun}
+        yield {"type": "content_block_delta", "index": n, "delta": delta}
+        yield {"type": "content_block_stop", "index": n}
+    end = {name: whole.get(name) for name in ("stop_reason", "stop_sequence")}
+    yield {"type": "message_delta", "delta": end, "usage": whole.get("usage") or {}}
+    yield {"type": "message_stop"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3275,28 +3212,39 @@ class Api:
 
     path: str  # below the base URL of the upstream
     says: str  # the field of a whole answer that has what it says
-    take: Callable[[Relay, str, str, JSON], None]  # an event
-    closing: Callable[[Answer, Problem | None], list[Event]]  # our last events
-    split: Callable[[JSON], list[JSON]]  # JSON where a stream was wanted
+    split: Callable[[JSON], Iterable[JSON]]  # JSON where a stream was wanted
+    take: Callable[[Relay, JSON, str, str], None] = take_as_is  # an event
     ask: Callable[[Api, JsonBody, dict[str, str]], Question] = ask_as_is
-    keep: Callable[[Relay, str, JSON], tuple[str, str]] = keep_as_is  # a whole answer
+    keep: Callable[[JSON], JSON] | None = None  # a whole answer; else as it came
     whole: Callable[[Answer], str] = lambda answer: answer[answer.start].data
+    fail: Callable[[Answer, Problem, int], Event] | None = None  # after the error
+    ends: frozenset[str] = frozenset()  # names of the events that end it
+    speaks: str = ""  # how the names of events end that have a word
+    error_has: tuple[str, ...] = ()  # empty texts
     adds_done: bool = False  # `data: [DONE]` is its end, and ours
     has_messages: bool = False
 
+    def closing(self, answer: Answer, problem: Problem | None) -> list[Event]:
+        """Our last events: the end, or an error in the one form that makes every SDK raise."""
+        if problem is None:
+            return [Event("[DONE]")] if self.adds_done else []
+        number = sequence_of(answer, answer.end - 1) + 1 if answer.end > answer.start else 0
+        error = {
+            "type": "error", "sequence_number": number, **dict.fromkeys(self.error_has, ""),
+            "error": {**problem.error, "type": problem.type},
+        }  # fmt: skip
+        last = [self.fail(answer, problem, number + 1)] if self.fail else []
+        return [Event(to_json(error), "error"), *last]
 
-CHAT = Api("/chat/completions", "choices", take_chat, close_chat, split_chat,
-           adds_done=True, has_messages=True)  # fmt: skip
-CHAT_PAGE = dataclasses.replace(
-    CHAT, take=take_chat_page, closing=functools.partial(close_chat, content=""), ask=ask_for_page
-)
-COMPLETIONS = Api("/completions", "choices", take_chat, close_chat, split_completion,
-                  adds_done=True)  # fmt: skip
-RESPONSES = Api("/responses", "output", take_response, close_response, split_response,
-                ask_for_response, keep_response,
-                lambda answer: to_json(response_now(answer)))  # fmt: skip
-MESSAGES = Api("/messages", "content", take_message, close_message, split_message,
-               has_messages=True)  # fmt: skip
+
+CHAT = Api("/chat/completions", "choices", split_chat, adds_done=True, has_messages=True)
+CHAT_PAGE = dataclasses.replace(CHAT, take=take_for_page, ask=ask_for_page, error_has=("content",))
+COMPLETIONS = Api("/completions", "choices", lambda whole: [whole], adds_done=True)
+RESPONSES = Api("/responses", "output", response_events, take_response, ask_for_response,
+                keep_response, lambda answer: to_json(response_now(answer)), fail_response,
+                RESPONSE_ENDS, ".delta")  # fmt: skip
+MESSAGES = Api("/messages", "content", split_message, ends=frozenset({"message_stop"}),
+               speaks="_block_delta", has_messages=True)  # fmt: skip
 
 
 # ─── The upstream ────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ from urllib.parse import quote_from_bytes
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kit import (
     CHAT,
@@ -194,20 +194,35 @@ TYPES = st.sampled_from(KINDS.split())
 CHUNKS = st.fixed_dictionaries(
     {},
     optional={
-        "type": TYPES,
+        "type": TYPES | JSON,
         "choices": st.lists(st.dictionaries(WORDS, JSON, max_size=4), max_size=2),
-        "response": st.dictionaries(WORDS, JSON, max_size=4),
-        "sequence_number": JSON,
+        "response": JSON | st.dictionaries(WORDS, JSON, max_size=4),
+        "response_id": JSON,
+        "sequence_number": JSON | st.integers(-1, 9),
+        "item": JSON,
         "error": JSON,
         "content": JSON,
         "usage": JSON,
     },
 )
 SAID = st.lists(st.tuples(TYPES, CHUNKS | JSON), max_size=5)
+ENDS_WITHOUT_IT = [("response.completed", {})]
+UNNAMED = [("message", {"response": {}}), ("response.created", {"response": {"id": "resp_1"}})]
+ODD_IDS = [("response.created", {"response": {"id": {"a": 1}}}), ("x", {"response_id": 5})]
+ODD_NUMBERS = [("x", {"sequence_number": n}) for n in (7, 7, 3, True, -1, 10**20, "8", None)]
+TWO_LINES = [("message", {"type": "response.completed\n\ndata: [DONE]", "response": {}})]
+NO_ITEM = [("response.output_item.done", {}), ("response.output_item.done", {"item": 5})]
 
 
 @fuzz(400)
 @given(st.sampled_from(APIS), SAID)
+@example(chatstream.RESPONSES, ENDS_WITHOUT_IT)
+@example(chatstream.RESPONSES, UNNAMED)
+@example(chatstream.RESPONSES, ODD_IDS)
+@example(chatstream.RESPONSES, ODD_NUMBERS)
+@example(chatstream.RESPONSES, TWO_LINES)
+@example(chatstream.MESSAGES, TWO_LINES)
+@example(chatstream.RESPONSES, NO_ITEM)
 def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(api, said):
     def take(relay):
         for type, chunk in said:
@@ -221,6 +236,7 @@ def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(api, said):
 @fuzz(400)
 @given(st.sampled_from(APIS), st.booleans(), CHUNKS | JSON)
 def test_a_whole_answer_of_any_shape_is_one_or_an_upstream_error(api, streamed, said):
+    streamed = streamed or api is chatstream.CHAT_PAGE  # which always is
     make_an_answer(api, streamed, lambda relay: relay.take_whole(chatstream.to_json(said)))
 
 
@@ -237,13 +253,27 @@ def make_an_answer(api, streamed, take):
             problem = caught
         assert problem is None or problem.error["message"]
         answer.finish(problem)
-        answer.frames(chatstream.SSE, 0)
+        events = [answer[place] for place in range(answer.end)]
+        read = SSEParser().feed(answer.frames(chatstream.SSE, 0)[0])
+        assert [tuple(event) for event in read] == [(e.data, e.type) for e in events]
         if problem is None and not streamed:
             json.loads(api.whole(answer))
         if api is chatstream.RESPONSES:
-            json.loads(chatstream.to_json(chatstream.response_now(answer)))
+            assert_retrievable(answer, [json.loads(event.data) for event in events])
+            items = chatstream.response_now(answer)["output"] if problem else []
+            assert all(isinstance(item, dict) for item in items)
 
     trio.run(relay)
+
+
+def assert_retrievable(answer, told):
+    """By whatever id it was given in its events, and after whatever number."""
+    now = json.loads(chatstream.to_json(chatstream.response_now(answer)))
+    ids = [event["response"]["id"] for event in told if isinstance(event.get("response"), dict)]
+    ids += [event["response_id"] for event in told if "response_id" in event]
+    assert set(ids) <= {now["id"]}
+    for place, event in enumerate(told):
+        assert chatstream.place_of_sequence(answer, event["sequence_number"]) == place + 1
 
 
 @fuzz(300)

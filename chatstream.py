@@ -68,7 +68,7 @@ import os
 import random
 import re
 import secrets
-import selectors
+import select
 import signal
 import socket
 import ssl
@@ -79,7 +79,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from email.utils import formatdate
 from math import inf
 from pathlib import Path
@@ -3251,10 +3251,10 @@ MESSAGES = Api("/messages", "content", split_message, ends=frozenset({"message_s
 # Asked by h11's client side on wires of our own. There is one way to read a body: plain or
 # TLS, chunked or not.
 
-CONNECT_TIMEOUT, CONNECT_TRIES = 5, 3
+CONNECT_TIMEOUT = 5
 # Before the upstream's own limit, often 5 s: fewer questions meet its goodbye.
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
-MODELS_TIMEOUT, MODELS_KEPT, MODELS_BYTES = 10, 10, 4 * MiB
+MODELS_TIMEOUT, MODELS_KEPT = 10, 10
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
 INTAKE_REST = 0.001  # seconds, after a pass
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
@@ -3266,7 +3266,9 @@ PASSED_BACK = re.compile(
     "(x-|anthropic-)ratelimit-.*"
 )
 LIKE_A_STREAM = re.compile(rb"(\xef\xbb\xbf)?\s*(data|event|id|retry)?:")
+NOT_JSON = re.compile(rb"(\xef\xbb\xbf)?+\s*+[^\s{\[]")
 CUT = (trio.BrokenResourceError, OSError, h11.RemoteProtocolError)  # of an exchange
+Headers = dict[str, str]
 
 
 def passed_headers(request: Request, token: str) -> dict[str, str]:
@@ -3279,106 +3281,121 @@ def passed_headers(request: Request, token: str) -> dict[str, str]:
 
 
 class Exchange:
-    """One request to an upstream and its response. Raises what stands in CUT."""
+    """One request to an upstream and its response. Raises what stands in CUT.
 
-    def __init__(self, wire: Wire, on_bytes: Callable[[], None] = lambda: None) -> None:
+    h11 reads the head, and answers for the lengths in it. The body is read here (RFC 9112,
+    sections 6.3 and 7.1), because a token is a chunk, and h11 makes several objects of one.
+    Bytes are life: where there is patience, any of them moves the limit.
+    """
+
+    # The line end behind a chunk is read with what follows it. The first one is lent one.
+    SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n")
+    LAST = re.compile(rb"\r\n0+[ \t]*(?:;.*)?(?:\r\n[!#-'*+\-.0-9A-Z^-z|~]+:.*)*\r\n\r\n")
+
+    def __init__(self, wire: Wire, limit: trio.CancelScope, patience: float = 0) -> None:
         self.wire = wire
-        self.on_bytes = on_bytes
-        self.conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=64 * KiB)
-        self.heard = False  # a byte of a response
+        self.limit = limit
+        self.patience = patience  # seconds
+        self.heard = False  # a byte of the response
         self.status = 0
-        self.headers: dict[str, str] = {}
-        self.done = False  # the body has been read to its end
-        self.broken: Exception | None = None  # raised after what came before it
-        self.coded = self.decodes = False  # it is compressed, though we ask for none
-        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        self.headers: Headers = {}
+        self.secrets: list[str] = []  # sent, and never to come back
+        # The body
+        self.room: float = WHOLE_BYTES  # for so much of it
+        self.chunked = False
+        self.left = 0  # bytes, of a chunk or of all
+        self.rest = b""  # what waits for more, or follows the body
+        self.done = False
+        self.reusable = False  # the connection, when it is done
+        self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
         """Send it, and read the head of the response."""
+        self.secrets = [headers[n].removeprefix("Bearer ") for n in CREDENTIALS if n in headers]
+        conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=64 * KiB)
         request = h11.Request(method=method, target=target, headers=[*headers.items()])
-        events = [request, *([h11.Data(body)] if body else []), h11.EndOfMessage()]
         try:
-            await self.wire.send(b"".join(self.conn.send(event) or b"" for event in events))
+            await self.wire.send(conn.send(request) + body)
         except trio.BrokenResourceError:
             if self.wire.stuck:
                 raise
             # An upstream that refuses a long question may hang up before it is read.
-        while not isinstance(event := self.conn.next_event(), h11.Response):
-            if event is h11.NEED_DATA:
-                self.receive(await self.wire.receive())
-            elif not isinstance(event, h11.InformationalResponse):
-                raise trio.BrokenResourceError("it was closed without an answer")
-        self.status, self.headers = event.status_code, fold_headers(event.headers)
-        coding = self.headers.get("content-encoding", "identity").lower()
-        self.coded = coding not in ("identity", "")
-        self.decodes = coding in ("gzip", "x-gzip", "deflate")
+        while not isinstance(head := conn.next_event(), h11.Response):
+            if head is h11.NEED_DATA:
+                conn.receive_data(self.hear(await self.wire.receive()))
+        self.begin(head, conn.trailing_data[0])
 
-    def receive(self, data: bytes) -> None:
+    def begin(self, head: h11.Response, body: bytes) -> None:
+        self.status, self.headers = head.status_code, fold_headers(head.headers)
+        if self.status not in (204, 304):
+            self.chunked = "transfer-encoding" in self.headers
+            self.left = 0 if self.chunked else int(self.headers.get("content-length", sys.maxsize))
+        self.rest = b"\r\n" + body if self.chunked else body
+        self.done = not (self.chunked or self.left)
+        close = "close" in self.headers.get("connection", "").lower()
+        self.reusable = head.http_version > b"1.0" and not close
+
+    def hear(self, data: bytes) -> bytes:
         self.heard = self.heard or bool(data)
-        self.on_bytes()
-        self.conn.receive_data(data)
-
-    def pieces(self) -> bytes:
-        """What has come of the body since the last call; `done` if that was all.
-
-        A body that is cut, or is not what it says, raises; if something good came before
-        that, the exception stands in `broken` instead.
-        """
-        found = []
-        try:
-            while not self.done:
-                event = self.conn.next_event()
-                if isinstance(event, h11.Data):
-                    found.append(bytes(event.data))
-                elif isinstance(event, h11.EndOfMessage):
-                    self.done = True
-                else:
-                    break
-        except h11.RemoteProtocolError as error:
-            if not found:
-                raise
-            self.broken = error
-        data = b"".join(found)
-        return self._decode(data) if self.coded else data
-
-    def _decode(self, data: bytes) -> bytes:
-        """gzip, also in several members (RFC 1952, section 2.2). Raises Problem."""
-        plain = b""
-        while data and self.decodes:
-            try:
-                plain += self._decoder.decompress(data, WHOLE_BYTES)
-            except zlib.error:
-                raise upstream_problem("the upstream sent what is not gzip") from None
-            if self._decoder.unconsumed_tail:
-                raise upstream_problem("the upstream sent too much, compressed")
-            data = self._decoder.unused_data
-            if self._decoder.eof:
-                self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        if data:
-            raise upstream_problem("the upstream compresses in a way that nobody asked for")
-        return plain
-
-    async def more(self) -> bytes:
-        """The next bytes of the body, awaited; b"" at its end."""
-        if self.broken:
-            raise self.broken
-        while not (data := self.pieces()) and not self.done:
-            self.receive(await self.wire.receive())
+        late = trio.current_time() + self.patience
+        if late > self.limit.deadline + min(1, self.patience / 10):  # moving it costs
+            self.limit.deadline = late
         return data
 
-    async def read(self, limit: int, begun: bytes = b"") -> bytes:
-        """A whole body. Raises Problem if it is larger than `limit` bytes."""
-        body = bytearray(begun)
-        while data := await self.more():
-            body += data
-            if len(body) > limit:
-                raise upstream_problem(f"the upstream sent more than {limit / MiB:g} MiB")
-        return bytes(body)
+    def read_now(self, take: Callable[[bytes], None]) -> None:
+        """What has come of the body."""
+        data = self.wire.receive_now()
+        self.feed(b"" if data is None else self.hear(data), take)
+        if data == b"" and not self.done:
+            if self.chunked or "content-length" in self.headers:
+                raise h11.RemoteProtocolError("the body is cut")
+            self.done, self.reusable = True, False
 
-    def passed_back(self, secrets: Iterable[str]) -> dict[str, str]:
+    def feed(self, data: bytes, take: Callable[[bytes], None]) -> None:
+        """`take` gets what these bytes carry, also where this raises because they go wrong."""
+        data, at, size = self.rest + data, self.left, None
+        pieces = [data[:at]]
+        while self.chunked and (size := self.SIZE.match(data, at)) and (more := int(size[1], 16)):
+            at = size.end() + more
+            pieces.append(data[size.end() : at])
+        self.left, self.rest = max(0, at - len(data)), data[at:]
+        if last := size and self.LAST.match(self.rest):
+            self.rest = self.rest[last.end() :]
+        self.done = bool(last) or not (self.chunked or self.left)
+        if payload := b"".join(pieces):
+            payload = self.decode(payload) if "content-encoding" in self.headers else payload
+            self.room -= len(payload)
+            if self.room < 0:
+                raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
+            take(payload)
+        whole = b"\r\n\r\n" if size else b"\r\n"  # then more of it will not make it good
+        if not self.done and (whole in self.rest[2:] or len(self.rest) > HEAD_BYTES):
+            raise h11.RemoteProtocolError("the framing of the body is broken")
+
+    def decode(self, data: bytes) -> bytes:
+        """gzip, though we ask for none, also in several members (RFC 1952, section 2.2)."""
+        coding = self.headers["content-encoding"].lower()
+        if coding in ("identity", ""):
+            return data
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            raise upstream_problem("the upstream compresses in a way that nobody asked for")
+        plain = b""
+        while data:
+            try:
+                plain += self.unzip.decompress(data, WHOLE_BYTES)
+            except zlib.error:
+                raise upstream_problem("the upstream sent what is not gzip") from None
+            if self.unzip.unconsumed_tail:
+                raise upstream_problem("the upstream sent too much, compressed")
+            data = self.unzip.unused_data
+            if self.unzip.eof:
+                self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        return plain
+
+    def passed_back(self) -> Headers:
         """What of its headers goes on to the client."""
         headers = self.headers.items()
-        return {k: hide(v, secrets) for k, v in headers if PASSED_BACK.fullmatch(k)}
+        return {k: hide(v, self.secrets) for k, v in headers if PASSED_BACK.fullmatch(k)}
 
 
 class Intake:
@@ -3388,94 +3405,64 @@ class Intake:
     pass, and the next one finds many. A token that comes alone, after the rest, waits for
     nobody.
 
-    Linux's selector (epoll) is itself a file that can be waited for, so Trio waits for this
-    one only. Where there is none, each upstream has a task that reads it.
+    Linux's epoll is itself a file that can be waited for, so Trio waits for this one only.
+    Where there is none, each upstream has a task that reads it.
     """
 
     def __init__(self) -> None:
-        epoll = getattr(selectors, "EpollSelector", None)
-        self._selector = epoll() if epoll else None
+        epoll = getattr(select, "epoll", None)
+        self._epoll = epoll() if epoll else None
+        self._readers: dict[int, Callable[[], None]] = {}  # by file descriptor
 
     async def run(self) -> None:
-        while self._selector:
-            await trio.lowlevel.wait_readable(self._selector.fileno())
-            turn, ready = Turn(), self._selector.select(0)
-            for key, _ in ready:
+        while self._epoll:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            turn = Turn()
+            for fd, _ in self._epoll.poll(0):
                 await turn.pause()
-                if self._selector.get_map().get(key.fd) is key:  # still
-                    key.data()
+                if read_now := self._readers.get(fd):  # still
+                    read_now()
             await trio.sleep(INTAKE_REST)
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
-        """The rest of a body, to its end. Raises what `take` and the exchange raise."""
-        sock, ended, failed = exchange.wire.socket, trio.Event(), list[Exception]()
+        """A body, to its end. Raises what `take` and the exchange raise."""
+        exchange.feed(b"", take)  # what came with the head
+        if exchange.done:
+            return
+        fd, ended, failed = exchange.wire.socket.fileno(), trio.Event(), list[Exception]()
 
         def read_now() -> None:
-            """What has come. Raises nothing, because the intake serves everyone."""
+            """Raises nothing, because the intake serves everyone."""
             try:
-                if (data := exchange.wire.receive_now()) is not None:
-                    exchange.receive(data)
-                    take_pieces()
+                if not ended.is_set():
+                    exchange.read_now(take)
             except Exception as error:
                 failed.append(error)
+            if failed or exchange.done:
                 ended.set()
 
-        def take_pieces() -> None:
-            if data := exchange.pieces():
-                take(data)
-            if exchange.broken:
-                raise exchange.broken
-            if exchange.done:
-                ended.set()
-
-        take_pieces()  # of what came with the head
-        if self._selector is None:
-            while not ended.is_set():
-                await trio.lowlevel.wait_readable(sock)
-                read_now()
-        elif not ended.is_set():
-            self._selector.register(sock, selectors.EVENT_READ, read_now)
+        if self._epoll:
+            self._readers[fd] = read_now
+            self._epoll.register(fd, select.EPOLLIN)
             try:
                 await ended.wait()
             finally:
-                self._selector.unregister(sock)
+                self._epoll.unregister(fd)
+                del self._readers[fd]
+        while not ended.is_set():
+            await trio.lowlevel.wait_readable(fd)
+            read_now()
         if failed:
             raise failed[0]
 
 
-class SharedCall:
-    """One call for everyone who wants the same at the same time."""
+@dataclasses.dataclass
+class ModelList:
+    """The upstream's models, as everyone with the same key is shown them."""
 
-    def __init__(self) -> None:
-        self.waiting = 0
-        self.scope = trio.CancelScope()
-        self.ended = trio.Event()
-        self.stale_at = inf
-        self.result: Reply | Problem = upstream_problem("nobody waited for this")
-
-    async def run(self, call: Callable[[], Awaitable[Reply]]) -> None:
-        with self.scope:
-            try:
-                self.result = await call()
-            except Problem as problem:
-                self.result = problem
-        kept = 0 if isinstance(self.result, Problem) else MODELS_KEPT
-        self.stale_at = trio.current_time() + kept
-        self.ended.set()
-
-    async def wait(self) -> Reply:
-        """Its result. When nobody waits any more, it is given up."""
-        self.waiting += 1
-        try:
-            await self.ended.wait()
-        finally:
-            self.waiting -= 1
-            if not self.waiting and not self.ended.is_set():
-                self.stale_at = -inf
-                self.scope.cancel()
-        if isinstance(self.result, Problem):
-            raise self.result.with_traceback(None)
-        return self.result
+    lock: trio.Lock = dataclasses.field(default_factory=trio.Lock)
+    reply: Reply | Problem = dataclasses.field(init=False)
+    fresh_until: float = -inf
 
 
 class Upstream(Model):
@@ -3486,24 +3473,25 @@ class Upstream(Model):
         self.answers = answers
         self.metrics = metrics
         # Where it is
-        parts = urlsplit(settings.upstream)
-        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self.host, self.netloc = parts.hostname or "", parts.netloc
-        self.port = parts.port or (443 if self.tls else 80)
-        self.base, self.query = parts.path.rstrip("/"), parts.query
+        self.url = urlsplit(settings.upstream)
+        self.tls = ssl.create_default_context() if self.url.scheme == "https" else None
         self.proxy = urlsplit(settings.proxy) if settings.proxy else None
+        self.proxy_login: Headers = {}
+        if self.proxy and self.proxy.username:
+            pair = f"{unquote(self.proxy.username)}:{unquote(self.proxy.password or '')}"
+            login = base64.b64encode(pair.encode()).decode()
+            self.proxy_login["proxy-authorization"] = f"Basic {login}"
+        # A proxy for plain HTTP is asked for the whole URL (RFC 9112, section 3.2.2).
+        whole = self.proxy and not self.tls
+        self.base = (f"http://{self.url.netloc}" if whole else "") + self.url.path.rstrip("/")
+        self.query = f"?{self.url.query}" if self.url.query else ""
         # What goes on
         self.intake = Intake()
-        self.idle: deque[tuple[Wire, float]] = deque()  # kept, and since when
-        self.calls: OrderedDict[str, SharedCall] = OrderedDict()
-        self.nursery: trio.Nursery
+        self.idle: list[tuple[Wire, float]] = []  # kept, and since when
+        self.lists: dict[str, ModelList] = {}  # by key
 
     async def run(self) -> None:
-        async with trio.open_nursery() as self.nursery:
-            self.nursery.start_soon(self.intake.run)
-            while True:
-                await trio.sleep(1)
-                self.close_idle()
+        await self.intake.run()
 
     # ── answers ──
 
@@ -3515,135 +3503,96 @@ class Upstream(Model):
         return model or (pinned[0] if pinned else "")
 
     async def write(self, answer: Answer) -> None:
-        """Ask, and pass on what comes. Bytes are life: any of them moves the limit."""
-        patience, begun = self.settings.patience, False
-        try:
-            with trio.fail_after(patience) as limit:
-
-                def alive() -> None:
-                    late = trio.current_time() + patience
-                    if late > limit.deadline + min(1, patience / 10):  # moving it costs
-                        limit.deadline = late
-
-                exchange = await self.ask_question(answer.question, alive)
-                begun = True
-                self.answers.drop_question(answer)
-                try:
-                    await self.relay(answer, exchange, limit)
-                finally:
-                    self.release(exchange)
-        except (*CUT, trio.TooSlowError, Problem) as error:
-            problem = self.as_problem(error, f"for {patience:g} s (see --patience)")
-            if begun:  # an SDK would ask again, twice, and pay for it
-                problem.headers["x-should-retry"] = "false"
-            raise problem from None
-
-    def as_problem(self, error: Exception, how_long: str) -> Problem:
-        if isinstance(error, Problem):
-            return error.with_traceback(None)
-        if isinstance(error, trio.TooSlowError):
-            return upstream_problem(f"the upstream said nothing {how_long}", 504, "timeout")
-        broke = "the connection to the upstream broke in mid-answer"
-        return upstream_problem(broke, code="connection_cut")
-
-    async def ask_question(self, question: Question, alive: Callable[[], None]) -> Exchange:
+        question = answer.question
         if not question.model:
             body = JsonBody(question.body)
             body.choose(await self.first_model(question.headers))
             question.body, question.model = body.raw(), body.model
-        path, headers = question.api.path, question.headers
-        return await self.ask("POST", path, headers, question.body, alive)
+            del body  # which may be long, and the answer takes its time
+        async with self.asking(question.api.path, question.headers, question.body) as exchange:
+            self.answers.drop_question(answer)
+            await self.relay(answer, exchange)
 
-    async def relay(self, answer: Answer, exchange: Exchange, limit: trio.CancelScope) -> None:
+    async def relay(self, answer: Answer, exchange: Exchange) -> None:
         """Everything that a willing upstream says. Its first bytes tell what it is."""
-        secrets = self.secrets(answer.question.headers)
-        answer.headers = exchange.passed_back(secrets)
-        relay = Relay(answer, self.metrics, secrets)
+        question, answer.headers = answer.question, exchange.passed_back()
+        relay, parser = Relay(answer, self.metrics, exchange.secrets), SSEParser(EVENT_BYTES)
         kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
-        polled = answer.question.polled  # then a name is what it is answered with
-        if (kind == "text/event-stream") == answer.question.stream and not polled:
-            answer.accepted.set()
-        first = b""
-        while not first.strip() and not exchange.done:
-            first += await exchange.more()
-        is_json = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
-        streams = kind == "text/event-stream" or LIKE_A_STREAM.match(first)
-        if streams and not is_json:
-            if not answer.question.stream:
-                raise upstream_problem("the upstream sent a stream where none was asked for")
-            return await self.relay_stream(relay, exchange, first, limit)
-        body = await exchange.read(WHOLE_BYTES, first)
-        if kind == "text/html" or not (is_json or kind == "application/json"):
-            raise upstream_problem(f"the upstream sent {kind or 'nothing'!r}, not an answer")
-        relay.take_whole(body.decode("utf-8-sig", errors="replace"))
-
-    async def relay_stream(
-        self, relay: Relay, exchange: Exchange, first: bytes, limit: trio.CancelScope
-    ) -> None:
-        parser = SSEParser(EVENT_BYTES)
+        begins = NOT_JSON if kind == "text/event-stream" else LIKE_A_STREAM
+        if question.stream == (begins is NOT_JSON) and not question.polled:
+            answer.accepted.set()  # a polled one is answered when its response has a name
+        first, streams = bytearray(), False
 
         def take(data: bytes) -> None:
+            nonlocal streams
+            if not streams:
+                first.extend(data)
+                if not begins.match(first):
+                    return
+                if not question.stream:
+                    raise upstream_problem("the upstream sent a stream where none was asked for")
+                streams, data, exchange.room = True, bytes(first), inf
             for event in parser.feed(data):
                 relay.take(event)
-            if relay.answer.closed:
-                # Read on to the end, to keep the connection for the next question. Should
-                # that come too late, the answer is none the worse for it.
-                limit.deadline = min(limit.deadline, trio.current_time() + 1)
+            if answer.closed and exchange.patience:  # read on, so that the connection is kept
+                exchange.patience, exchange.limit.deadline = 0, trio.current_time() + 1
 
         try:
-            take(first)
             await self.intake.read(exchange, take)
         except ValueError as error:
             raise upstream_problem(f"the upstream sent {error}") from None
-        if parser.unfinished().strip() == "[DONE]":
-            relay.take(ServerSentEvent("[DONE]", "message"))
-        relay.end()
+        if streams or not first.strip():
+            if parser.unfinished().strip() == "[DONE]":
+                relay.take(ServerSentEvent("[DONE]", "message"))
+            relay.end()
+        elif kind == "text/html" or (kind != "application/json" and NOT_JSON.match(first)):
+            raise upstream_problem(f"the upstream sent {kind or 'nothing'!r}, not an answer")
+        else:
+            relay.take_whole(first.decode("utf-8-sig", errors="replace"))
 
     # ── short requests ──
 
-    async def short(
-        self, method: str, path: str, headers: dict[str, str], body: bytes = b""
-    ) -> Reply:
+    async def short(self, path: str, headers: Headers, body: bytes = b"") -> Reply:
         """A request that is answered at once, and its answer as it came."""
-        try:
-            with trio.fail_after(self.settings.patience if body else MODELS_TIMEOUT):
-                exchange = await self.ask(method, path, headers, body)
-                try:
-                    read = await exchange.read(WHOLE_BYTES if body else MODELS_BYTES)
-                finally:
-                    self.release(exchange)
-        except (*CUT, trio.TooSlowError) as error:
-            raise self.as_problem(error, "in time") from None
-        return Reply(read.decode(errors="replace"), exchange.passed_back(self.secrets(headers)))
+        read = bytearray()
+        async with self.asking(path, headers, body) as exchange:
+            await self.intake.read(exchange, read.extend)
+        return Reply(read.decode(errors="replace"), exchange.passed_back())
 
-    async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
+    async def post(self, path: str, headers: Headers, body: JsonBody) -> Reply:
         if path != "/embeddings":
             body.choose(self.choose(body.model))
-        return await self.short("POST", path, headers, body.raw())
+        return await self.short(path, headers, body.raw())
 
-    async def models(self, headers: dict[str, str]) -> Reply:
+    async def models(self, headers: Headers) -> Reply:
         """The list of models: the pinned ones, or the upstream's as it came.
 
-        It is asked once for everyone with the same key, and kept for a moment.
+        It is asked once for everyone with the same key, and kept for a moment; a failure is
+        told to those who wait for it.
         """
         if self.settings.model:
             return list_models(self.settings.model)
-        key = to_json([headers.get(name) for name in CREDENTIALS])
-        call = self.calls.get(key)
-        if call is None or call.stale_at <= trio.current_time():
-            call = self.calls[key] = SharedCall()
-            ask = functools.partial(self.short, "GET", "/models", headers)
-            self.nursery.start_soon(call.run, ask)
-            while len(self.calls) > 32:
-                self.calls.popitem(last=False)
-        return await call.wait()
+        began, key = trio.current_time(), to_json([headers.get(name) for name in CREDENTIALS])
+        shown = self.lists.setdefault(key, ModelList())
+        if len(self.lists) > 32:
+            del self.lists[next(iter(self.lists))]
+        async with shown.lock:
+            if shown.fresh_until < began:
+                try:
+                    shown.reply, kept = await self.short("/models", headers), MODELS_KEPT
+                except Problem as problem:
+                    shown.reply, kept = problem, 0
+                shown.fresh_until = trio.current_time() + kept
+        if isinstance(shown.reply, Problem):
+            raise shown.reply.with_traceback(None)
+        return shown.reply
 
-    async def model(self, name: str, headers: dict[str, str]) -> Reply:
+    async def model(self, name: str, headers: Headers) -> Reply:
         if not self.settings.model:
-            return await self.short("GET", f"/models/{quote(name)}", headers)
+            return await self.short(f"/models/{quote(name)}", headers)
         return Reply(to_json(model_object(self.choose(name))))
 
-    async def first_model(self, headers: dict[str, str]) -> str:
+    async def first_model(self, headers: Headers) -> str:
         """The model to ask, where nobody named one."""
         try:
             return str(from_json((await self.models(headers)).body)["data"][0]["id"])
@@ -3653,65 +3602,65 @@ class Upstream(Model):
 
     # ── requests and connections ──
 
-    def secrets(self, headers: Mapping[str, str]) -> list[str]:
-        """What must never come back: the key that is sent."""
-        if self.settings.api_key:
-            return [self.settings.api_key]
-        return [headers[n].removeprefix("Bearer ") for n in CREDENTIALS if n in headers]
+    @contextlib.asynccontextmanager
+    async def asking(self, path: str, passed: Headers, body: bytes) -> AsyncIterator[Exchange]:
+        """Ask, and have a response that is a 2xx. Raises Problem, whatever goes wrong."""
+        method, patience = ("POST", self.settings.patience) if body else ("GET", MODELS_TIMEOUT)
+        begun = False
+        try:
+            with trio.fail_after(patience) as limit, contextlib.ExitStack() as stack:
+                headers = self.headers(path, passed, body)
+                # A question that meets the goodbye of a kept connection, with not one byte of a
+                # response, is asked once more on a fresh one, as curl and browsers do.
+                for kept in (self.kept_wire(), None):
+                    wire = kept or await self.connect()
+                    exchange = Exchange(wire, limit, patience if body else 0)
+                    try:
+                        await exchange.ask(method, self.base + path + self.query, headers, body)
+                        break
+                    except BaseException as error:
+                        wire.close()
+                        if kept is None or exchange.heard or not isinstance(error, CUT):
+                            raise
+                stack.callback(self.release, exchange)
+                if exchange.status // 100 != 2:
+                    raise await self.refusal(exchange)
+                begun = True
+                del body  # it may be long, and the answer takes its time
+                yield exchange
+            return
+        except Problem as error:
+            problem = error.with_traceback(None)
+        except trio.TooSlowError:
+            silent = f"the upstream said nothing for {patience:g} s"
+            problem = upstream_problem(silent, 504, "timeout")
+        except CUT:
+            broke = "the connection to the upstream broke in mid-answer"
+            problem = upstream_problem(broke, code="connection_cut")
+        if begun:  # an SDK would ask again, twice, and pay for it
+            problem.headers["x-should-retry"] = "false"
+        raise problem
 
-    def headers(self, path: str, passed: Mapping[str, str], body: bytes) -> dict[str, str]:
-        headers = {
-            "host": self.netloc,
-            "user-agent": "chatstream",
-            "accept": "*/*",
-            "accept-encoding": "identity",  # nothing between us and the next token
-            **passed,
-        }
+    def headers(self, path: str, passed: Headers, body: bytes) -> Headers:
+        """The server's key, if it has one, goes in place of the client's."""
+        headers = {"host": self.url.netloc, "user-agent": "chatstream", "accept": "*/*"}
+        headers["accept-encoding"] = "identity"  # nothing between us and the next token
         if body:
-            headers["content-type"] = "application/json"
-            headers["content-length"] = str(len(body))
-        if key := self.settings.api_key:
-            headers = {k: v for k, v in headers.items() if k not in CREDENTIALS}
-            headers["authorization"] = f"Bearer {key}"
-            if path.startswith("/messages"):
-                headers["x-api-key"] = key
-            if self.query:  # Azure's way
-                headers["api-key"] = key
+            headers |= {"content-type": "application/json", "content-length": str(len(body))}
+        if not self.tls:
+            headers |= self.proxy_login
+        key = self.settings.api_key
+        if not key:
+            return headers | passed
+        headers |= {k: v for k, v in passed.items() if k not in CREDENTIALS}
+        headers["authorization"] = f"Bearer {key}"
+        if path.startswith("/messages"):
+            headers["x-api-key"] = key
+        if self.query:  # Azure's way
+            headers["api-key"] = key
         return headers
 
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        passed: Mapping[str, str],
-        body: bytes,
-        alive: Callable[[], None] = lambda: None,
-    ) -> Exchange:
-        """Send a request; return its response if that is a 2xx. Raises Problem.
-
-        A question that meets the goodbye of a kept connection, with not one byte of a
-        response, is asked once more on a fresh one, as curl and browsers do.
-        """
-        headers = self.headers(path, passed, body)
-        target = self.base + path + (f"?{self.query}" if self.query else "")
-        if self.proxy and not self.tls:
-            target = f"http://{self.netloc}{target}"
-            headers |= self.proxy_login()
-        wire = self.kept_wire()
-        while True:
-            exchange = Exchange(wire or await self.connect(), alive)
-            try:
-                await exchange.ask(method, target, headers, body)
-                if exchange.status // 100 == 2:
-                    return exchange
-                raise await self.refusal(exchange, self.secrets(passed))
-            except BaseException as error:
-                self.release(exchange)
-                if wire is None or exchange.heard or not isinstance(error, CUT):
-                    raise
-                wire = None
-
-    async def refusal(self, exchange: Exchange, secrets: list[str]) -> Problem:
+    async def refusal(self, exchange: Exchange) -> Problem:
         """The upstream's status is the client's, if it says no and says it clearly."""
         status = exchange.status
         if status in (401, 403) and self.settings.api_key:
@@ -3719,75 +3668,68 @@ class Upstream(Model):
             return upstream_problem(refused, code="server_key_refused")
         if status // 100 == 3:
             return upstream_problem("the upstream redirects, and the key goes nowhere else")
-        body = b""
+        body, exchange.room = bytearray(), WORDS_BYTES
         with contextlib.suppress(Problem, *CUT), trio.move_on_after(5):
-            body = await exchange.read(WORDS_BYTES)
+            await self.intake.read(exchange, body.extend)
         try:
-            said = from_json(body)
+            said = from_json(bytes(body))
         except ValueError:
             said = body.decode(errors="replace")
-        problem = reason_given(status if 400 <= status < 600 else 502, said, secrets)
-        problem.headers = exchange.passed_back(secrets)
+        status = status if 400 <= status < 600 else 502
+        problem = reason_given(status, said, exchange.secrets)
+        problem.headers = exchange.passed_back()
         return problem
-
-    def close_idle(self) -> None:
-        old = trio.current_time() - IDLE_WIRE_KEPT
-        while self.idle and self.idle[0][1] < old:
-            self.idle.popleft()[0].close()
-
-    def kept_wire(self) -> Wire | None:
-        self.close_idle()
-        while self.idle:
-            wire, _ = self.idle.pop()
-            with contextlib.suppress(OSError):
-                if wire.receive_now() is None:  # it has not said goodbye
-                    return wire
-            wire.close()
-        return None
 
     def release(self, exchange: Exchange) -> None:
         """Keep the connection for the next question, or tell the model to stop."""
-        conn = exchange.conn
-        reusable = exchange.done and conn.our_state is conn.their_state is h11.DONE
-        if reusable and len(self.idle) < IDLE_WIRES:
+        clean = exchange.reusable and exchange.done and not exchange.rest
+        if clean and len(self.idle) < IDLE_WIRES:
             self.idle.append((exchange.wire, trio.current_time()))
         else:
             exchange.wire.close()
 
+    def kept_wire(self) -> Wire | None:
+        """The last one kept, if it has not said goodbye. Those that are too old are closed."""
+        while self.idle:
+            wire, since = self.idle.pop()
+            with contextlib.suppress(OSError):
+                if since > trio.current_time() - IDLE_WIRE_KEPT and wire.receive_now() is None:
+                    return wire
+            wire.close()
+        return None
+
     async def connect(self) -> Wire:
         """Tried again: nothing can have been sent yet. Raises Problem."""
-        error: Exception | None = None
         with trio.move_on_after(CONNECT_TIMEOUT):
-            for n in range(CONNECT_TRIES):
-                if n:
-                    await trio.sleep(0.2)
+            for tries_left in (2, 1, 0):
                 try:
                     return await self.connect_once()
-                except CUT as failure:
-                    error = failure
-        if error is None:
-            raise upstream_problem("the upstream could not be reached in time", 504, "timeout")
-        way = " by way of its proxy" if self.proxy else ""
-        raise upstream_problem(f"the upstream cannot be reached{way}: {unreachable(error)}")
+                except CUT as error:
+                    if not tries_left:
+                        way = " by way of its proxy" if self.proxy else ""
+                        reason = f"the upstream cannot be reached{way}: {unreachable(error)}"
+                        raise upstream_problem(reason) from None
+                await trio.sleep(0.2)
+        raise upstream_problem("the upstream could not be reached in time", 504, "timeout")
 
     async def connect_once(self) -> Wire:
-        host, port = self.host, self.port
-        if self.proxy:
-            host, port = self.proxy.hostname or "", self.proxy.port or 80
-        stream = await trio.open_tcp_stream(host, port)
+        to = self.proxy or self.url
+        port = to.port or (443 if to.scheme == "https" else 80)
+        stream = await trio.open_tcp_stream(to.hostname or "", port)
         sock = socket.socket(fileno=stream.socket.detach())
         sock.setblocking(False)
         watch_for_life(sock, VANISHED_TIMEOUT)
         wire = Wire(sock)
         try:
-            if self.tls and self.proxy:
+            if self.proxy and self.tls:
                 await self.tunnel(wire)
             if self.tls:
-                secure = self.tls.wrap_socket(
-                    sock, server_hostname=self.host, do_handshake_on_connect=False
+                name = self.url.hostname
+                sock = self.tls.wrap_socket(
+                    sock, server_hostname=name, do_handshake_on_connect=False
                 )
-                wire = Wire(secure)
-                await shake_tls(secure)
+                wire = Wire(sock)
+                await shake_tls(sock)
         except BaseException:
             wire.close()
             raise
@@ -3795,36 +3737,24 @@ class Upstream(Model):
 
     async def tunnel(self, wire: Wire) -> None:
         """CONNECT (RFC 9110, section 9.3.6): what follows is between us and the host."""
-        target = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        exchange = Exchange(wire)
+        target = self.url.netloc if self.url.port else f"{self.url.netloc}:443"
+        exchange = Exchange(wire, trio.CancelScope())
         with contextlib.suppress(*CUT):
-            await exchange.ask("CONNECT", target, {"host": target, **self.proxy_login()}, b"")
+            await exchange.ask("CONNECT", target, {"host": target, **self.proxy_login}, b"")
         if exchange.status // 100 != 2:
             said = exchange.status or "what is not HTTP"
             raise upstream_problem(f"the proxy to the upstream answered {said}")
 
-    def proxy_login(self) -> dict[str, str]:
-        if not self.proxy or not self.proxy.username:
-            return {}
-        pair = f"{unquote(self.proxy.username)}:{unquote(self.proxy.password or '')}"
-        login = base64.b64encode(pair.encode()).decode()
-        return {"proxy-authorization": f"Basic {login}"}
-
 
 def unreachable(error: BaseException) -> str:
     """Why, in the words of the system or of TLS; none of them quotes a request."""
-    for reason in (error, error.__cause__, error.__context__):
-        while isinstance(reason, BaseExceptionGroup):
-            reason = reason.exceptions[0]
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            return f"its certificate is not valid: {reason.verify_message}"
-        if isinstance(reason, ssl.SSLError):
-            return f"TLS failed: {(reason.reason or 'handshake').lower()}"
-        if isinstance(reason, socket.gaierror):
-            return "its name is not known"
-        if isinstance(reason, OSError) and reason.errno:
-            return os.strerror(reason.errno)
-    return "no connection"
+    reason = error.__cause__ or error
+    while isinstance(reason, BaseExceptionGroup):  # one for each address
+        reason = reason.exceptions[0]
+    if isinstance(reason, ssl.SSLError | socket.gaierror):
+        return str(reason.strerror)
+    number = reason.errno if isinstance(reason, OSError) else None
+    return os.strerror(number) if number else "no connection"
 
 
 def watch_for_life(sock: socket.socket, seconds: int) -> None:

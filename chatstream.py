@@ -84,8 +84,9 @@ from email.utils import formatdate
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, cast
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
+import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
@@ -93,14 +94,13 @@ import h2.settings
 import h11
 import trio
 import trio_websocket
-from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData
-from hypercorn.protocol.events import Body, Data, StreamClosed
+from hypercorn.protocol.events import Body, EndBody, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState, LifespanState
+from hypercorn.utils import filter_pseudo_headers
 
 try:  # not on Windows
     import fcntl
@@ -3784,6 +3784,7 @@ def list_models(names: Iterable[str]) -> Reply:
 # ─── The demo ────────────────────────────────────────────────────────────────────────
 
 CJK = "\u3000-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
+DEMO_WORD = re.compile(rf"\s*(?:[{CJK}]|[^\s{CJK}]+)")
 
 
 class Lessons:
@@ -3794,30 +3795,22 @@ class Lessons:
     """
 
     def __init__(self, text: str) -> None:
-        parts = re.split(r"(?m)^# +(.+)\n", text)
-        self.introduction = parts[0].strip()
-        self.lessons = {
-            heading.strip(): body.strip()
-            for heading, body in zip(parts[1::2], parts[2::2], strict=True)
-        }
+        self.introduction, *parts = re.split(r"(?m)^# +(.+)\n", text)
+        self.lessons = dict(zip(parts[::2], parts[1::2], strict=True))
         self.ending = self.lessons.pop("*", "")
 
     def answer(self, question: str) -> str:
         """The lesson whose heading shares most with the question; the same each time."""
         asked = set(DEMO_WORD.findall(question.lower()))
 
-        def likeness(heading: str) -> tuple[bool, float, int]:
+        def likeness(heading: str) -> tuple[float, int]:
             words = set(DEMO_WORD.findall(heading.lower()))
             shared = len(words & asked) / (len(words | asked) or 1)
-            same = heading.strip() == question.strip()
-            return (same, shared, zlib.crc32((heading + question).encode(errors="replace")))
+            return shared, zlib.crc32((heading + question).encode(errors="replace"))
 
         best = max(self.lessons, key=likeness, default="")
         parts = (self.introduction, self.lessons.get(best, ""), self.ending)
-        return "\n\n".join(part for part in parts if part)
-
-
-DEMO_WORD = re.compile(rf"\s*(?:[{CJK}]|[^\s{CJK}]+)")
+        return "\n\n".join(part.strip() for part in parts)
 
 
 class Demo(Model):
@@ -3832,14 +3825,17 @@ class Demo(Model):
         self.answers = answers
         self.metrics = metrics
         www = www_folder()
-        self.lessons = {
-            language: Lessons((www / f"lessons.{language}.md").read_text("utf-8"))
-            for language in ("en", "zh") if www
-        }  # fmt: skip
+        names = ("lessons.en.md", "lessons.zh.md")
+        texts = [(www / name).read_text("utf-8") if www else "A demo." for name in names]
+        self.english, self.chinese = map(Lessons, texts)
 
     def check(self, api: Api) -> None:
         if api in (COMPLETIONS, MESSAGES):
             raise self.only_chats()
+
+    def only_chats(self) -> Problem:
+        only = "the demo model speaks chat completions and responses: for the rest, "
+        return Problem(404, only + "start the server with --upstream", code="not_found")
 
     def choose(self, model: str) -> str:
         return model or "demo"
@@ -3855,10 +3851,6 @@ class Demo(Model):
     async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
         raise self.only_chats()
 
-    def only_chats(self) -> Problem:
-        only = "the demo model speaks chat completions and responses: for the rest, "
-        return Problem(404, only + "start the server with --upstream", code="not_found")
-
     def words(self, asked: JSON) -> list[str]:
         """Its answer to the last question of a body."""
         said = asked.get("messages") or asked.get("input") or ""
@@ -3866,8 +3858,8 @@ class Demo(Model):
             users = [m for m in said if isinstance(m, dict) and m.get("role") == "user"]
             said = users[-1].get("content") if users else ""
         question = text_of(said)
-        lessons = self.lessons.get("zh" if re.search(f"[{CJK}]", question) else "en")
-        return DEMO_WORD.findall(lessons.answer(question) if lessons else "A demo.")
+        lessons = self.chinese if re.search(f"[{CJK}]", question) else self.english
+        return DEMO_WORD.findall(lessons.answer(question))
 
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
@@ -3875,35 +3867,31 @@ class Demo(Model):
         asked = from_json(question.body)
         self.answers.drop_question(answer)
         answer.accepted.set()
-        relay = Relay(answer, self.metrics, ())
+        relay = Relay(answer, self.metrics)
         make = demo_response if question.api is RESPONSES else demo_chat
-        events = list(make(self.words(asked), asked))
+        *events, whole = make(self.words(asked), asked)
         if not question.stream:
             await trio.sleep(self.PACE)
-            return relay.take_whole(to_json(events[-1]))
-        for event in events[:-1]:
+            return relay.take_whole(to_json(whole))
+        for event in events:
             await trio.sleep(self.PACE)
             relay.take(ServerSentEvent(to_json(event), "message"))
-        if not answer.closed:
-            relay.finish()
+        relay.end()
 
 
-def demo_usage(words: list[str], asked: JSON) -> list[int]:
+def demo_usage(names: str, words: list[str], asked: JSON) -> JSON:
     prompt = len(to_json(asked)) // 4
-    return [prompt, len(words), prompt + len(words)]
+    return dict(zip(names.split(), (prompt, len(words), prompt + len(words)), strict=True))
 
 
 def demo_chat(words: list[str], asked: JSON) -> Iterator[JSON]:
     """The chunks of a chat completion; last, the whole of it."""
-    base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time())}
-    base |= {"object": "chat.completion.chunk", "model": "demo"}
-    deltas = [{"role": "assistant", "content": ""}, *({"content": w} for w in words), {}]
-    for delta in deltas:
-        ended = None if delta else "stop"
-        choice = {"index": 0, "delta": delta, "finish_reason": ended}
+    base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "object": "chat.completion.chunk",
+            "created": int(time.time()), "model": "demo"}  # fmt: skip
+    for delta in ({"role": "assistant", "content": ""}, *({"content": w} for w in words), {}):
+        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
         yield {**base, "choices": [choice]}
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    usage = dict(zip(names, demo_usage(words, asked), strict=True))
+    usage = demo_usage("prompt_tokens completion_tokens total_tokens", words, asked)
     if (asked.get("stream_options") or {}).get("include_usage"):
         yield {**base, "choices": [], "usage": usage}
     message = {"role": "assistant", "content": "".join(words)}
@@ -3916,8 +3904,7 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
     part = {"type": "output_text", "text": "".join(words), "annotations": []}
     item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
             "status": "completed", "content": [part]}  # fmt: skip
-    names = ("input_tokens", "output_tokens", "total_tokens")
-    usage: JSON = dict(zip(names, demo_usage(words, asked), strict=True))
+    usage = demo_usage("input_tokens output_tokens total_tokens", words, asked)
     usage |= {"input_tokens_details": {"cached_tokens": 0},
               "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
     whole = {
@@ -3932,56 +3919,64 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
 
 
 # ─── HTTP/2 ──────────────────────────────────────────────────────────────────────────
-# Hypercorn speaks it, on our wire, in a nursery of ours; our handlers see its ASGI as
-# one more HttpConnection. HTTP/2 has frames, windows and streams of its own, so here
-# each event wakes a task for each reader, as in the usual design.
+# Hypercorn speaks it, on our wire; to our handlers each stream is one more
+# HttpConnection. A stream has a window and a task of its own, so here each event wakes a
+# task for each reader, as in the usual design.
 
 HTTP2_STREAMS = 100
 GOODBYE = 0.5  # seconds, for a client that may be stuck
 
 
 class Http2Stream:
-    """One request over HTTP/2: ASGI on one side, what a Request needs on the other."""
+    """One request over HTTP/2: Hypercorn tells it what comes, it tells h2 what goes out."""
 
-    def __init__(
-        self, receive: Callable[[], Awaitable[JSON]], send: Callable[[JSON], Awaitable[None]]
-    ) -> None:
-        self._receive = receive
-        self._send = send
-        self._body_ended = False
+    def __init__(self, protocol: Http2, number: int) -> None:
+        self.protocol = protocol
+        self.h2 = protocol.connection
+        self.number = number
         self.rest: bytes | memoryview = b""
+        self.heard = self.answered = False  # all of the request, of the response
+        self.gone = trio.Event()
+        self._body_in, self._body = trio.open_memory_channel[bytes](10)
+
+    async def handle(self, event: object) -> None:
+        """From Hypercorn: a piece of the body, its end, or the end of the stream."""
+        if isinstance(event, Body):
+            with contextlib.suppress(trio.ClosedResourceError):  # we have answered already
+                return await self._body_in.send(event.data)
+        self.heard |= isinstance(event, EndBody)
+        self._body_in.close()
+        if isinstance(event, StreamClosed):
+            self.gone.set()
 
     async def receive(self) -> bytes | None:
-        while not self._body_ended:
-            message = await self._receive()
-            if message["type"] != "http.request":
-                return None
-            self._body_ended = not message.get("more_body")
-            if message["body"]:
-                return bytes(message["body"])
-        return b""
+        async for piece in self._body:
+            if piece:
+                return piece
+        return b"" if self.heard else None
 
     async def disconnected(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        await self.gone.wait()
 
-    async def _head(self, status: int, headers: Mapping[str, str]) -> None:
-        raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items()
-               if k != "connection"]  # fmt: skip
-        raw.append((b"date", http_date(int(time.time())).encode()))
-        await self._send({"type": "http.response.start", "status": status, "headers": raw})
-
-    async def _body(self, body: bytes, more: bool) -> None:
-        message = {"type": "http.response.body", "body": body, "more_body": more}
-        await self._send(message)
-
-    async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        await self._head(status, headers)
-        await self._body(body, False)
+    async def discard(self) -> None:
+        """The end of the stream tells the client to send no more."""
 
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        await self._head(status, headers)
-        await self._body(body, True)
+        pairs = [*headers.items(), ("date", http_date(int(time.time())))]
+        raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in pairs if k != "connection"]
+        self.h2.send_headers(self.number, [(b":status", b"%d" % status), *raw])
+        await self.protocol.flush()
+        await self._write(body)
+
+    async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        await self.start(status, headers, body)
+        await self.end()
+
+    async def end(self, last: bytes = b"") -> None:
+        await self._write(last)
+        self.h2.end_stream(self.number)
+        self.answered = True
+        await self.protocol.flush()
 
     def reader(self, log: EventLog, start: int) -> Reader:
         return Reader(log, self, SSE, start)
@@ -3991,198 +3986,151 @@ class Http2Stream:
         self.rest = data
 
     async def flush(self) -> None:
-        if self.rest:
-            await self._body(bytes(self.rest), True)
-            self.rest = b""
+        await self._write(self.rest)
+        self.rest = b""
 
-    async def end(self, last: bytes = b"") -> None:
-        await self._body(last, False)
+    async def _write(self, data: bytes | memoryview) -> None:
+        """Wait for the client's window, as long as the client takes anything."""
+        data = memoryview(data)
+        while data:
+            with trio.move_on_after(STUCK_TIMEOUT):
+                while (room := self._room()) <= 0:
+                    await self.protocol.news.wait()
+            if room <= 0:
+                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
+            self.h2.send_data(self.number, data[:room])
+            data = data[room:]
+            await self.protocol.flush()
 
-    async def discard(self) -> None:
-        """A body that nobody reads would hold up the other streams."""
-        with trio.move_on_after(LINGER_CLOSE):
-            while await self.receive():
-                pass
+    def _room(self) -> int:
+        if self.gone.is_set():
+            raise trio.BrokenResourceError("the client has left")
+        window = self.h2.local_flow_control_window(self.number)
+        return min(window, self.h2.max_outbound_frame_size)
 
 
 class Http2(H2Protocol):
-    """Hypercorn's HTTP/2, without what lets one stream end or hang the others.
+    """Hypercorn's HTTP/2, with streams of ours in place of its ASGI.
 
-    An exception in here ends the connection, and with it every stream. Hypercorn 0.18
-    raises KeyError for a body whose stream has ended, and UnicodeDecodeError for a head
-    that is not ASCII. It ends all streams at a client's GOAWAY, which only promises no
-    new ones (RFC 9113, section 6.8). And h2 4 ends the connection at the stream that
-    is one too many, where RFC 9113, section 5.1.2, wants that stream refused.
+    Hypercorn 0.18 takes an attempt to send nothing for progress: with a window that
+    stays shut, all of a log would go into its buffers. It raises KeyError for a body
+    whose stream has ended, and ends all streams at a client's GOAWAY, which only
+    promises no new ones (RFC 9113, section 6.8). And h2 4 ends the connection at the
+    stream that is one too many, where RFC 9113, section 5.1.2, wants that one refused.
     """
 
-    leaving = False  # the client has said GOAWAY
+    streams: dict[int, Http2Stream]  # type: ignore[assignment]
+
+    def __init__(
+        self, wire: Wire, handle: Callable[[Request], Awaitable[None]], tasks: TaskGroup
+    ) -> None:
+        asgi: Any = None
+        super().__init__(
+            asgi, Config(), WorkerContext(None), tasks, asgi, True, None, None, self.on_event
+        )
+        self.wire = wire
+        self.handle_request = handle
+        self.sending = trio.Lock()
+        self.leaving = False  # the client has said GOAWAY
+        self.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
+        self.news = trio.Event()  # from the client: there may be more room
+
+    async def on_event(self, event: object) -> None:
+        if isinstance(event, RawData):
+            async with self.sending:  # in h2's order: a head is read after those before it
+                await self.wire.send(event.data)
+        elif isinstance(event, Closed):
+            raise trio.BrokenResourceError("the client has broken the rules of HTTP/2")
+
+    async def run(self, stopped: trio.Event) -> None:
+        """Read until either side has had enough."""
+        most = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: HTTP2_STREAMS}
+        self.connection.local_settings = h2.settings.Settings(client=False, initial_values=most)
+        self.connection.initiate_connection()
+        self.connection.local_settings = h2.settings.Settings(client=False)  # h2 has no limit
+        await self.flush()
+        while self.streams or not (stopped.is_set() or self.leaving):
+            now, data = trio.current_time(), None
+            if now >= self.deadline:
+                return
+            with trio.move_on_at(min(self.deadline, now + LOOK_EVERY)):
+                data = await self.wire.receive()
+            if data == b"":
+                return
+            if data:
+                await self.handle(RawData(data))
+
+    async def goodbye(self) -> None:
+        """GOAWAY (RFC 9113, section 6.8), unless h2 has said it for a broken rule."""
+        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
+            self.connection.close_connection()
+            await self.flush()
+        await self.handle(Closed())
+        async with self.sending:
+            await self.wire.finish()
+
+    async def flush(self) -> None:
+        await self._flush()
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
-            if isinstance(event, h2.events.DataReceived | h2.events.RequestReceived):
-                await self._handle_stream(event)
-            elif isinstance(event, h2.events.ConnectionTerminated):
+            if isinstance(event, h2.events.ConnectionTerminated):
                 self.leaving = True
-                # h2 would send nothing more on any stream.
-                self.connection.state_machine.state = h2.connection.ConnectionState(
-                    h2.connection.ConnectionState.SERVER_OPEN
-                )
+                state = h2.connection.ConnectionState.SERVER_OPEN
+                self.connection.state_machine.state = state  # else h2 would say nothing more
+            elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                size = event.flow_controlled_length  # of the connection's window, too
+                self.connection.acknowledge_received_data(size, event.stream_id)
             # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
             elif not isinstance(event, h2.events.PriorityUpdated):
                 await super()._handle_events([event])
-        await self._flush()
+        await self.flush()
+        self.news.set()
+        self.news = trio.Event()
 
-    async def _handle_stream(
-        self, event: h2.events.DataReceived | h2.events.RequestReceived
-    ) -> None:
-        """Reset what Hypercorn fails on; refuse the stream that is one too many."""
-        number, codes = event.stream_id, h2.errors.ErrorCodes
-        if isinstance(event, h2.events.RequestReceived):
-            head = dict(event.headers or ())
-            method, path = head.get(b":method", b""), head.get(b":path", b"")
-            good = path.isascii() and path and method.isascii() and method != b"CONNECT"
-            if len(self.streams) >= HTTP2_STREAMS:
-                return self._reset(number, codes.REFUSED_STREAM)
-        else:
-            good = number in self.streams
-            if not good:  # the connection's window is shared
-                size = event.flow_controlled_length
-                self.connection.acknowledge_received_data(size, number)
-        if good:
-            await super()._handle_events([event])
-        else:
-            self._reset(number, codes.STREAM_CLOSED)
+    async def _create_stream(self, request: h2.events.RequestReceived) -> None:
+        if len(self.streams) >= HTTP2_STREAMS:
+            return self.reset(request.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+        stream = self.streams[request.stream_id] = Http2Stream(self, request.stream_id)
+        self.deadline = inf
+        self.task_group.spawn(self.serve, stream, request.headers)
 
-    async def stream_send(self, event: Any) -> None:
-        """Wait until the client has taken it, as long as it takes anything.
-
-        Hypercorn 0.18 takes an attempt to send nothing for progress: with a window that
-        stays shut, all of a log would go into its buffer, once for each reader.
-        """
-        if isinstance(event, Body | Data):
-            for n in range(0, len(event.data), 16 * KiB):
-                piece = type(event)(event.stream_id, event.data[n : n + 16 * KiB])
-                await super().stream_send(piece)
-                await self._taken(event.stream_id)
-            return
-        await super().stream_send(event)
-        buffer = self.stream_buffers.get(event.stream_id)
-        if isinstance(event, StreamClosed) and buffer and not buffer.complete:
-            # The app has left off in mid-response: the client must not wait for more.
-            del self.stream_buffers[event.stream_id]
-            self.priority.remove_stream(event.stream_id)
-            self._reset(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
-            await self._flush()
-
-    async def _taken(self, number: int) -> None:
-        left, since = inf, trio.current_time()
-        while buffer := self.stream_buffers.get(number):
-            with trio.move_on_after(LOOK_EVERY):
-                return await buffer.drain()
-            if len(buffer.buffer) < left:
-                left, since = len(buffer.buffer), trio.current_time()
-            elif trio.current_time() - since >= STUCK_TIMEOUT:
-                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
-
-    def _reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
-        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
-            self.connection.reset_stream(number, code)
-
-    async def goodbye(self) -> None:
-        """GOAWAY (RFC 9113, section 6.8)."""
-        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
-            self.connection.close_connection()
-            await self._flush()
-
-
-def asgi_app(handle: Callable[[Request], Awaitable[None]]) -> Any:
-    """Our handler as an application for Hypercorn: what ends one stream stays in it."""
-
-    async def app(scope: JSON, receive: Any, send: Any) -> None:
-        query = b"?" + scope["query_string"] if scope["query_string"] else b""
-        stream = Http2Stream(receive, send)
-        request = Request(
-            stream, scope["method"].encode(), scope["raw_path"] + query,
-            scope["headers"], scope["scheme"], "2",
-        )  # fmt: skip
+    async def serve(self, stream: Http2Stream, headers: list[tuple[bytes, bytes]]) -> None:
+        """One request: whatever goes wrong inside ends this stream and no other."""
+        head = dict(headers)
+        method, path = head[b":method"], head.get(b":path", b"")
+        headers = filter_pseudo_headers(headers)
         try:
-            await handle(request)
-        except* QUIET_ENDS:
-            pass  # this stream's client has gone, or is stuck; the others go on
+            await self.handle_request(Request(stream, method, path, headers, "https", "2"))
+        except* (*QUIET_ENDS, h2.exceptions.ProtocolError):
+            if self.wire.stuck:
+                raise  # then all streams are
         except* Exception:
             logger.exception("a stream failed in a way that nobody thought of")
+        if not (stream.gone.is_set() or (stream.answered and stream.heard)):
+            codes = h2.errors.ErrorCodes  # NO_ERROR: RFC 9113, section 8.1
+            self.reset(stream.number, codes.NO_ERROR if stream.answered else codes.INTERNAL_ERROR)
+        await self._close_stream(stream.number)
+        if not self.streams:
+            self.deadline = trio.current_time() + IDLE_TIMEOUT
+        await self.flush()
 
-    return app
+    def reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # the client was first
+            self.connection.reset_stream(number, code)
 
 
 async def serve_http2(
     wire: Wire, handle: Callable[[Request], Awaitable[None]], stopped: trio.Event
 ) -> None:
-    """HTTP/2 on one wire. Hypercorn's own server would keep no deadline for a head."""
-
-    sending = trio.Lock()  # the streams' tasks share the wire
-
-    async def send(event: object) -> None:
-        if isinstance(event, RawData):
-            try:
-                sending.acquire_nowait()  # mostly, and then it is not a checkpoint
-            except trio.WouldBlock:
-                await sending.acquire()
-            try:
-                await wire.send(event.data)
-            finally:
-                sending.release()
-        elif isinstance(event, Closed):
-            raise trio.BrokenResourceError("the HTTP/2 connection has ended")
-
+    """HTTP/2 on one wire: a task for each stream, and this one, which reads for all."""
     async with TaskGroup() as tasks:
-        protocol = Http2(
-            ASGIWrapper(asgi_app(handle)), http2_config(), WorkerContext(None), tasks,
-            ConnectionState(LifespanState({})), True, None, None, send,
-        )  # fmt: skip
-        offered = protocol.connection.local_settings
-        offered[h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL] = 0
-        offered.acknowledge()  # else h2 sends the old value, until that is confirmed
-        await protocol.initiate()
-        offered[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 1 << 30
-        offered.acknowledge()
+        protocol = Http2(wire, handle, tasks)
         try:
-            await read_http2(protocol, wire, stopped)
+            await protocol.run(stopped)
         finally:
             with trio.move_on_after(GOODBYE, shield=True):
                 await protocol.goodbye()
-                await protocol.handle(Closed())
-                async with sending:
-                    await wire.finish()
-
-
-async def read_http2(protocol: Http2, wire: Wire, stopped: trio.Event) -> None:
-    """Until either side has had enough. The first whole head is there in 10 s."""
-    first_head = trio.current_time() + HEAD_TIMEOUT
-    idle_since = inf
-    while not (protocol.idle and (stopped.is_set() or protocol.leaving)):
-        now = trio.current_time()
-        idle_since = min(idle_since, now) if protocol.idle else inf
-        limit = idle_since + IDLE_TIMEOUT if protocol.keep_alive_requests else first_head
-        if now >= limit:
-            return
-        data = None
-        with trio.move_on_at(min(limit, now + LOOK_EVERY)):
-            data = await wire.receive()
-        if data:
-            await protocol.handle(RawData(data))
-        elif data == b"":
-            return
-
-
-def http2_config() -> Config:
-    config = Config()
-    config.errorlog = logger
-    config.include_server_header = False
-    config.include_date_header = False
-    config.h2_max_concurrent_streams = HTTP2_STREAMS
-    config.keep_alive_max_requests = 1 << 62  # it would end the live streams, too
-    return config
 
 
 # ─── More than one process: Redis Streams behind the same logs ───────────────────────
@@ -4711,81 +4659,25 @@ def cannot_know(what: str) -> Problem:
 
 
 # ─── Flags ───────────────────────────────────────────────────────────────────────────
-# Each flag stands once, in Settings: its default, how it is read, its help. Each can
-# also be given as an environment variable, CHATSTREAM_PORT and so on; a flag wins.
+# Each flag stands once, in Settings: its default, the form of its value, its help. Each
+# can also be given as an environment variable, CHATSTREAM_PORT and so on; a flag wins.
+
+ANY, WORD = ("(?s).*", "text"), (r"(?s)(\S.*)?", "text")  # as it is; without space around it
+PORT = "[0-9]{1,5}", "a port"
+COUNT = "[1-9][0-9]{0,2}", "a number from 1 to 999"
+NUMBER = r"[0-9]{0,9}\.?[0-9]{1,9}", "a number of 0 or more"
+LEVEL = "debug|info|warning|error", "debug, info, warning or error"
+ORIGIN = r"null|https?://[^/?#\s*@]+/?", "an origin, such as https://my.site"
+REDIS = "((rediss?|unix)://.*)?", "a URL, such as redis://host:6379"
 
 
 class UsageError(Exception):
     """The operator asked for something that cannot be: one line, exit code 2."""
 
 
-def to_text(text: str) -> str:
-    return text.strip()
-
-
-def to_port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError(f"{text!r} is not a port: 0 to 65535")
-    return int(text)
-
-
-def to_workers(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
-        raise ValueError(f"{text!r} is not a number of processes: 1 to 256")
-    return int(text)
-
-
-def to_number(text: str) -> float:
-    """Seconds, or a rate."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < inf:
-        raise ValueError(f"{text!r} must be a number of 0 or more")
-    return number
-
-
-def to_origin(text: str) -> str:
-    text = text.strip().rstrip("/").lower()
-    if text != "null" and not re.fullmatch(r"https?://[^/?#\s*@]+", text):
-        raise ValueError(f"{text!r} is not an origin, such as https://my.site")
-    return text
-
-
-def to_level(text: str) -> str:
-    if text not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"{text!r} is not one of debug, info, warning, error")
-    return text
-
-
-def to_base_url(text: str) -> str:
-    """`http://host:port/v1[?query]`; a bare host gets its /v1."""
-    text = text.strip()
-    if not text:
-        return ""
-    shown = "this" if set(text) & set("@?") else repr(text)  # it may have a key inside
-    wrong = f"{shown} is not a base URL, such as http://host:port/v1"
-    if not (text.isascii() and text.isprintable() and " " not in text):
-        raise ValueError(f"{wrong}: it has characters that cannot be sent")
-    try:
-        parts = urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError(wrong)
-    if parts.username or parts.password:
-        raise ValueError(f"{wrong}: a key belongs into OPENAI_API_KEY")
-    path = parts.path.rstrip("/") or ("" if parts.query else "/v1")
-    return f"{parts.scheme}://{parts.netloc}{path}" + (f"?{parts.query}" if parts.query else "")
-
-
-def flag(
-    default: Any, read: Callable[[str], Any], help: str, metavar: str = "", env: str = ""
-) -> Any:
+def flag(default: Any, form: tuple[str, str], help: str, metavar: str = "", env: str = "") -> Any:
     """A field of Settings that is a flag. A tuple as its default: it may be repeated."""
-    about = {"read": read, "help": help, "metavar": metavar or None, "env": env}
+    about = {"form": form, "help": help, "metavar": metavar or None, "env": env}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -4793,30 +4685,23 @@ def flag(
 class Settings:
     """What the flags say. Times in seconds."""
 
-    host: str = flag("localhost", to_text, "address to listen on")
-    port: int = flag(4001, to_port, "of the pages and of HTTP; 0 means any free one")
-    room_port: int = flag(8888, to_port, "of the room; both ports serve everything")
-    upstream: str = flag(
-        "", to_base_url, "base URL of an OpenAI-compatible model", "URL", "OPENAI_BASE_URL"
-    )
-    model: tuple[str, ...] = flag(
-        (), to_text, "a model that one may ask, the first is the default; without: any",
-        "NAME", "OPENAI_MODEL",
-    )  # fmt: skip
-    patience: float = flag(600, to_number, "how long the model may be silent", "S")
-    allow_origin: tuple[str, ...] = flag(
-        (), to_origin, "pages of this origin may ask and speak; null: from disk", "ORIGIN"
-    )
-    linger: float = flag(60, to_number, "how long an answer goes on unread", "S")
-    keep: float = flag(600, to_number, "how long an ended answer is kept", "S")
-    grace: float = flag(5, to_number, "how long answers may go on at a stop", "S")
-    room_rate: float = flag(20, to_number, "messages a second of one member; 0 means no limit", "N")
-    room_suffix: str = flag("--返回数据", str, "behind each message", "TEXT")
-    redis: str = flag("", to_text, "share room and answers over this Redis", "URL")
-    workers: int = flag(1, to_workers, "processes on the same sockets; needs --redis", "N")
-    certfile: str = flag("", to_text, "PEM, with --keyfile: HTTPS and WSS", "FILE")
-    keyfile: str = flag("", to_text, "PEM", "FILE")
-    log_level: str = flag("info", to_level, "debug, info, warning or error", "LEVEL")
+    host: str = flag("localhost", WORD, "address to listen on")
+    port: int = flag(4001, PORT, "of the pages and of HTTP; 0 means any free one")
+    room_port: int = flag(8888, PORT, "of the room; both ports serve everything")
+    upstream: str = flag("", WORD, "of an OpenAI-compatible model", "BASE_URL", "OPENAI_BASE_URL")
+    model: tuple[str, ...] = flag((), WORD, "one that may be asked", "NAME", "OPENAI_MODEL")
+    patience: float = flag(600, NUMBER, "how long the model may be silent", "S")
+    allow_origin: tuple[str, ...] = flag((), ORIGIN, "whose pages may ask; null: from disk")
+    linger: float = flag(60, NUMBER, "how long an answer goes on unread", "S")
+    keep: float = flag(600, NUMBER, "how long an ended answer is kept", "S")
+    grace: float = flag(5, NUMBER, "how long answers may go on at a stop", "S")
+    room_rate: float = flag(20, NUMBER, "messages a second of one member; 0 means no limit", "N")
+    room_suffix: str = flag("--返回数据", ANY, "behind each message", "TEXT")
+    redis: str = flag("", REDIS, "share room and answers over this Redis", "URL")
+    workers: int = flag(1, COUNT, "processes on the same sockets; needs --redis", "N")
+    certfile: str = flag("", WORD, "PEM, with --keyfile: HTTPS and WSS", "FILE")
+    keyfile: str = flag("", WORD, "PEM", "FILE")
+    log_level: str = flag("info", LEVEL, "debug, info, warning or error", "LEVEL")
     # Never a flag: a command line can be read by everybody on the machine.
     api_key: str = dataclasses.field(default="", repr=False)
     token: str = dataclasses.field(default="", repr=False)
@@ -4835,62 +4720,75 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
     """Flags, then environment, then defaults. Raises UsageError."""
     parser = Parser(prog="chatstream", description=__doc__.partition("\n")[0])
-    fields = [f for f in dataclasses.fields(Settings) if "read" in f.metadata]
-    for field in fields:
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            action="append" if isinstance(field.default, tuple) else "store",
-            metavar=field.metadata["metavar"],
-            help=field.metadata["help"],
-        )
+    flags = {f"--{f.name.replace('_', '-')}": f for f in dataclasses.fields(Settings) if f.metadata}
+    for name, field in flags.items():
+        about = field.metadata
+        parser.add_argument(name, action="append", help=about["help"], metavar=about["metavar"])
     given = vars(parser.parse_args(argv))
     settings: JSON = {}
-    for field in fields:
-        texts, source = given_texts(field, given, environ)
-        read = field.metadata["read"]
-        try:
-            values = tuple(read(text) for text in texts)
-        except ValueError as error:
-            raise UsageError(f"{source}: {error}") from None
-        if isinstance(field.default, tuple):
-            settings[field.name] = tuple(value for value in values if value)
-        elif values:
-            settings[field.name] = values[0]
+    for name, field in flags.items():
+        many, found = isinstance(field.default, tuple), {name: given[field.name]}
+        for variable in (f"CHATSTREAM_{field.name.upper()}", field.metadata["env"]):
+            if text := environ.get(variable):
+                found[variable] = text.split(",") if many else [text]
+        source, texts = next((pair for pair in found.items() if pair[1]), ("", []))
+        values = [read_value(field, text, source) for text in texts]
+        if values:
+            settings[field.name] = tuple(filter(None, values)) if many else values[-1]
     return complete(settings, environ)
 
 
-def given_texts(
-    field: dataclasses.Field[Any], given: Mapping[str, Any], environ: Mapping[str, str]
-) -> tuple[list[str], str]:
-    """What was given for a flag, and where."""
-    name = field.name.upper()
-    if (value := given[field.name]) is not None:
-        texts = value if isinstance(value, list) else [value]
-        return texts, f"--{field.name.replace('_', '-')}"
-    for variable in (f"CHATSTREAM_{name}", field.metadata["env"]):
-        if text := environ.get(variable):
-            many = isinstance(field.default, tuple)
-            return (text.split(",") if many else [text]), variable
-    return [], ""
+def read_value(field: dataclasses.Field[Any], text: str, source: str) -> Any:
+    form, wanted = field.metadata["form"]
+    text = text if form is ANY[0] else text.strip()
+    if not re.fullmatch(form, text):
+        shown = "it" if "@" in text else repr(text)  # there may be a password inside
+        raise UsageError(f"{source}: {shown} is not {wanted}")
+    return {"int": int, "float": float}.get(str(field.type), str)(text)
 
 
 def complete(settings: JSON, environ: Mapping[str, str]) -> Settings:
     """What is not a flag, and what must fit together. Raises UsageError."""
     for name, variable in (("api_key", "OPENAI_API_KEY"), ("token", "CHATSTREAM_TOKEN")):
-        secret = environ.get(variable, "").strip()
-        if not (secret.isascii() and secret.isprintable()):
+        settings[name] = environ.get(variable, "").strip()
+        if not (settings[name].isascii() and settings[name].isprintable()):
             raise UsageError(f"{variable} has characters that cannot be sent")
-        settings[name] = secret
-    if bool(settings.get("certfile")) != bool(settings.get("keyfile")):
+    settings["upstream"] = base_url(settings.get("upstream", ""))
+    settings["proxy"] = find_proxy(settings["upstream"], environ)
+    origins = settings.get("allow_origin", ())
+    settings["allow_origin"] = tuple(origin.rstrip("/").lower() for origin in origins)
+    made = Settings(**settings)
+    if (port := max(made.port, made.room_port)) > 65535:
+        raise UsageError(f"{port} is not a port: 0 to 65535")
+    if bool(made.certfile) != bool(made.keyfile):
         raise UsageError("--certfile and --keyfile go together")
-    if settings.get("workers", 1) > 1:
-        if not settings.get("redis"):
-            raise UsageError("--workers needs --redis, where they share their logs")
-        if not hasattr(os, "fork"):
-            raise UsageError("--workers does not work on this system: start one process")
-    if upstream := settings.get("upstream"):
-        settings["proxy"] = find_proxy(upstream, environ)
-    return Settings(**settings)
+    if made.workers > 1 and not made.redis:
+        raise UsageError("--workers needs --redis, where they share their logs")
+    if made.workers > 1 and not hasattr(os, "fork"):
+        raise UsageError("--workers does not work on this system: start one process")
+    return made
+
+
+def split_url(url: str, *schemes: str) -> SplitResult | None:
+    """Its parts, if it has one of these schemes, and a host."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in schemes and parts.hostname and parts.port != 0
+    except ValueError:
+        return None
+    return parts if good else None
+
+
+def base_url(text: str) -> str:
+    """`http://host:port/v1[?query]`; a bare host gets its /v1. Raises UsageError."""
+    parts = split_url(text, "http", "https")
+    if not text:
+        return ""
+    if not parts or "@" in parts.netloc or not re.fullmatch("[!-~]+", text):
+        wanted = "a base URL in ASCII, such as http://host:port/v1, with no key in it"
+        raise UsageError(f"--upstream or OPENAI_BASE_URL must be {wanted}")
+    path = parts.path.rstrip("/") or ("" if parts.query else "/v1")
+    return parts._replace(path=path, fragment="").geturl()
 
 
 def find_proxy(url: str, environ: Mapping[str, str]) -> str:
@@ -4898,27 +4796,19 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
 
     Raises UsageError if there is one that cannot be used.
     """
-    import urllib.request  # slow to load, and only needed here
-
     parts = urlsplit(url)
-    lower = {k.lower(): v.strip() for k, v in environ.items() if v.strip()}
     name = f"{parts.scheme}_proxy"
-    proxy = lower.get(name, "")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    exempt = {"no": lower.get("no_proxy", "")}
-    if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
-        f"{parts.hostname}:{port}", exempt
-    ):
+    lower = {k.lower(): v.strip() for k, v in environ.items() if v.strip()}
+    if name not in lower:
         return ""
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
-    try:
-        parsed = urlsplit(proxy)
-        good = parsed.scheme == "http" and bool(parsed.hostname) and parsed.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        name = name.upper()
-        raise UsageError(f"{name} must be an http:// proxy; NO_PROXY exempts a host")
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # it is slow
+
+    host = f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+    if proxy_bypass_environment(host, {"no": lower.get("no_proxy", "")}):
+        return ""
+    proxy = lower[name] if "://" in lower[name] else f"http://{lower[name]}"
+    if not split_url(proxy, "http"):
+        raise UsageError(f"{name.upper()} must be an http:// proxy; NO_PROXY exempts a host")
     return proxy
 
 
@@ -4926,7 +4816,6 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
 # All that can be wrong with flags, ports, certificate and Redis is found before the
 # first client is served, and told in one line.
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLIENT_VANISHED = 20  # seconds without TCP acknowledgement
 GC_THRESHOLD = 20_000  # new objects; the default of 700 looks for cycles all the time
 
@@ -4951,52 +4840,42 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Listening sockets on every address of a host, with one port number for all.
 
     Browsers and Node may try ::1 first for localhost. An address that this machine
-    lacks is skipped. Raises UsageError.
+    lacks is skipped, one that is taken is an error. Raises UsageError.
     """
-    host = host.strip("[]")
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)  # fmt: skip
-    except (OSError, UnicodeError):
-        raise UsageError(f"cannot listen on {host}:{port}: no such host") from None
+    host, reason = host.strip("[]"), "no such host"
     listeners: list[socket.socket] = []
-    lacking: OSError | None = None
-    for family, address in dict.fromkeys((f[0], f[4][0]) for f in found):
-        number = listeners[0].getsockname()[1] if listeners else port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        found = []
+    for family, address in dict.fromkeys((f[0], str(f[4][0])) for f in found):
+        dual = address == "::" and socket.has_dualstack_ipv6()
+        place = (address, port)
         try:
-            listeners.append(listen_on(family, str(address), number))
+            listener = socket.create_server(place, family=family, backlog=4096, dualstack_ipv6=dual)
         except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                reason = error.strerror or str(error)
-                raise UsageError(f"cannot listen on {host}:{number}: {reason}") from None
-            lacking = error
+            reason = error.strerror or str(error)
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                continue
+            listeners.clear()
+            break
+        listener.setblocking(False)
+        watch_for_life(listener, CLIENT_VANISHED)  # each connection inherits it
+        listeners.append(listener)
+        port = listener.getsockname()[1]
     if not listeners:
-        reason = (lacking and lacking.strerror) or "no such host"
         raise UsageError(f"cannot listen on {host}:{port}: {reason}")
     return listeners
-
-
-def listen_on(family: int, address: str, port: int) -> socket.socket:
-    dual = address == "::" and socket.has_dualstack_ipv6()
-    listener = socket.create_server(
-        (address, port), family=family, backlog=4096, dualstack_ipv6=dual
-    )
-    listener.setblocking(False)
-    watch_for_life(listener, CLIENT_VANISHED)  # each connection inherits it
-    return listener
 
 
 def raise_file_limit() -> None:
     """Each connection is a file: take as many as the system gives."""
     if resource is None:
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in ((65536, max(hard, 65536)), (hard, hard)):
-        try:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in ((hard, hard), (65536, max(hard, 65536))):
+        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-            break
-        except (ValueError, OSError):
-            continue
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 10240:
         logger.warning("this system lets us have %d connections (see ulimit -n)", soft - 50)
@@ -5008,19 +4887,13 @@ async def check_redis(url: str) -> None:
         import coredis
     except ImportError:
         raise UsageError("--redis needs coredis: pip install 'chatstream[redis]'") from None
-    if not re.match("(rediss?|unix)://", url):
-        raise UsageError("--redis needs a URL, such as redis://host:6379")
-    reason = ""
-    trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError, ValueError)
     try:
         with trio.fail_after(5):
             async with coredis.Redis.from_url(url, connect_timeout=3) as redis:
                 await redis.ping()
-    except* trouble as group:  # coredis has a nursery of its own
-        reason = why(group)
-    if reason:
+    except Exception as error:  # mostly in a group: coredis has a nursery of its own
         where = url.rpartition("@")[2].removeprefix("redis://")
-        raise UsageError(f"cannot reach Redis at {where}: {reason}")
+        raise UsageError(f"cannot reach Redis at {where}: {why(error)}") from None
 
 
 def start_line(settings: Settings, http: socket.socket, ws: socket.socket) -> str:
@@ -5032,110 +4905,91 @@ def start_line(settings: Settings, http: socket.socket, ws: socket.socket) -> st
     return f"chatstream: http{s}://{host}:{http_port}  ws{s}://{host}:{ws_port}  model: {model}"
 
 
-def on_signals(call: Callable[[], None]) -> None:
-    """Call this in Trio's loop at each SIGINT and SIGTERM, until the loop has ended."""
-    token = trio.lowlevel.current_trio_token()
-
-    def handle(*_: object) -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            token.run_sync_soon(call)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, handle)
+async def heed_signals(
+    stop: Callable[[], object], at_once: Callable[[], object], task_status: trio.TaskStatus[None]
+) -> None:
+    """The first SIGINT or SIGTERM means: stop. Another one: at once."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            stop()
+            stop = at_once
 
 
 async def serve(
-    settings: Settings,
-    tls: ssl.SSLContext | None,
-    http: list[socket.socket],
-    ws: list[socket.socket],
-    ready: Callable[[], object],
-    parent: int | None = None,
+    settings: Settings, tls: ssl.SSLContext | None, listeners: list[socket.socket], start: str
 ) -> int:
     """Serve on these sockets until a signal; a second one stops at once.
 
-    `parent` is a pipe that ends with the process that started us, and us with it.
+    A worker has no start line to print, and a pipe as stdin that ends with its parent.
     """
     gc.freeze()  # what is imported stays: no collection needs to look at it again
     gc.set_threshold(GC_THRESHOLD)
     stop = trio.Event()
-    ports = {sock.getsockname()[1] for sock in (*http, *ws)}
-    server = Server(App(settings, ports), tls)
+    server = Server(App(settings, {sock.getsockname()[1] for sock in listeners}), tls)
 
-    async def watch(pipe: int) -> None:
-        await trio.lowlevel.wait_readable(pipe)
+    async def end_with_parent() -> None:
+        await trio.lowlevel.wait_readable(0)
         stop.set()
 
+    def ready() -> None:
+        if start:
+            print(start, flush=True)
+
     async with trio.open_nursery() as nursery:
-
-        def stop_now() -> None:
-            if stop.is_set():
-                logger.warning("stopping at once")
-                nursery.cancel_scope.cancel()
-            stop.set()
-
-        on_signals(stop_now)
-        if parent is not None:
-            nursery.start_soon(watch, parent)
-        await server.serve([*http, *ws], stop, ready)
+        await nursery.start(heed_signals, stop.set, nursery.cancel_scope.cancel)
+        if not start:
+            nursery.start_soon(end_with_parent)
+        await server.serve(listeners, stop, ready)
         nursery.cancel_scope.cancel()
     return 0
 
 
-class Supervisor:
+async def supervise(
+    settings: Settings, argv: list[str], listeners: list[socket.socket], start: str
+) -> int:
     """N processes on the same sockets: one that dies is replaced, a stop goes to all.
 
     They share the listening sockets, opened once: the kernel gives each new connection
-    to one of them, so no port is ever closed while a worker is replaced. Each watches a
-    pipe, its stdin, that ends with this process.
+    to one of them, so no port is ever closed while a worker is replaced.
     """
+    at_once = trio.Event()
 
-    def __init__(self, settings: Settings, argv: list[str], fds: list[list[int]]) -> None:
-        self.settings = settings
-        self.start_worker = functools.partial(
-            trio.run_process,
-            [sys.executable, str(Path(__file__).resolve()), *argv],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "CHATSTREAM_LISTENERS": json.dumps(fds)},
-            pass_fds=[fd for pair in fds for fd in pair],
-            process_group=0,  # Ctrl-C is for this process, which passes it on
-            check=False,
-            deliver_cancel=kill,
-        )
-        self.stopping = False
-        self.alive: set[trio.Process] = set()
+    async def stop(worker: trio.Process) -> None:
+        """What is still there in the end, perhaps frozen, is killed."""
+        worker.terminate()
+        with trio.move_on_after(settings.grace + 2.5):
+            await at_once.wait()
+        worker.kill()
 
-    async def run(self, start: str) -> int:
-        async with trio.open_nursery() as nursery:
-            on_signals(functools.partial(self.stop, nursery.cancel_scope))
-            for _ in range(self.settings.workers):
-                nursery.start_soon(self.keep_one)
-            print(start, flush=True)
-        return 0
+    fds = [sock.fileno() for sock in listeners]
+    start_worker = functools.partial(
+        trio.run_process,
+        [sys.executable, __file__, *argv],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "CHATSTREAM_LISTENERS": json.dumps(fds)},
+        pass_fds=fds,
+        process_group=0,  # Ctrl-C is for this process, which passes it on
+        check=False,
+        deliver_cancel=stop,
+    )
 
-    def stop(self, scope: trio.CancelScope) -> None:
-        """Passed on to all. What is still there in the end, perhaps frozen, is killed."""
-        self.stopping = True
-        scope.deadline = trio.current_time() + self.settings.grace + 2.5
-        for process in self.alive:
-            process.terminate()
-
-    async def keep_one(self) -> None:
-        while not self.stopping:
+    async def keep_one() -> None:
+        while True:
             started = trio.current_time()
             async with trio.open_nursery() as nursery:
-                process = await nursery.start(self.start_worker)
-                self.alive.add(process)
-                if self.stopping:
-                    process.terminate()
-            self.alive.discard(process)
-            if not self.stopping:
-                logger.error("a worker died (%d) and is replaced", process.returncode)
-                await trio.sleep_until(started + 1)  # one that cannot live: not in a hurry
+                worker = await nursery.start(start_worker)
+            logger.error("a worker died (%d) and is replaced", worker.returncode)
+            await trio.sleep_until(started + 1)  # one that cannot live: not in a hurry
 
-
-async def kill(process: trio.Process) -> None:
-    process.kill()
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as workers:
+            await nursery.start(heed_signals, workers.cancel_scope.cancel, at_once.set)
+            for _ in range(settings.workers):
+                workers.start_soon(keep_one)
+            print(start, flush=True)
+        nursery.cancel_scope.cancel()
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -5143,10 +4997,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         settings = parse_flags(argv, os.environ)
-        logging.basicConfig(
-            level=settings.log_level.upper(), stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(message)s",
-        )  # fmt: skip
+        form = "%(asctime)s %(levelname)s %(message)s"
+        logging.basicConfig(level=settings.log_level.upper(), format=form)
         for noisy in ("trio-websocket", "hpack"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         # A connection that it loses is a traceback to coredis, and one line to us.
@@ -5154,18 +5006,15 @@ def main(argv: list[str] | None = None) -> int:
         raise_file_limit()
         tls = tls_context(settings)
         if inherited := os.environ.pop("CHATSTREAM_LISTENERS", ""):
-            shared = [[socket.socket(fileno=fd) for fd in fds]
-                      for fds in json.loads(inherited)]  # fmt: skip
-            return trio.run(serve, settings, tls, shared[0], shared[1], bool, 0)
+            listeners = [socket.socket(fileno=fd) for fd in json.loads(inherited)]
+            return trio.run(serve, settings, tls, listeners, "")
         http, ws = (listen(settings.host, n) for n in (settings.port, settings.room_port))
         if settings.redis:
             trio.run(check_redis, settings.redis)
         start = start_line(settings, http[0], ws[0])
         if settings.workers > 1:
-            fds = [[sock.fileno() for sock in socks] for socks in (http, ws)]
-            return trio.run(Supervisor(settings, argv, fds).run, start)
-        ready = functools.partial(print, start, flush=True)
-        return trio.run(serve, settings, tls, http, ws, ready)
+            return trio.run(supervise, settings, argv, [*http, *ws], start)
+        return trio.run(serve, settings, tls, [*http, *ws], start)
     except UsageError as error:
         print(f"chatstream: {error}", file=sys.stderr)
         return 2

@@ -4134,17 +4134,15 @@ async def serve_http2(
 
 
 # ─── More than one process: Redis Streams behind the same logs ───────────────────────
-# Nothing above a log changes. A message for the room is written to a Redis Stream, and
-# each process copies that into its room. An answer is written by the process that asks
-# the upstream, and mirrored into a stream of its own; a process that is asked for
-# somebody else's answer has a copy, whose model reads Redis where others read HTTP.
-# Event n of a log is the same everywhere. An entry that is read twice changes nothing,
-# so a process that has lost touch reads all streams again from their beginning.
+# Nothing above a log changes, and event n is the same everywhere. A message for the room
+# goes into a Redis Stream, which each process copies into its room. An answer is written
+# by the process that asks the upstream, and mirrored into a stream of its own; a process
+# that is asked for it has a copy, whose model reads Redis where others read HTTP. An
+# entry that is read twice changes nothing: after any trouble, all is read again.
 #
-# The processes tell each other their state: their counts, which copies somebody reads,
-# which of these are to be stopped. All of it goes into one stream, once a second and
-# when it changes. A process of which nothing is heard while we hear ourselves five
-# times, a second apart, is gone.
+# The processes tell each other their state, a few times a second: their counts, which
+# copies somebody reads, which of these are to be stopped. A process whose state stays
+# the same is gone.
 #
 # Redis, and any of the others, may be gone at any moment, or stand still and wake up
 # later. So nothing waits for Redis longer than REDIS_TIMEOUT, and a message that its
@@ -4152,9 +4150,8 @@ async def serve_http2(
 #
 #   room           stream of what was said, each entry with its place in the log
 #   room:comings   list: which entries of the room are comings and goings
-#   presence       hash: members in each process
+#   processes      hash: the state of each process, and how many members it has
 #   said:PROCESS   the last batch that it has said
-#   state          stream of states
 #   answer:ID      stream of batches of events; the first entry says who writes it
 #   key:DIGEST     the answer that an Idempotency-Key has started
 #
@@ -4162,15 +4159,12 @@ async def serve_http2(
 # a later id would block them for ever.
 
 PREFIX = "chatstream:2:"
-ROOM, STATE, COMINGS, PRESENCE = (
-    PREFIX + name for name in ("room", "state", "room:comings", "presence")
-)
+ROOM, COMINGS, PROCESSES = PREFIX + "room", PREFIX + "room:comings", PREFIX + "processes"
 ANSWER_PREFIX = PREFIX + "answer:"
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
-REDIS_TIMEOUT, BEAT, BEAT_APART, BEATS_MISSED = 2, 1, 0.8, 4
-WANTS_EVERY, MIRROR_EVERY, REPLY_TAKES = 0.05, 0.02, 0.5
-FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
-MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # in one round trip
+REDIS_TIMEOUT, BEAT, BEATS_MISSED = 2, 0.25, 16
+FOLLOW_BLOCK = 100  # milliseconds; an XREAD under way misses streams that are added to it
+MIRROR_EVERY, MIRROR_ANSWERS, MIRROR_EVENTS = 0.02, 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
 
 LUA = """
@@ -4182,6 +4176,7 @@ end
 local function last_entry(key, field)
   heal(key, 'stream')
   for _, entry in ipairs(redis.call('XREVRANGE', key, '+', '-', 'COUNT', 5)) do
+    if entry[1]:find('^18446744073709551615') then redis.call('DEL', key) return {} end
     local fields = {}
     for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
     if tonumber(fields[field]) then return fields end
@@ -4191,86 +4186,82 @@ end
 """
 # A command is not taken back when we give up waiting for its reply: a Redis that was
 # frozen would carry it out on waking up, after the sender has been told to say it again.
-# So it comes with a time, on Redis's clock, after which it is void. A batch that is sent
-# again, because we were frozen when the reply came, is not stored again.
+# So it comes with a time, on Redis's clock, after which it is void. That time also
+# names the batch: one that is sent again is not stored again.
 SAY = """
-local room, comings, presence, stored = unpack(KEYS)
-local batch, late, our_name, our_end, our_last, me, here, max, at = unpack(ARGV)
+local room, comings, processes, stored = unpack(KEYS)
+local late, our_name, our_end, our_last, me, here = unpack(ARGV)
 local now = redis.call('TIME')
+if redis.call('GET', stored) == late then return end
 if now[1] + now[2] / 1000000 > tonumber(late) then
   return redis.error_reply('LATE: its sender has been told that it was not stored')
 end
-heal(stored, 'string')
-if redis.call('GET', stored) == batch then return end
-redis.call('SET', stored, batch, 'EX', 3600)
-heal(comings, 'list') heal(presence, 'hash')
-redis.call('HSET', presence, me, here)
+redis.call('SET', stored, late, 'EX', 3600)
+heal(comings, 'list') heal(processes, 'hash')
+redis.call('HSET', processes, 'members:' .. me, here)
 local members = 0
-for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumber(n) or 0) end
+for _, n in ipairs(redis.call('HVALS', processes)) do members = members + (tonumber(n) or 0) end
 local tail = last_entry(room, 'place')
 local name, place, last = tail.room or our_name, (tail.place or -1) + 1, tail.last or -1
 if name == our_name and place < tonumber(our_end) then
   -- Redis has lost what we have heard: go on where no process can have been.
-  place, last = our_end + max, our_last
+  place, last = our_end + 1000, our_last
 end
-for i = 10, #ARGV, 2 do
+for i = 7, #ARGV, 2 do
   local after = last
   if ARGV[i] == 'message' then last = place end
-  local id = redis.call('XADD', room, 'MAXLEN', max, '*', 'room', name, 'place', place,
-    'after', after, 'last', last, 'members', members, 'at', at, 'said', ARGV[i + 1])
+  local id = redis.call('XADD', room, 'MAXLEN', 1000, '*', 'room', name, 'place', place,
+    'after', after, 'last', last, 'members', members, 'said', ARGV[i + 1])
   if last ~= place and redis.call('RPUSH', comings, id) > 50 then
     redis.call('XDEL', room, redis.call('LPOP', comings))
   end
   place = place + 1
 end
 """
-# The next events of some answers. A batch is stored once, also if it is sent twice
-# because the first reply was lost. Returns for each answer the place up to which it is
-# stored, from where the next batch has to go on; -1 if another process has ended it.
+# The next events of some answers. Returns for each the place up to which it is stored,
+# from where the next batch has to go on: the reply to one that was stored may be lost.
+# -1 is an answer that has ended, whoever has written its end.
 MIRROR = """
-local results = {}
+local results, keep, unheard = {}, ARGV[#ARGV - 1], ARGV[#ARGV]
 for k, key in ipairs(KEYS) do
-  local head, base, from, to, events, ending, keep = unpack(ARGV, k * 7 - 6, k * 7)
+  local head, base, from, to, events, ending = unpack(ARGV, k * 6 - 5, k * 6)
   local tail = last_entry(key, 'to')
   local stored, ended = tail.to or base, tail['end'] or ''
   if not tail.to then redis.call('XADD', key, '*', 'head', head, 'to', base) end
-  if ended ~= '' and (ended ~= ending or stored ~= to) then
-    stored = -1
-  elseif ended == '' and stored == from and (from ~= to or ending ~= '') then
+  if ended == '' and stored == from and (from ~= to or ending ~= '') then
     redis.call('XADD', key, '*', 'from', from, 'to', to, 'events', events, 'end', ending)
-    stored = to
+    stored, ended = to, ending
   end
-  redis.call('EXPIRE', key, keep)
-  results[k] = tonumber(stored)
+  redis.call('EXPIRE', key, ended == '' and unheard or keep)
+  results[k] = ended == '' and tonumber(stored) or -1
 end
 return results
 """
 TELL = """
 local me, members, state = unpack(ARGV)
 heal(KEYS[1], 'hash')
-for i = 2, #KEYS do heal(KEYS[i], 'stream') end
-redis.call('HSET', KEYS[1], me, members)
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state)
-return redis.call('TIME')
+for i = 2, #KEYS do last_entry(KEYS[i]) end
+redis.call('HSET', KEYS[1], me, state, 'members:' .. me, members)
+return {redis.call('TIME'), redis.call('HGETALL', KEYS[1])}
 """
 
 
+@dataclasses.dataclass
 class Neighbour:
     """Another process, as far as we have heard of it."""
 
-    def __init__(self) -> None:
-        self.missed = 0  # beats of ours since its last word
-        self.counts: Counter[str] = Counter()
-        self.reads: set[str] = set()  # answers
+    state: str = ""
+    silent: int = 0  # beats of ours since it was another
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    reads: set[Answer] = dataclasses.field(default_factory=set)  # of ours
 
 
 class Batch(list[Said]):
     """What goes into the room in one round trip."""
 
-    stored = False
-
-    def fields(self) -> list[str]:
-        return [field for said in self for field in (said.type, to_json(said))]
+    def __init__(self) -> None:
+        self.stored = False
+        self.ended = trio.Event()  # it is stored, or never will be
 
 
 class Elsewhere(Model):
@@ -4305,110 +4296,108 @@ class Cluster:
 
         self.app = app
         self.me = secrets.token_hex(8)
-        self.redis: coredis.Redis[str] = coredis.Redis.from_url(
-            url, decode_responses=True, connect_timeout=1, stream_timeout=2 * REDIS_TIMEOUT
-        )
-        self.trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError)
-        scripts = (self.redis.register_script(LUA + text) for text in (SAY, MIRROR, TELL))
-        self.say_script, self.mirror_script, self.tell_script = scripts
+        once = coredis.retry.NoRetryPolicy()
+        limits: JSON = {"connect_timeout": 1, "stream_timeout": REDIS_TIMEOUT, "retry_policy": once}
+        self.redis: coredis.Redis[str]
+        self.redis = coredis.Redis.from_url(url, decode_responses=True, **limits)
+        self.scripts: dict[str, Any] = {
+            text: self.redis.register_script(LUA + text) for text in (SAY, MIRROR, TELL)
+        }
+        self.trouble = (coredis.exceptions.RedisError, OSError)
+        self.if_new = coredis.PureToken.NX
         # What we have heard
-        self.read = {ROOM: "0-0", STATE: "0-0"}  # the last entry of each stream
+        self.read = {ROOM: ""}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
         self.neighbours: dict[str, Neighbour] = {}
-        self.warned: set[str] = set()  # of these streams
-        self.beaten = -inf  # when we heard a beat of our own
         self.offset = 0.0  # Redis's time less ours, in seconds
+        self.caught_up = trio.Event()
+        self.warned: set[str] = set()  # of these streams
         # What we have to say
         self.batch = Batch()
         self.saying = trio.Lock()
         self.mirrored: dict[Answer, int] = {}  # how many of their events are stored
         self.stops: set[str] = set()  # copies that somebody here wants stopped
-        self.leaving = False
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Everything that this process does for the others, and they for it."""
         async with self.redis, trio.open_nursery() as nursery:
-            with contextlib.suppress(*self.trouble):
-                await self.tell()
-                while await self.follow_once():  # what was said before the first client comes
-                    pass
-            for task in (self.follow, self.beat, self.mirror):
-                nursery.start_soon(self.for_ever, task)
+            nursery.start_soon(self.keep_in_touch)
+            with trio.move_on_after(REDIS_TIMEOUT):  # or begin without it
+                await self.caught_up.wait()  # with what was said before the first client comes
             task_status.started()
 
-    async def for_ever(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Again after each trouble with Redis, with back-off."""
-        wait, last = 0.1, ""
+    async def keep_in_touch(self) -> None:
+        """Again after each trouble, and from the beginning: Redis may have lost everything."""
+        reason = ""
         while True:
-            started = trio.current_time()
+            by_id = self.app.answers.by_id
+            self.mirrored = {a: a.start for a in self.mirrored if a.name in by_id}
+            self.read = dict.fromkeys(self.read, "0-0")
             try:
-                await task()
-            except Exception as error:
-                if (reason := why(error)) != last:
-                    logger.warning("redis: %s: %s", task.__name__, reason)
-                last = reason
-            wait = 0.1 if trio.current_time() - started > 5 else min(wait * 2, 2)
-            await trio.sleep(wait * random.uniform(0.5, 1))
+                await self.tell()  # and so heal what we read
+                async with trio.open_nursery() as nursery:
+                    for task in (self.beat, self.follow, self.mirror):
+                        nursery.start_soon(task)
+            except* Exception as group:
+                if reason != (reason := why(group)):
+                    logger.warning("redis: %s", reason)
+            await trio.sleep(random.uniform(0.1, 2))
 
     async def goodbye(self) -> None:
-        """The last events of our answers, for those who read them elsewhere."""
-        self.leaving = True
-        with contextlib.suppress(*self.trouble), trio.fail_after(0.5):
-            while self.mirrored:
-                await self.mirror_news()
-            await self.tell()
+        """Until the last events of our answers are stored, for those who read them elsewhere."""
+        with trio.move_on_after(0.5):
+            while self.mirrored:  # noqa: ASYNC110
+                await trio.sleep(MIRROR_EVERY)
 
     # ── the room ──
 
     async def store(self, said: Said) -> None:
         """Say it to all processes. Raises Problem if it could not be stored.
 
-        All that waits while a round trip is under way goes in the next one: whoever of
-        them has the lock first takes the others along.
+        All that is said while a round trip is under way goes in the next one.
         """
         batch = self.batch
         batch.append(said)
-        with trio.CancelScope(shield=True):  # said is said; it takes two timeouts at most
-            async with self.saying:
-                if batch is self.batch:
+        with trio.CancelScope(shield=True):  # said is said, and its sender hears of a failure
+            if len(batch) > 1:
+                await batch.ended.wait()
+            else:
+                async with self.saying:
                     self.batch = Batch()
                     await self.say(batch)
+                batch.ended.set()
         if not batch.stored:
             away = "the room cannot store messages at the moment: say it again later"
             raise Problem(503, away, "server_error", code="not_stored")
 
     async def say(self, batch: Batch) -> None:
-        keys = [ROOM, COMINGS, PRESENCE, f"{PREFIX}said:{self.me}"]
-        began = sent = trio.current_time()
-        while not batch.stored:
-            args = [began, *self.context(sent), *batch.fields()]
-            with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT + REPLY_TAKES):
-                await self.say_script(keys, args)
+        """Twice, if need be: the reply may be lost, or have come while we stood still."""
+        room, late = self.app.room, self.offset + trio.current_time() + REDIS_TIMEOUT
+        keys = [ROOM, COMINGS, PROCESSES, f"{PREFIX}said:{self.me}"]
+        args = [late, room.name, room.end, self.last, self.me, room.here]
+        for said in batch:
+            args += [said.type, to_json((int(time.time() * 1000), said))]
+        for _ in range(2):
+            with contextlib.suppress(*self.trouble):
+                await self.scripts[SAY](keys, args)
                 batch.stored = True
-            last, sent = sent, trio.current_time()
-            if sent < last + REDIS_TIMEOUT + 2 * REPLY_TAKES:
-                break  # else we have stood still, and may have missed the reply
-
-    def context(self, sent: float) -> list[str | int | float]:
-        room, late = self.app.room, self.offset + sent + REDIS_TIMEOUT
-        at = int(time.time() * 1000)
-        return [late, room.name, room.end, self.last, self.me, room.here, ROOM_EVENTS, at]
+                return
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
-        room, said = self.app.room, Said(*from_json(entry["said"]))
-        place, at, last = int(entry["place"]), int(entry["at"]), int(entry["last"])
+        room, (at, said) = self.app.room, from_json(entry["said"])
+        numbers = (int(entry[name]) for name in ("place", "after", "last", "members"))
+        place, after, last, members = numbers
         known = entry["room"] == room.name
         if known and place < room.end:
             return
-        room.elsewhere = int(entry["members"]) - room.here
-        if not known or int(entry["after"]) > self.last:  # we are new; or messages between are lost
+        if not known or after > self.last:  # we are new; or messages between are lost
             room.name = entry["room"]
             room.skip_to(place)
             for reader in room.readers:
                 reader.rewind(place - 1)  # so that each is told of a gap
-        self.last = last
-        room.add(said, at, place)
+        self.last, room.elsewhere = last, members - room.here
+        room.add(Said(*said), at, place)
 
     # ── our answers, for others ──
 
@@ -4416,127 +4405,106 @@ class Cluster:
         """Before a client learns an answer's name: let every process find it."""
         if answer not in self.mirrored and not answer.model.writer:
             self.mirrored[answer] = 0
-            with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
+            with contextlib.suppress(*self.trouble):
                 await self.mirror_some([answer])
 
     async def mirror(self) -> None:
         """Our answers into their streams, many in one round trip."""
-        for answer in list(self.mirrored):  # while Redis was away, some were forgotten
-            if answer.name not in self.app.answers.by_id:
-                del self.mirrored[answer]
-        looked = -inf
+        of_all = True
         while True:
-            stood_still = trio.current_time() > looked + BEAT  # has somebody ended ours?
             looked = trio.current_time()
-            await self.mirror_news(stood_still)
-            await trio.sleep(MIRROR_EVERY)
-
-    async def mirror_news(self, of_all: bool = False) -> None:
-        news = [a for a, stored in self.mirrored.items() if of_all or stored < a.end or a.closed]
-        for first in range(0, len(news), MIRROR_ANSWERS):
-            with trio.fail_after(REDIS_TIMEOUT):
+            news = [a for a, n in self.mirrored.items() if of_all or n < a.end or a.closed]
+            for first in range(0, len(news), MIRROR_ANSWERS):
                 await self.mirror_some(news[first : first + MIRROR_ANSWERS])
+            await trio.sleep(MIRROR_EVERY)
+            of_all = trio.current_time() > looked + 1  # we stood still: has one been ended?
 
     async def mirror_some(self, answers: list[Answer]) -> None:
-        """What is new of these; the end of an answer goes with its last events."""
-        ends: list[tuple[int, bool]] = []
-        args: list[str | int] = []
-        for answer in answers:
-            start = self.mirrored.get(answer, answer.end)
-            end = min(answer.end, start + MIRROR_EVENTS)
-            ended = answer.closed and end == answer.end
-            ends.append((end, ended))
-            args += self.entry(answer, start, end, ended)
-        results: Any = await self.mirror_script([ANSWER_PREFIX + a.name for a in answers], args)
-        for answer, (end, ended), result in zip(answers, ends, results, strict=True):
-            self.mirrored[answer] = int(result)
-            if int(result) < 0:
-                gone = "the server that wrote this answer was silent for too long"
-                self.app.answers.stop(answer, upstream_problem(gone))
-            if int(result) < 0 or (ended and int(result) >= end):
+        keys = [ANSWER_PREFIX + answer.name for answer in answers]
+        args = [arg for answer in answers for arg in self.news(answer)]
+        args += [int(self.app.settings.keep) + 1, UNHEARD_EXPIRES]
+        results = await self.scripts[MIRROR](keys, args)
+        for answer, stored in zip(answers, map(int, results), strict=True):
+            self.mirrored[answer] = stored
+            if stored < 0:
                 del self.mirrored[answer]
+                gone = "the server that wrote this answer was silent for too long"
+                self.app.answers.stop(answer, upstream_problem(gone))  # if it goes on here
 
-    def entry(self, answer: Answer, start: int, end: int, ended: bool) -> list[str | int]:
-        """The arguments of MIRROR."""
-        question, problem = answer.question, answer.problem
-        head = {
-            "writer": answer.model.writer or self.me, "api": APIS.index(question.api),
-            "stream": question.stream, "model": question.model,
-            "polled": question.polled, "digest": question.digest,
-        }  # fmt: skip
-        events = [(event.type, event.data) for event in map(answer.__getitem__, range(start, end))]
-        ending = to_json(problem and [problem.status, problem.error]) if ended else ""
-        keep = int(self.app.settings.keep) + 1 if ended else UNHEARD_EXPIRES
-        return [to_json(head), answer.start, start, end, to_json(events), ending, keep]
+    def news(self, answer: Answer) -> list[str | int]:
+        """The end of an answer goes with its last events."""
+        asked, problem, ending = answer.question, answer.problem, ""
+        writer, api = answer.model.writer or self.me, APIS.index(asked.api)
+        head = [writer, api, asked.stream, asked.model, asked.polled, asked.digest]
+        start = self.mirrored.get(answer, answer.end)
+        end = min(answer.end, start + MIRROR_EVENTS)
+        events = [answer[place][:2] for place in range(start, end)]
+        if answer.closed and end == answer.end:
+            ending = to_json(problem and {"status": problem.status, **problem.error})
+        return [to_json(head), answer.start, start, end, to_json(events), ending]
 
     # ── others' answers, for us ──
 
+    @contextlib.contextmanager
+    def must_know(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except self.trouble:
+            unknown, retry = f"{what} cannot be known now: try again", {"retry-after": "2"}
+            raise Problem(503, unknown, "server_error", headers=retry) from None
+
     async def find(self, name: str) -> Answer | None:
         """Another process's answer, copied from now on. Raises Problem 503."""
-        key = ANSWER_PREFIX + name
-        try:
-            with trio.fail_after(REDIS_TIMEOUT):
-                entries: Any = await self.redis.xrange(key) or ()
-        except self.trouble:
-            raise cannot_know("this answer cannot be found at the moment") from None
-        answers = self.app.answers
+        key, answers = ANSWER_PREFIX + name, self.app.answers
+        with self.must_know("whether there is this answer"):
+            entries: Any = await self.redis.xrange(key) or ()
         if name in answers.by_id:
             return answers.by_id[name]  # somebody else asked at the same moment
-        heads = (entry.field_values.get("head") for entry in entries)
+        heads = (e.field_values["head"] for e in entries if "head" in e.field_values)
         try:
-            head = from_json(next(filter(None, heads)))
-            writer = str(head.pop("writer"))
-            question = Question(APIS[head.pop("api")], b"", **head)
-        except (StopIteration, KeyError, ValueError, TypeError, IndexError):
+            writer, api, stream, model, polled, digest = from_json(next(heads, ""))
+            question = Question(APIS[api], b"", stream, model, polled=polled, digest=digest)
+        except (ValueError, TypeError, IndexError):
             return None
         copy = answers.begin(self.app.writers, Elsewhere(self, writer), question, name)
         copy.accepted.set()
         self.neighbours.setdefault(writer, Neighbour())
-        self.read[key] = str(entries[-1].identifier)
-        for entry in entries:
-            self.hear(key, entry.identifier, entry.field_values)
+        self.read[key] = ""
+        self.hear_entries(key, entries)
         return copy
 
-    def hear_answer(self, copy: Answer, entry: Mapping[str, str]) -> None:
+    def hear_answer(self, key: str, entry: Mapping[str, str]) -> None:
         """A batch of its events, of which we may have some already."""
-        if "head" in entry or copy.closed:
+        copy = self.app.answers.by_id.get(key.removeprefix(ANSWER_PREFIX))
+        if copy is None or copy.closed or "head" in entry:
             return
         events, start = from_json(entry["events"]), int(entry["from"])
         if start > copy.end:
             copy.skip_to(start)  # what Redis has lost, readers are told of by a gap
-        for type, data in events[copy.end - start :]:
+        for data, type in events[copy.end - start :]:
             copy.append(data, type)
         if entry["end"]:
             if problem := from_json(entry["end"]):
-                status, error = problem
-                copy.problem = Problem(status, error["message"], error["type"])
-                copy.problem.error = error
+                copy.problem = Problem(**problem)
             copy.close()
 
     async def claim_key(self, question: Question) -> tuple[Answer | None, str]:
         """The answer that this Idempotency-Key has started in another process, if any;
         else the name under which it may be started here. Raises Problem."""
-        from coredis.tokens import PureToken
-
         key, name = f"{PREFIX}key:{question.key}", secrets.token_hex(16)
-        try:
-            with trio.fail_after(REDIS_TIMEOUT):
-                claim = functools.partial(self.redis.set, key, name, ex=UNHEARD_EXPIRES)
-                if await claim(condition=PureToken.NX):
-                    return None, name
-                claimed = str(await self.redis.get(key))
+        claim = functools.partial(self.redis.set, key, name, ex=UNHEARD_EXPIRES)
+        with self.must_know("whether this was asked before"):
+            if claimed := await claim(condition=self.if_new, get=True):
                 for _ in range(20):  # it may not have been announced yet
-                    if answer := await self.find(claimed):
-                        return answer, claimed
+                    if answer := await self.find(str(claimed)):
+                        return answer, answer.name
                     await trio.sleep(0.05)
                 await claim()  # it is forgotten
-                return None, name
-        except self.trouble:
-            raise cannot_know("whether this was asked before cannot be known now") from None
+        return None, name
 
     async def free_key(self, question: Question) -> None:
         """The question was refused: it may be asked again."""
-        with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
+        with contextlib.suppress(*self.trouble):
             await self.redis.delete([f"{PREFIX}key:{question.key}"])
 
     # ── what the processes tell each other ──
@@ -4544,118 +4512,86 @@ class Cluster:
     def counts_of_others(self) -> Counter[str]:
         return sum((n.counts for n in self.neighbours.values()), Counter())
 
-    async def beat(self) -> None:
-        """Our state, once a second and when somebody begins or ceases to want something."""
-        while True:
-            told, due = self.wants(), trio.current_time() + BEAT
-            await self.tell()
-            await self.bury_the_dead()
-            while self.wants() == told and trio.current_time() < due:  # noqa: ASYNC110
-                await trio.sleep(WANTS_EVERY)
-
-    def wants(self) -> JSON:
-        """Of other processes' answers: which are read here, which are to be stopped."""
+    async def tell(self) -> dict[str, str]:
+        """All that the others need to know of us. Returns what they have told."""
         copies = [answer for answer in self.app.answers.open() if answer.model.writer]
         reads = [copy.name for copy in copies if copy.attendants]
-        return {"reads": reads, "stops": sorted(self.stops)}
-
-    async def tell(self) -> None:
-        """All that the others need to know of us."""
         counts = self.app.counts()
-        state = to_json({"counts": counts, "leaving": self.leaving, **self.wants()})
-        args: list[str | int] = [self.me, counts["members"], state]
-        with trio.fail_after(REDIS_TIMEOUT):
-            now: Any = await self.tell_script([PRESENCE, STATE, *self.read], args)
-        self.offset = int(now[0]) + int(now[1]) / 1e6 - trio.current_time()
+        state = to_json([trio.current_time(), counts, reads, sorted(self.stops)])
+        args = [self.me, counts["members"], state]
+        (seconds, micros), told = await self.scripts[TELL]([PROCESSES, *self.read], args)
+        self.offset = int(seconds) + int(micros) / 1e6 - trio.current_time()
+        return dict(zip(told[::2], told[1::2], strict=True))
 
-    def hear_state(self, entry: Mapping[str, str]) -> None:
-        if entry["from"] == self.me:
-            return self.hear_beat()
-        state = from_json(entry["state"])
-        neighbour = self.neighbours.setdefault(entry["from"], Neighbour())
-        neighbour.missed = BEATS_MISSED + 1 if state["leaving"] else 0
-        neighbour.counts = Counter(state["counts"])
-        self.set_reads(neighbour, set(state["reads"]))
-        for name in state["stops"]:
-            if answer := self.ours(name):
-                self.app.answers.stop(answer, stopped())
+    async def beat(self) -> None:
+        """Tell, and hear the others. One that is silent while we and Redis live is gone."""
+        while True:
+            told = await self.tell()
+            names = {name for name in told if ":" not in str(name)} | self.neighbours.keys()
+            for name in names - {self.me}:
+                neighbour = self.neighbours.setdefault(name, Neighbour())
+                neighbour.silent += 1
+                if told.get(name, neighbour.state) != neighbour.state:
+                    neighbour.silent, neighbour.state = 0, told[name]
+                    self.hear(PROCESSES, self.hear_state, [neighbour])
+                elif neighbour.silent > BEATS_MISSED:
+                    await self.bury(name, told.get(f"members:{name}", "0"))
+            await trio.sleep(BEAT)
 
-    def hear_beat(self) -> None:
-        """Our own. What was said while Redis stood still comes at once, and counts once."""
-        if trio.current_time() > self.beaten + BEAT_APART:
-            self.beaten = trio.current_time()
-            for neighbour in self.neighbours.values():
-                neighbour.missed += 1
+    def hear_state(self, neighbour: Neighbour) -> None:
+        _, counts, reads, stops = from_json(neighbour.state)
+        by_id, counts = self.app.answers.by_id, Counter(counts)
+        ours = {by_id[name] for name in by_id.keys() & reads if not by_id[name].model.writer}
+        for answer in ours - neighbour.reads:
+            answer.attend()
+        for answer in neighbour.reads - ours:
+            answer.leave()
+        neighbour.counts, neighbour.reads = counts, ours
+        # It waits for the end of one that has ended: Redis has lost it.
+        self.mirrored = {answer: 0 for answer in ours if answer.closed} | self.mirrored
+        for name in by_id.keys() & stops:
+            self.app.answers.stop(by_id[name], stopped())
 
-    def set_reads(self, neighbour: Neighbour, reads: set[str]) -> None:
-        """Which answers it reads: what is ours of these has an attendant more."""
-        for name in reads ^ neighbour.reads:
-            if answer := self.ours(name):
-                (answer.attend if name in reads else answer.leave)()
-        neighbour.reads = reads
-
-    def ours(self, name: str) -> Answer | None:
-        answer = self.app.answers.by_id.get(name)
-        return answer if answer and not answer.model.writer else None
-
-    async def bury_the_dead(self) -> None:
+    async def bury(self, name: str, members: str) -> None:
         """What a process that is gone has left: readers, answers, members."""
-        for name, neighbour in list(self.neighbours.items()):
-            if neighbour.missed > BEATS_MISSED:
-                self.set_reads(neighbour, set())
-                for answer in self.app.answers.open():
-                    if answer.model.writer == name:
-                        self.bury(answer)
-                await self.bury_members(name)
-                del self.neighbours[name]
-
-    def bury(self, copy: Answer) -> None:
-        """Its writer is gone: we write its end, for all who read that stream."""
-        self.mirrored[copy] = copy.end
-        copy.finish(upstream_problem("the server that wrote this answer is gone"))
-
-    async def bury_members(self, name: str) -> None:
-        with trio.fail_after(REDIS_TIMEOUT):
-            members = await self.redis.hget(PRESENCE, name)
-            ours = await self.redis.hdel(PRESENCE, [name])  # and no other process's to tell
-        if ours and members not in (None, "0"):
+        while reads := self.neighbours[name].reads:
+            reads.pop().leave()
+        for copy in self.app.answers.open():
+            if copy.model.writer == name:  # we write its end, for all who read it
+                self.mirrored[copy] = copy.end
+                copy.finish(upstream_problem("the server that wrote this answer is gone"))
+        first = await self.redis.hdel(PROCESSES, [name, f"members:{name}"])
+        if first and members != "0":  # no other process tells it
             with contextlib.suppress(Problem):
                 await self.store(Said("left", f"{members} members"))
+        del self.neighbours[name]
 
     async def follow(self) -> None:
         """The one task that copies: every stream that we read, into its log."""
-        self.read = dict.fromkeys(self.read, "0-0")  # Redis may have begun anew
         while True:
-            await self.follow_once(int(FOLLOW_BLOCK * 1000))
-
-    async def follow_once(self, block: int | None = None) -> bool:
-        with trio.fail_after(REDIS_TIMEOUT):
+            block = FOLLOW_BLOCK if self.caught_up.is_set() else None
             news: Any = await self.redis.xread(self.read, count=500, block=block)
-        for key, entries in (news or {}).items():
-            if key in self.read:
-                self.read[key] = entries[-1].identifier
-            for entry in entries:
-                self.hear(key, entry.identifier, entry.field_values)
-        return bool(news)
+            for key, entries in (news or {}).items():
+                self.hear_entries(key, entries)
+            if not news:
+                self.caught_up.set()
 
-    def hear(self, key: str, identifier: str, entry: Mapping[str, str]) -> None:
+    def hear_entries(self, key: str, entries: Any) -> None:
+        if key in self.read:
+            last = entries[-1].identifier
+            self.read[key] = "0-0" if last.startswith("18446744073709551615") else last
+        take = self.hear_room if key == ROOM else functools.partial(self.hear_answer, key)
+        self.hear(key, take, (entry.field_values for entry in entries))
+
+    def hear(self, key: str, take: Callable[[Any], None], told: Iterable[Any]) -> None:
         """What is foreign or broken is skipped: it must not end what we do."""
-        try:
-            if key == ROOM:
-                self.hear_room(entry)
-            elif key == STATE:
-                self.hear_state(entry)
-            elif copy := self.app.answers.by_id.get(key.removeprefix(ANSWER_PREFIX)):
-                self.hear_answer(copy, entry)
-        except Exception as error:  # whatever somebody has written there
-            if key not in self.warned:
-                self.warned.add(key)
-                logger.warning("redis: entry %s of %s is not ours: %r", identifier, key, error)
-
-
-def cannot_know(what: str) -> Problem:
-    retry = {"retry-after": "2"}
-    return Problem(503, f"{what}: try again", "server_error", headers=retry)
+        for one in told:
+            try:
+                take(one)
+            except Exception as error:  # whatever somebody has written there
+                if key not in self.warned:
+                    self.warned.add(key)
+                    logger.warning("redis: something in %s is not ours: %r", key, error)
 
 
 # ─── Flags ───────────────────────────────────────────────────────────────────────────

@@ -4845,6 +4845,15 @@ async def serve(
     return 0
 
 
+async def keep_worker(start: Callable[..., Awaitable[object]]) -> NoReturn:
+    while True:
+        started = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            worker = await nursery.start(start)
+        logger.error("a worker died (%d) and is replaced", worker.returncode)
+        await trio.sleep_until(started + 1)  # one that cannot live: not in a hurry
+
+
 async def supervise(
     settings: Settings, argv: list[str], listeners: list[socket.socket], start: str
 ) -> int:
@@ -4874,19 +4883,11 @@ async def supervise(
         deliver_cancel=stop,
     )
 
-    async def keep_one() -> None:
-        while True:
-            started = trio.current_time()
-            async with trio.open_nursery() as nursery:
-                worker = await nursery.start(start_worker)
-            logger.error("a worker died (%d) and is replaced", worker.returncode)
-            await trio.sleep_until(started + 1)  # one that cannot live: not in a hurry
-
     async with trio.open_nursery() as nursery:
         async with trio.open_nursery() as workers:
             await nursery.start(heed_signals, workers.cancel_scope.cancel, at_once.set)
             for _ in range(settings.workers):
-                workers.start_soon(keep_one)
+                workers.start_soon(keep_worker, start_worker)
             print(start, flush=True)
         nursery.cancel_scope.cancel()
     return 0

@@ -113,7 +113,8 @@ if TYPE_CHECKING:
     import coredis
 
 JSON = dict[str, Any]
-Socket = socket.socket
+AsyncCall = Callable[[], Awaitable[object]]
+Socket = socket.socket  # by a name that no field of a class hides
 NOTHING: Mapping[str, Any] = {}  # shared by all that have nothing to add
 KiB, MiB = 1024, 1024 * 1024
 logger = logging.getLogger("chatstream")
@@ -196,8 +197,11 @@ class EventLog:
     def skip_to(self, place: int) -> None:
         """Start again at this place, with nothing kept: readers miss what was before."""
         self._events.clear()
+        self._joined.clear()
         self._grow(-self.size)
         self.start = self.end = place
+
+    # A room's places have holes, and an answer's memory is accounted for: they override these.
 
     def _forget_oldest(self) -> None:
         self._grow(-size_of(self._events.pop(0)))
@@ -238,7 +242,7 @@ class EventLog:
         """
         joined = self._joined.get((framing, place))
         if joined is None:
-            if len(self._joined) > 8:  # stragglers, each at a place of its own
+            if len(self._joined) > 8:  # of stragglers, each at a place of its own
                 self._joined.clear()
             joined = self._joined[framing, place] = self._join(framing, place)
         return joined
@@ -260,7 +264,7 @@ class EventLog:
 
 def size_of(event: Event | str) -> int:
     if isinstance(event, str):
-        return sys.getsizeof(event) + 16
+        return sys.getsizeof(event) + 16  # for its place in the list
     return sys.getsizeof(event.data) + EVENT_OVERHEAD
 
 
@@ -279,8 +283,8 @@ def gap(missed: int) -> Event:
 def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     """An event as a block of an event stream (HTML standard, section 9.2.5).
 
-    `id:` comes after `data:`, because some clients store an id as soon as they have read
-    its line. They would skip an event that was cut in half.
+    `id:` comes after `data:`, because some clients store an id as soon as they have read its
+    line. With `id:` first, an event that was cut in half would be skipped.
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
@@ -307,9 +311,8 @@ def frame_ws(payload: bytes, opcode: int = TEXT) -> bytes:
     size = len(payload)
     if size < 126:
         return struct.pack("!BB", 0x80 | opcode, size) + payload
-    if size < 1 << 16:
-        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
-    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+    form, mark = ("!BBH", 126) if size < 1 << 16 else ("!BBQ", 127)
+    return struct.pack(form, 0x80 | opcode, mark, size) + payload
 
 
 def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
@@ -338,7 +341,7 @@ class Framing:
 SSE = Framing(frame_sse, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=http_chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
-WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, True)
+WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, steady=True)
 WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
 
 
@@ -351,9 +354,8 @@ WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
 
 STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
 LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
-LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is closed
 TURN = 0.005  # seconds after which a busy loop lets the other tasks run
-NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)  # of a socket
 
 
 @dataclasses.dataclass
@@ -473,7 +475,7 @@ class Reader:
         log, outlet, framing = self.log, self.outlet, self.framing
         while self.position < log.end and not outlet.rest:
             frames, position = log.frames(framing, self.position)
-            if self.position < log.start:
+            if self.position < log.start:  # they begin with a gap
                 self.gaps += 1
                 self.position = log.start
             self.delivered += position - self.position
@@ -506,7 +508,7 @@ class Reader:
         self.dropped = why
         self._listening.cancel()
 
-    async def run(self, listen: Callable[[], Awaitable[object]]) -> bool:
+    async def run(self, listen: AsyncCall) -> bool:
         """Read the log to its end (True), or until the client has left (False).
 
         `listen` waits for the client, and returns when the client has left. It can be
@@ -520,8 +522,9 @@ class Reader:
             the pump    catch_up() does nothing, because there is a rest
             this task   writes what it has missed meanwhile, and waits in listen() again
 
-        No cancel comes too early: between flush() and the next scope nothing waits, so
-        nothing else runs, and whatever a cancel could be for is looked at there.
+        A cancel that comes while this task waits in flush() cancels a scope that is over. It
+        is not lost: from flush() to the next scope nothing waits, so nothing else runs, and
+        there this task looks at all that a cancel can be for.
         """
         self.log.readers[self] = None
         try:
@@ -580,9 +583,7 @@ class Pump:
                 await trio.lowlevel.checkpoint()  # a crowd: let it speak first
 
 
-async def race_disconnect(
-    disconnected: Callable[[], Awaitable[object]], wait: Callable[[], Awaitable[object]]
-) -> bool:
+async def race_disconnect(disconnected: AsyncCall, wait: AsyncCall) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
     Two tasks in a nursery, and whichever is first cancels the other. No task is left over.
@@ -597,18 +598,18 @@ async def race_disconnect(
         await wait()
         nursery.cancel_scope.cancel()
         return True
-    return False
+    return False  # watch() has cancelled wait()
 
 
 # ─── Writers ★ ───────────────────────────────────────────────────────────────────────
 # Each log has its writers, and they belong to the server: a reader that leaves takes nothing
-# with it. Only an answer looks back. When nobody attends it for a while, it is stopped.
+# with it. The clock has tick(), the room its members, an answer a model. Only an answer looks
+# back: when nobody attends it for a while, it is stopped.
 
 CLOCK_EVENTS = 60
 ROOM_EVENTS, ROOM_BYTES = 1000, MiB
 ROOM_HISTORY, ROOM_COMINGS = 50, 50  # messages, and comings and goings, that are kept
-ANSWER_BYTES = 64 * MiB
-HEAD_WAIT = 4  # seconds for the model's consent, before the stream starts without it
+HEAD_WAIT = 4  # seconds for the model to begin, before the stream starts without it
 
 
 async def tick(clock: EventLog) -> None:
@@ -691,6 +692,7 @@ class Room(EventLog):
         self.append(said.text, said.type, **about)
 
     async def store(self, said: Said) -> None:
+        """What a member calls to speak; with Redis, it calls Cluster.store() instead."""
         if not self.closed:
             self.add(said, int(time.time() * 1000))
 
@@ -707,9 +709,10 @@ class Room(EventLog):
 class Answer(EventLog):
     """An answer under way, or one that has ended and is kept for late readers.
 
-    Its name has 128 random bits: a client that knows it may read it and stop it. Its writer
-    runs in `scope`, and the linger time is that scope's deadline: no timer needs to be kept.
-    `account` is told how much memory it takes, and says whether there is so much.
+    Its name has 128 random bits: a client that knows it may read it and stop it. `model` writes
+    it, inside of `scope`, and the linger time is that scope's deadline: no timer needs to be
+    kept. `question` is what was asked, and how its protocol tells an end. `account` is told how
+    much memory the answer takes, and says whether there is so much.
     """
 
     def __init__(
@@ -727,7 +730,7 @@ class Answer(EventLog):
         self.scope = trio.CancelScope()
         # How it goes
         self.begun = trio.current_time()
-        self.accepted = trio.Event()  # the model has agreed to answer, or it has ended
+        self.accepted = trio.Event()  # the model has begun to answer, or it has ended
         self.ended = trio.Event()
         self.headers: dict[str, str] = {}  # of the upstream's, for our response
         # How it ended
@@ -770,10 +773,7 @@ class Answer(EventLog):
         self.affordable = self.account(size)
 
     def finish(self, problem: Problem | None = None) -> None:
-        """End it, in exactly one way: whoever sees an end first calls this.
-
-        Its writer does so in any case. A second call changes nothing.
-        """
+        """End it, in exactly one way: whoever sees an end calls this, the first call counts."""
         if self.closed:
             return
         self.problem = problem
@@ -797,6 +797,7 @@ class Answer(EventLog):
 
 # ─── Answers: who may start one, and how long it is kept ─────────────────────────────
 
+ANSWER_BYTES = 64 * MiB
 ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
 ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
 
@@ -1021,6 +1022,7 @@ class Answers:
 # connection and no other. (Libraries that keep all connections in one nursery can be
 # ended by one client: trio-websocket issue 184.)
 
+LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is closed
 HEAD_BYTES, HEAD_TIMEOUT = 16 * KiB, 10
 IDLE_TIMEOUT = 75  # between two requests; more than a load balancer's 60
 QUIET_ENDS = (  # of a connection: not a fault of ours, and not news
@@ -1106,12 +1108,11 @@ async def shake_tls(sock: ssl.SSLSocket) -> None:
         try:
             return sock.do_handshake()
         except ssl.SSLWantReadError:
-            wait = trio.lowlevel.wait_readable
+            await trio.lowlevel.wait_readable(sock)
         except ssl.SSLWantWriteError:
-            wait = trio.lowlevel.wait_writable
+            await trio.lowlevel.wait_writable(sock)
         except OSError as error:
             raise trio.BrokenResourceError(str(error)) from error
-        await wait(sock)  # out here, where no exception is kept alive
 
 
 class Http1:

@@ -184,7 +184,7 @@ class EventLog:
         self._grow(size_of(event))
         self.end += 1
         while len(self._events) > self.max_events or self.size > self.max_bytes:
-            self._forget_oldest()
+            self._forget(0)
         self._joined.clear()
         self.on_news(self)
         return self.end - 1
@@ -203,8 +203,8 @@ class EventLog:
 
     # A room's places have holes, and an answer's memory is accounted for: they override these.
 
-    def _forget_oldest(self) -> None:
-        self._grow(-size_of(self._events.pop(0)))
+    def _forget(self, index: int) -> None:
+        self._grow(-size_of(self._events.pop(index)))
         self.start += 1
 
     def _grow(self, size: int) -> None:
@@ -661,16 +661,13 @@ class Room(EventLog):
     def _at(self, index: int) -> tuple[int, Event]:
         return self._places[index], super()._at(index)[1]
 
-    def _forget_oldest(self) -> None:
-        if self._comings and self._comings[0] == self._places[0]:
-            self._comings.popleft()
-        else:  # only a lost message is a gap
-            self.start = self._places[0] + 1
-        self._forget(0)
-
     def _forget(self, index: int) -> None:
         self._grow(-size_of(self._events.pop(index)))
-        del self._places[index]
+        place = self._places.pop(index)
+        if self._comings and self._comings[0] == place:
+            self._comings.popleft()
+        else:  # only a lost message is a gap
+            self.start = place + 1
 
     def skip_to(self, place: int) -> None:
         super().skip_to(place)
@@ -687,7 +684,7 @@ class Room(EventLog):
             about["members"] = self.here + self.elsewhere
             self._comings.append(self.end)
             if len(self._comings) > ROOM_COMINGS:
-                self._forget(self._index(self._comings.popleft()))
+                self._forget(self._index(self._comings[0]))
         self._places.append(self.end)
         self.append(said.text, said.type, **about)
 

@@ -1053,13 +1053,6 @@ class Answer(EventLog):
         self.account(-self.size)
         super().skip_to(place)
 
-    def write(self, data: str, type: str = "message") -> None:
-        """Append what the model says. Raises Problem if it is too much to keep."""
-        self.append(data, type)
-        if not self.affordable or self.size > ANSWER_BYTES:
-            too_large = "the answer is too large to keep"
-            raise Problem(502, too_large, "upstream_error", "too_large")
-
     def finish(self, problem: Problem | None = None) -> None:
         """End it, in exactly one way; whatever is said later is ignored.
 
@@ -3213,7 +3206,7 @@ class Relay:
         for event in events:
             api.take(self, event, to_json(event), event["type"] if api.ends else "message")
         if not events:
-            self.answer.write(text)
+            self.write(text)
         self.answer.finish()
 
     def end(self) -> None:
@@ -3228,9 +3221,15 @@ class Relay:
             raise upstream_problem("the upstream ended without an answer", code="cut")
         self.answer.finish()
 
+    def write(self, data: str, type: str = "message") -> None:
+        """Raises Problem if it is too much to keep."""
+        self.answer.append(data, type)
+        if not self.answer.affordable or self.answer.size > ANSWER_BYTES:
+            raise upstream_problem("the answer is too large to keep", code="too_large")
+
 
 def take_as_is(relay: Relay, chunk: JSON, data: str, type: str) -> None:
-    relay.answer.write(data, type)
+    relay.write(data, type)
 
 
 def split_chat(whole: JSON) -> Iterator[JSON]:
@@ -3262,11 +3261,11 @@ def take_for_page(relay: Relay, chunk: JSON, data: str, type: str) -> None:
     delta, finish = choice.get("delta"), choice.get("finish_reason")
     if isinstance(delta, dict):
         if text := text_of(delta.get("content")):
-            relay.answer.write(to_json({"content": text}))
+            relay.write(to_json({"content": text}))
         if text := text_of(delta.get("reasoning_content") or delta.get("reasoning")):
-            relay.answer.write(to_json({"content": "", "reasoning": text}))
+            relay.write(to_json({"content": "", "reasoning": text}))
     if isinstance(finish, str) and finish != "stop":
-        relay.answer.write(to_json({"content": "", "finish_reason": finish}))
+        relay.write(to_json({"content": "", "finish_reason": finish}))
 
 
 def text_of(content: Any) -> str:
@@ -3323,7 +3322,7 @@ def take_response(relay: Relay, chunk: JSON, data: str, kind: str) -> None:
     if type(number) is not int or not relay.sequence < number < 10**14:
         number = changes["sequence_number"] = relay.sequence + 1
     relay.sequence = number
-    relay.answer.write(to_json(chunk | changes) if changes else data, kind)
+    relay.write(to_json(chunk | changes) if changes else data, kind)
 
 
 def response_id(answer: Answer, response: Any) -> str:

@@ -4,6 +4,7 @@ import json
 from contextlib import suppress
 from urllib.parse import quote_from_bytes
 
+import h11
 import pytest
 import trio
 from hypothesis import HealthCheck, example, given, settings
@@ -87,6 +88,80 @@ def test_an_event_that_is_too_large_is_a_value_error(data, limit):
         for byte in data:
             for event in parser.feed(bytes([byte])):
                 assert len(event.data) <= limit
+
+
+GOOD_CHUNKS = st.builds(
+    lambda zeros, data, more: b"%b%X%b\r\n%b\r\n" % (zeros, len(data), more, data),
+    st.sampled_from([b"", b"0", b"000"]),
+    st.binary(min_size=1, max_size=20) | st.just(b"long" * 80),
+    st.sampled_from([b"", b" ", b";", b";a=b", b';a="b;c" ; d', b";\xe4\t"]),
+)
+TRAILERS = st.lists(st.sampled_from([b"X-Sum: 1\r\n", b"a:\r\n", b"b_c: d;e: f\r\n"]), max_size=2)
+LAST_CHUNKS = st.builds(
+    lambda size, trailers: b"%b\r\n%b\r\n" % (size, b"".join(trailers)),
+    st.sampled_from([b"0", b"000", b"0;c", b"0 "]),
+    TRAILERS,
+)
+ODD = b"\r\n,\n,\r,5,0,g,-1,0x5,+5,1_0,;,: ,a: b,\r\n0\r\n,fffffffffffffffffffff".split(b",")
+ODDITIES = st.sampled_from([*ODD, b" ", b""]) | st.binary(max_size=4)
+ODD_CHUNKS = st.lists(GOOD_CHUNKS | LAST_CHUNKS | ODDITIES, max_size=6).map(b"".join)
+
+
+def body_by_h11(head, pieces):
+    """What a body carries, and what is behind it; None where it is not whole."""
+    conn, carried = h11.Connection(h11.CLIENT), b""
+    conn.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+    conn.receive_data(head)
+    assert isinstance(conn.next_event(), h11.Response)
+    with suppress(h11.RemoteProtocolError):
+        for piece in filter(None, pieces):
+            conn.receive_data(piece)
+            while isinstance(event := conn.next_event(), h11.Data):
+                carried += event.data
+    whole = conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+    return carried, conn.trailing_data[0] if whole else None
+
+
+def body_by_us(head, pieces):
+    conn, carried = h11.Connection(h11.CLIENT), []
+    conn.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+    conn.receive_data(head)
+    exchange = chatstream.Exchange(None, trio.CancelScope())
+    exchange.begin(conn.next_event(), b"")
+    with suppress(h11.RemoteProtocolError):
+        for n, piece in enumerate(pieces):
+            exchange.feed(piece, carried.append)
+            if exchange.done:
+                return b"".join(carried), exchange.rest + b"".join(pieces[n + 1 :])
+    return b"".join(carried), None
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@fuzz(500)
+@given(st.lists(GOOD_CHUNKS, max_size=5), LAST_CHUNKS, st.binary(max_size=9), CUTS)
+def test_chunks_are_read_as_h11_reads_them(chunks, last, behind, cuts):
+    pieces = cut(b"".join(chunks) + last + behind, cuts)
+    ours = body_by_us(CHUNKED, pieces)
+    assert ours == body_by_h11(CHUNKED, pieces)
+    assert ours[1] == behind
+
+
+@fuzz(1000)
+@given(ODD_CHUNKS, CUTS)
+def test_chunks_that_h11_refuses_are_refused(data, cuts):
+    pieces = cut(data, cuts)
+    ours, theirs = body_by_us(CHUNKED, pieces), body_by_h11(CHUNKED, pieces)
+    assert ours[0] == theirs[0]
+    assert ours == theirs or ours[1] is None  # its trailers may end with a lone LF
+
+
+@fuzz(100)
+@given(st.binary(max_size=30), st.integers(1, 30), CUTS)
+def test_a_body_with_a_length_is_read_as_h11_reads_it(data, length, cuts):
+    head, pieces = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length, cut(data, cuts)
+    assert body_by_us(head, pieces) == body_by_h11(head, pieces)
 
 
 @st.composite
@@ -310,14 +385,15 @@ def test_an_id_is_a_place_of_this_log_or_none(text):
     assert place == (int(n) + 1 if known and len(n) <= 15 else None)
 
 
+FLAGS = st.sampled_from("upstream log-level linger allow-origin port workers redis".split())  # noqa: SIM905
+
+
 @fuzz(300)
-@given(st.text(max_size=30) | st.from_regex(r"https?://[\[\]a-z0-9.:@/?#]{0,20}"))
-def test_hosts_and_flags_are_understood_or_refused(text):
+@given(st.text(max_size=30) | st.from_regex(r"https?://[\[\]a-z0-9.:@/?#]{0,20}"), FLAGS)
+def test_hosts_and_flags_are_understood_or_refused(text, flag):
     assert len(chatstream.split_host(text)) == 2
-    reads = ("base_url", "level", "number", "origin", "port", "workers")
-    for read in (getattr(chatstream, f"to_{name}") for name in reads):
-        with suppress(ValueError):  # the one that its caller awaits
-            read(text)
+    with suppress(chatstream.UsageError):  # the one that its caller awaits
+        chatstream.parse_flags([f"--{flag}={text}"], {})
 
 
 # ------------------------------------------------------------------ the server itself

@@ -1628,8 +1628,6 @@ def _finite(text: str) -> float:
 
 
 DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
-# To check a question, nobody needs its numbers: and a long integer takes quadratic time.
-CHECKER = json.JSONDecoder(parse_constant=_no_constant, parse_int=float)
 
 
 class BodyBudget:
@@ -2898,14 +2896,12 @@ def check_question(fields: JSON, api: Api) -> None:
             raise Problem(400, f"{name} has the wrong type", param=name)
     messages = fields.get("messages") if api.has_messages else [{"role": "any"}]
     if not isinstance(messages, list) or not messages:
-        wanted = "messages must be a list of at least one {role, content}"
-        raise Problem(400, wanted, param="messages")
+        raise Problem(400, "messages must be a list, and not empty", param="messages")
     for n, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Problem(400, "each message needs a role", param=f"messages[{n}]")
-        if not isinstance(message.get("content"), str | list | None):
-            wanted = "content must be text, or a list of parts"
-            raise Problem(400, wanted, param=f"messages[{n}].content")
+        has_role = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not has_role or not isinstance(message.get("content"), str | list | None):
+            wanted = "each message needs a role, and content that is text or a list of parts"
+            raise Problem(400, wanted, param=f"messages[{n}]")
 
 
 def ask_as_is(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:

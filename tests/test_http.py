@@ -294,6 +294,8 @@ TALK = [{"role": "user", "content": "Hello"}]
         b'{"messages": [{"content": "Hello"}]}',
         b'{"messages": [{"role": 5, "content": "Hello"}]}',
         b'{"messages": [{"role": "user", "content": 5}]}',
+        b'{"messages": [{"role": "user", "content": "Hello"}], "seed": 1e999}',
+        b'{"messages": [{"role": "user", "content": "Hello"}], "seed": ' + b"9" * 10_000 + b"}",
     ],
     ids=lambda body: body[:40].decode("latin-1"),
 )

@@ -83,8 +83,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from email.utils import formatdate
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, cast
-from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 import h2.connection
 import h2.errors
@@ -1601,87 +1601,77 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-MAY_SEND = "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID"
 MAY_READ = "X-Answer-Id, Retry-After, X-Request-Id, X-Should-Retry"
 TOKEN_COOKIE = "chatstream_token"
 
 
-def from_json(text: str | bytes) -> Any:
-    """Parse JSON as RFC 8259 has it. Raises ValueError.
+# Who may ask: everybody; everybody with the token; with the token, and no page of a
+# foreign origin.
+OPEN, PUBLIC, OWN = "open", "public", "own"
 
-    Python also takes NaN, and reads 1e999 as infinity: passed on, either would be JSON
-    that no browser can parse.
-    """
+
+def from_json(text: str | bytes) -> Any:
+    """Parse JSON as RFC 8259 has it. Raises ValueError."""
     try:
         return DECODER.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _finite(text: str) -> float:
+    """Python also takes NaN, and reads 1e999 as infinity: no browser could parse that."""
     number = float(text)
-    return number if abs(number) < inf else _no_constant(text)
+    if not abs(number) < inf:
+        raise ValueError(f"{text} is not JSON")
+    return number
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 class BodyBudget:
-    """What has come of all the bodies being read, BODIES_BYTES together.
+    """All the bodies that are being read: what has come of them is BODIES_BYTES at most.
 
     Beyond that, the body that has been coming for the longest is given up.
     """
 
     def __init__(self) -> None:
-        self.parts: dict[BodyPart, None] = {}  # in the order in which they began
+        self.scopes: OrderedDict[trio.CancelScope, None] = OrderedDict()  # the oldest first
         self.size = 0
 
-    @contextlib.contextmanager
-    def part(self) -> Iterator[BodyPart]:
-        part = BodyPart(self)
-        self.parts[part] = None
-        try:
-            with part.scope:
-                yield part
-        finally:
-            self.parts.pop(part, None)
-            self.size -= len(part.body)
-        if part.scope.cancelled_caught:
-            busy = "too many questions are arriving at once: send this one again"
-            raise Problem(503, busy, "server_busy", headers={"retry-after": "2"})
+    async def read(self, request: Request) -> bytes:
+        """A whole body, if any, so that what follows is the client leaving.
 
-
-class BodyPart:
-    """One body, as far as it has come."""
-
-    def __init__(self, budget: BodyBudget) -> None:
-        self.budget = budget
-        self.body = bytearray()
-        self.scope = trio.CancelScope()
-
-    def add(self, data: bytes) -> None:
-        self.body += data
-        self.budget.size += len(data)
-        if self.budget.size > BODIES_BYTES:
-            oldest = next(iter(self.budget.parts))
-            del self.budget.parts[oldest]
-            oldest.scope.cancel()
-
-
-class HttpConnection(Protocol):
-    """What a Request needs of its connection: Http1, or a stream of HTTP/2."""
-
-    async def receive(self) -> bytes | None: ...
-    async def disconnected(self) -> None: ...
-    async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None: ...
-    async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None: ...
-    def reader(self, log: EventLog, start: int) -> Reader: ...
-    async def end(self, last: bytes = b"") -> None: ...
-    async def discard(self) -> None: ...
+        Every handler relies on that: disconnected() would take a body for silence.
+        Raises Problem 413, 408, 503.
+        """
+        length = request.headers.get("content-length", "")
+        announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
+        body, end = bytearray(), trio.current_time() + BODY_TIMEOUT
+        close = {"connection": "close"}  # what is left of the body would come next
+        with trio.CancelScope() as scope:
+            self.scopes[scope] = None
+            try:
+                while max(announced, len(body)) <= BODY_BYTES:
+                    scope.deadline = min(end, trio.current_time() + BODY_SILENCE)
+                    data = await request.connection.receive()
+                    if data is None:
+                        raise trio.BrokenResourceError("the client left in mid-request")
+                    if not data:
+                        return bytes(body)
+                    body += data
+                    self.size += len(data)
+                    if self.size > BODIES_BYTES and self.scopes:
+                        self.scopes.popitem(last=False)[0].cancel()
+            finally:
+                self.scopes.pop(scope, None)
+                self.size -= len(body)
+            large = f"the body is larger than {BODY_BYTES >> 20} MiB: send less"
+            raise Problem(413, large, headers=close)
+        if trio.current_time() >= scope.deadline:
+            raise Problem(408, "the request's body did not arrive in time", headers=close)
+        busy = "too many questions are arriving at once: send this one again"
+        raise Problem(503, busy, "server_busy", headers=close | {"retry-after": "2"})
 
 
 class Request:
@@ -1689,7 +1679,7 @@ class Request:
 
     def __init__(
         self,
-        connection: HttpConnection,
+        connection: Http1 | Http2Stream,
         method: bytes,
         target: bytes,
         headers: Iterable[tuple[bytes, bytes]],
@@ -1709,10 +1699,9 @@ class Request:
         if absolute := re.match("(?i)https?://([^/?#]*)", text):
             # RFC 9112, section 3.2.2: its host counts, and not that of the Host header.
             self.headers["host"] = absolute[1]
-            text = text[absolute.end() :] or "/"
+            text = text[absolute.end() :]
         path, _, query = text.partition("?")
-        self.path = re.sub("/+", "/", unquote(path))
-        self.path = self.path.rstrip("/") or "/"
+        self.path = re.sub("/+", "/", unquote(path)).rstrip("/") or "/"
         self.query = parse_query(query)
         self.body = b""
         self.extra: dict[str, str] = {}  # headers for the response, such as CORS
@@ -1724,61 +1713,29 @@ class Request:
 
     @property
     def last_event_id(self) -> str | None:
+        """Where an EventSource cannot set a header, its URL says it."""
         names = ("after", "lasteventid", "last-event-id")
-        found = (self.query.get(name) for name in names)
-        return self.headers.get("last-event-id") or next(filter(None, found), None)
-
-    async def read_body(self, budget: BodyBudget) -> None:
-        """Read the whole body, if any, so that what follows is the client leaving.
-
-        Every handler relies on that: disconnected() would take a body for silence.
-        Raises Problem 413, 408, 503.
-        """
-        length = self.headers.get("content-length", "")
-        announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
-        if announced > BODY_BYTES:
-            raise body_too_large()
-        if self.version != "2" and not announced and "transfer-encoding" not in self.headers:
-            await self.connection.receive()  # which says so without waiting (RFC 9112, 6.3)
-            return
-        with budget.part() as part, trio.move_on_after(BODY_TIMEOUT):
-            while True:
-                with trio.move_on_after(BODY_SILENCE) as silence:
-                    data = await self.connection.receive()
-                if silence.cancelled_caught:
-                    break
-                if data is None:
-                    raise trio.BrokenResourceError("the client left in mid-request")
-                if not data:
-                    self.body = bytes(part.body)
-                    return
-                part.add(data)
-                if len(part.body) > BODY_BYTES:
-                    raise body_too_large()
-        raise Problem(408, "the request's body did not arrive in time")
+        found = [self.headers.get("last-event-id"), *map(self.query.get, names)]
+        return next(filter(None, found), None)
 
     async def respond(
-        self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None
+        self, status: int, body: bytes = b"", headers: Mapping[str, str] = NOTHING
     ) -> None:
-        """A short response, in one piece."""
-        headers = {**(headers or {}), **self.extra}
+        """A short response, in one piece. With 204 and 304 there is no body."""
+        headers = {**headers, **self.extra}
         if status not in (204, 304):
             headers.setdefault("content-length", str(len(body)))
         self.status = status
-        empty = self.method == "HEAD" or status in (204, 304)
-        await self.connection.respond(status, headers, b"" if empty else body)
+        await self.connection.respond(status, headers, b"" if self.method == "HEAD" else body)
 
     async def respond_json(self, body: str, status: int = 200) -> None:
         headers = {"content-type": "application/json", "cache-control": "no-store"}
         await self.respond(status, body.encode(errors="replace") + b"\n", headers)
 
     async def start(self, headers: Mapping[str, str], body: bytes) -> None:
+        """A response that a reader goes on with."""
         self.status = 200
         await self.connection.start(200, {**headers, **self.extra}, body)
-
-
-def body_too_large() -> Problem:
-    return Problem(413, f"the body is larger than {BODY_BYTES >> 20} MiB: send less")
 
 
 def fold_headers(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
@@ -1792,38 +1749,24 @@ def fold_headers(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 
 
 def parse_query(query: str) -> dict[str, str]:
-    """`?a=b` by lower-case name, the last of each. What is not UTF-8 is replaced."""
-    if not query:
-        return {}
+    """`?a=b` by lower-case name, the last of each. Too many fields count as none."""
     try:
-        pairs = parse_qs(query, max_num_fields=20, errors="replace")
+        pairs = parse_qsl(query, max_num_fields=20, errors="replace")
     except ValueError:
         return {}
-    return {name.lower(): values[-1] for name, values in pairs.items()}
+    return {name.lower(): value for name, value in pairs}
 
 
-def is_loopback(host: str) -> bool:
-    return (
-        host in ("localhost", "::1")
-        or host.endswith(".localhost")
-        or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
-    )
+LOOPBACK = re.compile(r"(.+\.)?localhost|::1|127(\.\d{1,3}){3}")
+ADDRESS = re.compile(r".*:.*|\d{1,3}(\.\d{1,3}){3}")
 
 
-def is_address(host: str) -> bool:
-    return ":" in host or bool(re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}", host))
-
-
-@functools.lru_cache(1000)
 def split_host(netloc: str) -> tuple[str, int | None]:
     """`name:port` as a lower-case name without brackets, and the port or None."""
-    if not re.fullmatch(r"[\w.:\[\]-]*", netloc):
+    parts = re.fullmatch(r"(?a)(\[[\w.:]+\]|[\w.-]*)(?::(\d{0,5}))?", netloc)
+    if parts is None:
         return "", None
-    try:
-        parts = urlsplit(f"//{netloc}")
-        return (parts.hostname or "").rstrip("."), parts.port
-    except ValueError:
-        return "", None
+    return parts[1].strip("[]").lower().rstrip("."), int(parts[2]) if parts[2] else None
 
 
 class AccessPolicy:
@@ -1833,67 +1776,76 @@ class AccessPolicy:
     def __init__(self, settings: Settings, ports: set[int]) -> None:
         self.settings = settings
         self.ports = ports
-        self.on_loopback = is_loopback(settings.host.strip("[]"))
+        self.on_loopback = bool(LOOPBACK.fullmatch(settings.host.strip("[]")))
         self.hosts = {split_host(origin.partition("://")[2])[0] for origin in settings.allow_origin}
-        digest = hashlib.sha256(settings.token.encode()).hexdigest()
-        self.cookie = digest if settings.token else ""
+        self.cookie = hashlib.sha256(settings.token.encode()).hexdigest()
+
+    def check(self, request: Request, right: str) -> None:
+        self.check_host(request)
+        if request.method == "OPTIONS":
+            return  # to a preflight, the headers of its response say enough
+        if right == OWN:
+            self.check_origin(request)
+        if right != OPEN:
+            self.check_token(request)
 
     def check_host(self, request: Request) -> None:
         """Bound to loopback: any page can point its own name at us, but no address."""
         host = split_host(request.headers.get("host", "localhost"))[0]
-        known = is_loopback(host) or is_address(host) or host in self.hosts - {""}
+        known = LOOPBACK.fullmatch(host) or ADDRESS.fullmatch(host) or host in self.hosts - {""}
         if self.on_loopback and not known:
             foreign = f"this server is not {host!r}: ask for localhost, or start it"
             raise Problem(421, f"{foreign} with --allow-origin https://{host or 'NAME'}")
 
     def check_origin(self, request: Request) -> None:
-        """A request without Origin is not a page's: curl, an SDK, another server."""
+        if not self.welcomes(request):
+            origin = request.headers["origin"][:200]
+            foreign = f"a page of origin {origin!r} may not do this: to allow it,"
+            raise Problem(403, f"{foreign} start the server with --allow-origin {origin}")
+
+    def welcomes(self, request: Request) -> bool:
+        """A page of our own, on either port, or of an origin that may ask.
+
+        A request without Origin is not a page's: curl, an SDK, another server. The scheme
+        is not compared: behind a proxy we do not know our own. Where the whole world can
+        connect, a name is not ours because the Host header repeats it.
+        """
         origin = request.headers.get("origin")
         if origin is None or origin.lower() in self.settings.allow_origin:
-            return
-        if origin == "null" and not self.settings.upstream:
-            return  # a page from disk may play with the demo
-        if not self._is_own(origin, request.headers.get("host", "")):
-            foreign = f"a page of origin {origin[:200]!r} may not do this: to allow it,"
-            raise Problem(403, f"{foreign} start the server with --allow-origin {origin[:200]}")
-
-    def _is_own(self, origin: str, host_header: str) -> bool:
-        """Is this origin the server itself, on either of its ports?
-
-        The scheme is not compared: behind a proxy we do not know our own. Where the
-        whole world can connect, a name is not ours because the Host header repeats it.
-        """
-        parts = re.fullmatch("(?i)https?://([^/?#@]+)", origin)
+            return True
+        if origin == "null":
+            return not self.settings.upstream  # a page from disk may play with the demo
+        parts = re.fullmatch("(?i)https?://(.+)", origin)
         name, port = split_host(parts[1]) if parts else ("", None)
-        host, host_port = split_host(host_header)
-        same = name == host or (is_loopback(name) and is_loopback(host))
-        trusted = self.on_loopback or is_loopback(name) or is_address(name)
-        here = port == host_port or port in self.ports
-        return bool(name) and same and trusted and here
+        host, host_port = split_host(request.headers.get("host", ""))
+        local = LOOPBACK.fullmatch(name)
+        same = name == host or (local and LOOPBACK.fullmatch(host))
+        trusted = self.on_loopback or local or ADDRESS.fullmatch(name)
+        return bool(name and same and trusted) and port in {host_port, *self.ports}
 
-    def check_token(self, request: Request) -> None:
+    def cors(self, request: Request, right: str) -> dict[str, str]:
+        """A page that may ask may read the response; one from disk, that it may not."""
+        if right != OWN:
+            return {"access-control-allow-origin": "*", "timing-allow-origin": "*"}
+        headers = {"vary": "Origin", "access-control-expose-headers": MAY_READ}
+        origin = request.headers.get("origin", "")
+        if origin == "null" or (origin and self.welcomes(request)):
+            headers["access-control-allow-origin"] = origin
+        return headers
+
+    def check_token(self, request: Request, *offered: str) -> None:
         if not self.settings.token:
             return
-        offered = [*credentials(request).values()]
-        cookies = request.headers.get("cookie", "").split(";")
-        named = dict(c.strip().partition("=")[::2] for c in cookies)
+        offered = (*offered, *credentials(request).values())
         good = [same_secret(given, self.settings.token) for given in offered]
-        good.append(same_secret(named.get(TOKEN_COOKIE, ""), self.cookie))
-        if not any(good):
+        cookies = re.findall(rf"{TOKEN_COOKIE}=(\w+)", request.headers.get("cookie", ""))
+        if not any(good + [same_secret(given, self.cookie) for given in cookies]):
             wrong = (
                 "this server needs its token: send it as Authorization: Bearer (an "
                 "SDK's api_key), or open /?token=... once in a browser"
             )
-            raise Problem(
-                401, wrong, "authentication_error", "invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )  # fmt: skip
-
-    def set_cookie(self, request: Request) -> str:
-        """Set-Cookie for a browser that has shown the token in `/?token=`."""
-        proto = request.headers.get("x-forwarded-proto", request.scheme)
-        secure = "; Secure" if proto.lower() == "https" else ""
-        return f"{TOKEN_COOKIE}={self.cookie}; Path=/; HttpOnly; SameSite=Lax{secure}"
+            scheme = {"www-authenticate": "Bearer"}
+            raise Problem(401, wrong, "authentication_error", "invalid_api_key", headers=scheme)
 
 
 def same_secret(given: str, secret: str) -> bool:
@@ -1917,79 +1869,55 @@ def credentials(request: Request) -> dict[str, str]:
 # has to outlive a request is started in the writers' nursery, which is the server's.
 
 
-class Page(NamedTuple):
-    body: bytes
-    etag: str
-    type: str
-
-
 def www_folder() -> Path | None:
     here = Path(__file__).parent
-    return next((d for d in (here / "www", here / "chatstream_www") if d.is_dir()), None)
+    return next(filter(Path.is_dir, (here / "www", here / "chatstream_www")), None)
 
 
-def read_pages() -> dict[str, Page]:
-    """All of www/, read once: no path can ever leave it."""
-    www = www_folder()
-    pages: dict[str, Page] = {}
-    for file in sorted(www.rglob("*")) if www else ():
-        if file.is_file() and not file.name.endswith((".py", ".pyc")):
-            body, guess = file.read_bytes(), mimetypes.guess_type(file.name)[0]
-            type = guess or "text/plain"
-            etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
-            charset = "; charset=utf-8" if type.startswith("text/") else ""
-            path = f"/{file.relative_to(cast(Path, www)).as_posix()}"
-            pages[path] = Page(body, etag, type + charset)
-    if "/index.html" in pages:
-        pages["/"] = pages["/index.html"]
+def read_pages() -> dict[str, tuple[bytes, dict[str, str]]]:
+    """Body and headers of each file in www/, read once: no path can ever leave it."""
+    pages, www = {}, www_folder()
+    for file in filter(Path.is_file, www.iterdir() if www else ()):
+        body, type = file.read_bytes(), mimetypes.guess_type(file.name)[0] or "text/plain"
+        etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
+        about = {"etag": etag, "content-type": f"{type}; charset=utf-8"}
+        for name in {file.name, file.name.removesuffix("index.html")}:
+            pages[f"/{name}"] = body, PAGE_HEADERS | about
     return pages
 
 
 class Metrics:
     """Counters and one histogram, as text for Prometheus (format version 0.0.4)."""
 
-    FIRST_TOKEN = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
-
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter(
-            events_delivered_total=0, gaps_total=0, sent_bytes_total=0
-        )
-        self.first_tokens: list[float] = [0] * (len(self.FIRST_TOKEN) + 1)
+        self.counts: Counter[str] = Counter()
+        bounds = ("0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "120", "+Inf")
+        self.first_tokens = dict.fromkeys(bounds, 0)  # how many took at most so many seconds
         self.first_token_sum = 0.0
 
-    def count(self, name: str, n: int = 1, **labels: str) -> None:
-        inside = ",".join(f'{key}="{value}"' for key, value in labels.items())
-        self.counts[f"{name}{{{inside}}}" if inside else name] += n
-
     def count_reader(self, reader: Reader) -> None:
-        self.count("events_delivered_total", reader.delivered)
-        self.count("gaps_total", reader.gaps)
+        self.counts["events_delivered_total"] += reader.delivered
+        self.counts["gaps_total"] += reader.gaps
         if reader.dropped:
-            self.count("readers_dropped_total", cause=reader.dropped)
+            self.counts[f'readers_dropped_total{{cause="{reader.dropped}"}}'] += 1
 
     def first_token(self, seconds: float) -> None:
-        self.first_tokens[bisect.bisect_left(self.FIRST_TOKEN, seconds)] += 1
         self.first_token_sum += seconds
+        for bound in self.first_tokens:
+            self.first_tokens[bound] += seconds <= float(bound)
 
-    def text(self, gauges: Mapping[str, int], living: Counter[str]) -> str:
-        """`living` is added: what readers that are still here have counted so far."""
-        lines = []
-        for name, value in gauges.items():
-            lines += [f"# TYPE chatstream_{name} gauge", f"chatstream_{name} {value}"]
-        counts = Counter(self.counts)
-        counts.update(living)
-        for family, samples in itertools.groupby(
-            sorted(counts), key=lambda sample: sample.partition("{")[0]
-        ):
-            lines.append(f"# TYPE chatstream_{family} counter")
-            lines += [f"chatstream_{sample} {counts[sample]}" for sample in samples]
-        name = "chatstream_first_token_seconds"
+    def text(self, living: Counter[str]) -> str:
+        """`living` is added: gauges, and what those who are still here have counted."""
+        lines, name = [], "chatstream_first_token_seconds"
+        living.update(self.counts)
+        for family, samples in itertools.groupby(sorted(living), lambda s: s.partition("{")[0]):
+            kind = "counter" if family.endswith("_total") else "gauge"
+            lines.append(f"# TYPE chatstream_{family} {kind}")
+            lines += [f"chatstream_{sample} {living[sample]}" for sample in samples]
         lines.append(f"# TYPE {name} histogram")
-        within = list(itertools.accumulate(self.first_tokens))
-        for bound, n in zip((*self.FIRST_TOKEN, "+Inf"), within, strict=True):
-            lines.append(f'{name}_bucket{{le="{bound}"}} {n}')
-        lines += [f"{name}_sum {self.first_token_sum}", f"{name}_count {within[-1]}"]
-        return "\n".join(lines) + "\n"
+        lines += [f'{name}_bucket{{le="{bound}"}} {n}' for bound, n in self.first_tokens.items()]
+        lines.append(f"{name}_sum {self.first_token_sum}")
+        return "\n".join([*lines, f"{name}_count {self.first_tokens['+Inf']}\n"])
 
 
 class App:
@@ -2012,6 +1940,7 @@ class App:
         self.model: Upstream | Demo = model(settings, self.answers, self.metrics)
         self.plain = Framing(functools.partial(frame_ws_plain, settings.room_suffix))
         # What goes on
+        self.readers: dict[Reader, None] = {}  # of all logs
         self.names: set[str] = set()  # of the room's members here
         self.wires: dict[Wire, None] = {}
         self.active = 0  # requests and members under way
@@ -2023,191 +1952,87 @@ class App:
         if answer.model.writer:
             return  # it counts where it is written
         ending = answer.problem.type if answer.problem else "done"
-        self.metrics.count("answers_total", ending=ending)
+        self.metrics.counts[f'answers_total{{ending="{ending}"}}'] += 1
         if answer.refused and answer.question.key and self.cluster:
             self.writers.start_soon(self.cluster.free_key, answer.question)
 
-    def logs(self) -> list[EventLog]:
-        return [self.clock, self.room, *self.answers.by_id.values()]
-
     # ── from a request to its handler ──
 
-    async def handle(self, request: Request) -> None:
-        """Answer one request, whatever comes of it."""
+    async def handle(self, wire: Wire, request: Request) -> None:
+        """Answer one request, whatever comes of it, and log it."""
+        started, sent = time.monotonic(), wire.sent
         self.active += 1
         try:
             await self.route(request)
         except Problem as problem:
             if request.status:
                 raise
-            headers, body = problem_response(problem)
-            if problem.status in (408, 413) or problem.type == "server_busy":
-                headers["connection"] = "close"
-            await request.respond(problem.status, body, headers)
-            if problem.status == 413:
-                await request.connection.discard()
+            await self.refuse(request, problem)
         finally:
             self.active -= 1
+            what, ended = f"{request.method} {request.path}", str(request.status or "cut")
+            log_line(wire, what, ended, started, sent)
+
+    async def refuse(self, request: Request, problem: Problem) -> None:
+        headers, body = problem_response(problem)
+        await request.respond(problem.status, body, headers)
+        await request.connection.discard()
 
     async def route(self, request: Request) -> None:
         """Who asks, may they, and what for: in this order, after the whole body.
 
         A refusal in the middle of a body would cost the connection, and mostly be lost.
         """
-        routes, arguments = self.find_routes(request.path)
-        right = next(iter(routes.values())).right if routes else OWN
-        self.set_cors(request, right)
-        await request.read_body(self.bodies)
-        self.policy.check_host(request)
-        from_disk = request.headers.get("origin") == "null"
-        if right == OWN and not (from_disk and request.method == "OPTIONS"):
-            self.policy.check_origin(request)
-        allow = ", ".join([*routes, *(["HEAD"] if "GET" in routes else []), "OPTIONS"])
+        route, arguments = self.find_route(request.path)
+        allow = ", ".join([*route.handlers, "OPTIONS"]).replace("GET", "GET, HEAD")
+        request.extra = self.policy.cors(request, route.right)
+        request.body = await self.bodies.read(request)
+        self.policy.check(request, route.right)
         if request.method == "OPTIONS":
-            return await self.preflight(request, allow)
-        if right != OPEN:
-            self.policy.check_token(request)
-        if not routes:
-            raise self.nothing_at(request.path)
-        route = routes.get("GET" if request.method == "HEAD" else request.method)
-        if route is None:
+            wanted = request.headers.get("access-control-request-headers", "")
+            cors = {"access-control-allow-methods": allow, "access-control-max-age": "600"}
+            cors["access-control-allow-headers"] = wanted if wanted.isascii() else ""
+            return await request.respond(204, headers=cors | {"allow": allow})
+        if not route.handlers:
+            there = ", ".join(known.path.pattern for known in ROUTES)
+            nothing = f"there is nothing at {request.path[:100]!r}; there is {there}, and the pages"
+            raise Problem(404, nothing, code="not_found")
+        handler = route.handlers.get("GET" if request.method == "HEAD" else request.method)
+        if handler is None:
             wrong = f"{request.method} does not work here: use {allow}"
             raise Problem(405, wrong, headers={"allow": allow})
-        await route.handler(self, request, *arguments)
+        await handler(self, request, *arguments)
 
-    def find_routes(self, path: str) -> tuple[dict[str, Route], tuple[str, ...]]:
-        """What is at this path, by method; and what its {parts} are."""
+    def find_route(self, path: str) -> tuple[Route, tuple[str, ...]]:
+        """What is at this path, and the groups of its pattern."""
         if path in self.pages:
-            return {"GET": PAGE_ROUTE}, ()
+            return PAGE, ()
         for spelling in (path, f"/v1{path}"):  # a base URL may lack its /v1
-            for template, routes in ROUTES.items():
-                if found := template.fullmatch(spelling):
-                    return routes, found.groups()
-        return {}, ()
-
-    def nothing_at(self, path: str) -> Problem:
-        there = ", ".join(template_text(template) for template in ROUTES)
-        nothing = f"there is nothing at {path[:100]!r}; there is {there}, and the pages"
-        return Problem(404, nothing, code="not_found")
-
-    def set_cors(self, request: Request, right: str) -> None:
-        """A page that may ask may read the response, also a refusal."""
-        origin = request.headers.get("origin")
-        if right != OWN:
-            request.extra["access-control-allow-origin"] = "*"
-            request.extra["timing-allow-origin"] = "*"
-            return
-        request.extra["vary"] = "Origin"
-        request.extra["access-control-expose-headers"] = MAY_READ
-        if origin is None:
-            return
-        try:
-            if origin != "null":  # a page from disk is told what to do
-                self.policy.check_origin(request)
-            request.extra["access-control-allow-origin"] = origin
-        except Problem:
-            pass  # route() raises it again, when it is time to
-
-    async def preflight(self, request: Request, allow: str) -> None:
-        wanted = request.headers.get("access-control-request-headers", "")
-        headers = {
-            "allow": allow,
-            "access-control-allow-methods": "GET, POST, DELETE, HEAD, OPTIONS",
-            "access-control-allow-headers": f"{MAY_SEND}, {wanted}".rstrip(", "),
-            "access-control-max-age": "600",
-        }
-        await request.respond(204, headers=headers)
+            for route in ROUTES:
+                if found := route.path.fullmatch(spelling):
+                    return route, found.groups()
+        return NOWHERE, ()
 
     # ── short connections ──
 
     async def get_page(self, request: Request) -> None:
-        page = self.pages[request.path]
-        if request.path == "/" and self.settings.token and "token" in request.query:
-            return await self.log_in(request)
-        headers = {**PAGE_HEADERS, "etag": page.etag}
+        body, headers = self.pages[request.path]
         known = request.headers.get("if-none-match", "")
-        if page.etag in known or known == "*":
-            return await request.respond(304, headers=headers)
-        await request.respond(200, page.body, {**headers, "content-type": page.type})
+        if request.path == "/" and self.settings.token and "token" in request.query:
+            await self.log_in(request)
+        elif headers["etag"] in known or known == "*":
+            await request.respond(304, headers=headers)
+        else:
+            await request.respond(200, body, headers)
 
     async def log_in(self, request: Request) -> None:
         """The token by a visit: from here on the browser sends it as a cookie."""
-        if not same_secret(request.query["token"], self.settings.token):
-            wrong = "this is not the server's token: look at how it was started"
-            raise Problem(401, wrong, "authentication_error", "invalid_api_key")
-        cookie = self.policy.set_cookie(request)
+        self.policy.check_token(request, request.query["token"])
+        scheme = request.headers.get("x-forwarded-proto", request.scheme)
+        cookie = f"{TOKEN_COOKIE}={self.policy.cookie}; Path=/; HttpOnly; SameSite=Lax"
+        cookie += "; Secure" if scheme.lower() == "https" else ""
         headers = {"location": "/", "set-cookie": cookie, "cache-control": "no-store"}
         await request.respond(303, headers=headers)
-
-    async def get_healthz(self, request: Request) -> None:
-        counts = self.counts()
-        if self.cluster:
-            counts.update(self.cluster.counts_of_others())
-        status = {"status": "stopping" if self.stopping else "ok"}
-        health = {**status, **counts, "model": self.settings.model_name}
-        await request.respond_json(to_json(health), 503 if self.stopping else 200)
-
-    def counts(self) -> Counter[str]:
-        """What goes on in this process."""
-        answers = (len(answer.readers) for answer in self.answers.by_id.values())
-        return Counter(
-            readers=len(self.clock.readers) + sum(answers),
-            answers=sum(not a.model.writer for a in self.answers.running),
-            members=self.room.here,
-        )
-
-    async def get_metrics(self, request: Request) -> None:
-        """Made anew once a second at most: it asks every reader."""
-        text, made = self.metrics_text
-        if trio.current_time() - made > 1:
-            living = Metrics()
-            for log in self.logs():
-                for reader in log.readers:
-                    living.count_reader(reader)
-            living.count("sent_bytes_total", sum(wire.sent for wire in self.wires))
-            gauges = {**self.counts(), "connections": len(self.wires)}
-            text = self.metrics.text(gauges, living.counts)
-            self.metrics_text = text, trio.current_time()
-        headers = {"content-type": "text/plain; version=0.0.4"}
-        await request.respond(200, text.encode(), headers)
-
-    async def get_models(self, request: Request) -> None:
-        headers = self.passed(request)
-        await self.respond_soon(request, lambda: self.model.models(headers))
-
-    async def get_model(self, request: Request, name: str) -> None:
-        headers = self.passed(request)
-        await self.respond_soon(request, lambda: self.model.model(name, headers))
-
-    async def post_short(self, request: Request, path: str) -> None:
-        """Passed through, with nothing to follow: embeddings, count_tokens."""
-        body, headers = JsonBody(request.body), self.passed(request)
-        await self.respond_soon(request, lambda: self.model.post(path, headers, body))
-
-    async def respond_soon(self, request: Request, ask: Callable[[], Awaitable[Reply]]) -> None:
-        """With what the model says, unless the client leaves before."""
-        said: list[Reply | Problem] = []
-
-        async def wait() -> None:
-            try:
-                said.append(await ask())
-            except Problem as problem:
-                said.append(problem)
-
-        if await race_disconnect(request.connection.disconnected, wait):
-            if isinstance(said[0], Problem):
-                raise said[0]
-            request.extra |= said[0].headers
-            await request.respond_json(said[0].body)
-
-    async def post_embeddings(self, request: Request) -> None:
-        await self.post_short(request, "/embeddings")
-
-    async def post_count_tokens(self, request: Request) -> None:
-        await self.post_short(request, "/messages/count_tokens")
-
-    def passed(self, request: Request) -> dict[str, str]:
-        return passed_headers(request, self.settings.token)
 
     async def get_time(self, request: Request) -> None:
         """The clock as a short connection: for the next tick, ask again."""
@@ -2215,13 +2040,67 @@ class App:
         tick = {"id": self.clock.id(last), "data": self.clock[last].data}
         await request.respond_json(to_json(tick))
 
-    # ── readers over HTTP ──
+    async def get_healthz(self, request: Request) -> None:
+        counts = self.counts()
+        if self.cluster:
+            counts.update(self.cluster.counts_of_others())
+        status = "stopping" if self.stopping else "ok"
+        health = {"status": status, **counts, "model": self.settings.model_name}
+        await request.respond_json(to_json(health), 503 if self.stopping else 200)
+
+    def counts(self) -> Counter[str]:
+        """What goes on in this process."""
+        return Counter(
+            readers=sum(reader.log is not self.room for reader in self.readers),
+            answers=sum(not answer.model.writer for answer in self.answers.running),
+            members=self.room.here,
+        )
+
+    async def get_metrics(self, request: Request) -> None:
+        """Made anew once a second at most: it asks every reader."""
+        text, made = self.metrics_text
+        if trio.current_time() - made > 1:
+            living = self.counts()
+            living["connections"] = len(self.wires)
+            living["sent_bytes_total"] = sum(wire.sent for wire in self.wires)
+            living["events_delivered_total"] = sum(reader.delivered for reader in self.readers)
+            living["gaps_total"] = sum(reader.gaps for reader in self.readers)
+            text = self.metrics.text(living)
+            self.metrics_text = text, trio.current_time()
+        headers = {"content-type": "text/plain; version=0.0.4"}
+        await request.respond(200, text.encode(), headers)
+
+    async def get_models(self, request: Request, name: str | None) -> None:
+        one = functools.partial(self.model.model, name or "")
+        await self.pass_through(request, one if name else self.model.models)
+
+    async def post_short(self, request: Request, path: str) -> None:
+        """Embeddings, count_tokens: nothing that one could follow."""
+        body = JsonBody(request.body)
+        await self.pass_through(request, lambda headers: self.model.post(path, headers, body))
+
+    async def pass_through(
+        self, request: Request, ask: Callable[[dict[str, str]], Awaitable[Reply]]
+    ) -> None:
+        """Respond with what the model says, unless the client leaves before."""
+
+        async def respond() -> None:
+            try:
+                reply = await ask(passed_headers(request, self.settings.token))
+            except Problem as problem:
+                return await self.refuse(request, problem)
+            request.extra |= reply.headers
+            await request.respond_json(reply.body)
+
+        await race_disconnect(request.connection.disconnected, respond)
+
+    # ── streams ──
 
     async def get_clock(self, request: Request) -> None:
-        place = self.clock.place_after(request.last_event_id)
-        if place is None:
-            return await self.stream(request, self.clock, self.clock.end)
-        await self.stream(request, self.clock, place, request.last_event_id or "")
+        last = request.last_event_id or ""
+        place = self.clock.place_after(last)
+        start, after = (self.clock.end, "") if place is None else (place, last)
+        await self.stream(request, self.clock, start, after)
 
     async def stream(self, request: Request, log: EventLog, start: int, after: str = "") -> None:
         """A log as an event stream, from a place to its end or the client's.
@@ -2235,33 +2114,24 @@ class App:
             return await request.respond(200, headers=SSE_HEADERS)
         more = after and not (log.closed and start >= log.end)
         id_line = f"id: {after}\n" if more else ""
-        opening = f"retry: {SSE_RETRY * 1000}\n{id_line}"
-        await request.start(SSE_HEADERS, opening.encode())
+        await request.start(SSE_HEADERS, f"retry: {SSE_RETRY * 1000}\n{id_line}".encode())
         reader = request.connection.reader(log, start)
+        self.readers[reader] = None
         try:
             if not await reader.run(request.connection.disconnected):
                 return  # the client has left: there is nobody to end it for
         finally:
+            del self.readers[reader]
             self.metrics.count_reader(reader)
         again = random.randint(1000, 5000)  # so that they do not all return at once
-        last = b"retry: %d\n" % again if self.stopping else b""
-        await request.connection.end(last)
+        await request.connection.end(b"retry: %d\n" % again if self.stopping else b"")
 
-    async def post_question(self, request: Request) -> None:
-        """The chat page's own protocol: {messages} in, {content} events out."""
-        await self.post_answer(request, CHAT_PAGE)
+    # ── answers ──
 
-    async def post_chat(self, request: Request) -> None:
-        await self.post_answer(request, CHAT)
-
-    async def post_completion(self, request: Request) -> None:
-        await self.post_answer(request, COMPLETIONS)
-
-    async def post_response(self, request: Request) -> None:
-        await self.post_answer(request, RESPONSES)
-
-    async def post_message(self, request: Request) -> None:
-        await self.post_answer(request, MESSAGES)
+    async def post_question(self, request: Request, path: str) -> None:
+        """The path says in which protocol; that of the chat page is ours alone."""
+        apis = {api.path: api for api in (CHAT, COMPLETIONS, RESPONSES, MESSAGES)}
+        await self.post_answer(request, apis.get(path, CHAT_PAGE))
 
     async def post_answer(self, request: Request, api: Api) -> None:
         """A new answer; or the one that this question, asked earlier, has started.
@@ -2270,16 +2140,15 @@ class App:
         request only attends. It waits for the model no longer than its client does.
         """
         if last := request.last_event_id:
-            name = last.rpartition("-")[0] or last
-            return await self.follow(request, await self.find_answer(name), last)
+            answer = await self.find_answer(last.rpartition("-")[0] or last)
+            return await self.follow(request, answer, last)
         question = self.read_question(request, api)
         request.body = b""
         answer = await self.ask(question)
         with answer.attended():
             if self.cluster:
                 await self.cluster.announce(answer)
-            disconnected = request.connection.disconnected
-            if await race_disconnect(disconnected, answer.started):
+            if await race_disconnect(request.connection.disconnected, answer.started):
                 await self.first_response(request, answer)
 
     def read_question(self, request: Request, api: Api) -> Question:
@@ -2287,41 +2156,36 @@ class App:
         body = JsonBody(request.body)
         check_question(body.fields, api)
         body.choose(self.model.choose(body.model))
-        key = request.headers.get("idempotency-key", "")
-        question = api.ask(api, body, self.passed(request))
-        if key:
+        question = api.ask(api, body, passed_headers(request, self.settings.token))
+        if key := request.headers.get("idempotency-key"):
             caller = to_json([api.path, key, sorted(credentials(request).items())])
             question.key = hashlib.sha256(caller.encode()).hexdigest()
             question.digest = hashlib.sha256(request.body).hexdigest()
         return question
 
     async def ask(self, question: Question) -> Answer:
-        """A new answer, or the one that the same Idempotency-Key has started.
-
-        Raises Problem 422 if that was another question.
-        """
+        """A new answer, or the one that the same Idempotency-Key has started."""
         answer, name = self.answers.by_key.get(question.key), ""
         if question.key and answer is None and self.cluster:
             answer, name = await self.cluster.claim_key(question)
-        if answer is not None:
-            if answer.question.digest != question.digest:
-                other = "this Idempotency-Key was used for another question: use a new one"
-                raise Problem(422, other, param="Idempotency-Key")
-            return answer
-        if self.stopping:
-            raise server_stopping()
-        return self.answers.begin(self.writers, self.model, question, name)
+        if answer is None:
+            if self.stopping:
+                raise server_stopping()
+            answer = self.answers.begin(self.writers, self.model, question, name)
+        if answer.question.digest != question.digest:
+            other = "this Idempotency-Key was used for another question: use a new one"
+            raise Problem(422, other, param="Idempotency-Key")
+        return answer
 
     async def first_response(self, request: Request, answer: Answer) -> None:
         """A stream that has begun is 200, whatever comes: problems are events then."""
-        request.extra["x-answer-id"] = answer.name
         question, problem = answer.question, answer.problem
+        request.extra["x-answer-id"] = answer.name
         if problem and (answer.refused or not question.stream):
             raise problem.with_traceback(None)
         request.extra |= answer.headers
         if question.polled:
-            begun = response_now(answer, answer.start + 1)
-            await request.respond_json(to_json(begun))
+            await request.respond_json(to_json(response_now(answer, answer.start + 1)))
         elif question.stream:
             await self.stream(request, answer, 0, answer.name)
         else:
@@ -2330,39 +2194,6 @@ class App:
     async def get_answer(self, request: Request, name: str) -> None:
         answer = await self.find_answer(name)
         await self.follow(request, answer, request.last_event_id or name)
-
-    async def follow(
-        self, request: Request, answer: Answer, last_event_id: str, start: int = 0
-    ) -> None:
-        """An answer again, after this event; its name stands for "nothing seen yet"."""
-        with answer.attended():
-            if last_event_id != answer.name:
-                await self.reach(answer, last_event_id)
-                place = answer.place_after(last_event_id)
-                if place is None:
-                    wrong = (
-                        "this Last-Event-ID is not of this answer: send the last one that you saw"
-                    )
-                    raise Problem(400, wrong, param="Last-Event-ID")
-                start = place
-            request.extra |= {"x-answer-id": answer.name, **answer.headers}
-            if answer.closed and start == answer.end and request.method != "POST":
-                # To an EventSource this says: do not come back (HTML standard 9.2.3).
-                # A client that repeats a POST would take it for a failure.
-                return await request.respond(204)
-            await self.stream(request, answer, start, last_event_id)
-
-    async def reach(self, answer: Answer, last_event_id: str) -> None:
-        """What a reader has seen in another process may still be on its way to us.
-
-        Without this, its id would be refused as one of the future. A second is many
-        times what the way takes.
-        """
-        name, _, place = last_event_id.rpartition("-")
-        if name == answer.name and re.fullmatch("[0-9]{1,15}", place) and self.cluster:
-            with trio.move_on_after(1):
-                while int(place) >= answer.end and not answer.closed:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
 
     async def delete_answer(self, request: Request, name: str) -> None:
         self.answers.stop(await self.find_answer(name), stopped())
@@ -2373,9 +2204,37 @@ class App:
         if answer is None and self.cluster:
             answer = await self.cluster.find(name)
         if answer is None:
-            gone = "there is no such answer, or no longer"
-            raise Problem(404, gone, code="not_found")
+            raise Problem(404, "there is no such answer, or no longer", code="not_found")
         return answer
+
+    async def follow(
+        self, request: Request, answer: Answer, last_event_id: str, start: int = 0
+    ) -> None:
+        """An answer again, after this event; its name stands for "nothing seen yet"."""
+        with answer.attended():
+            if last_event_id != answer.name:
+                place = await self.reach(answer, last_event_id)
+                if place is None:
+                    wrong = "this Last-Event-ID is not of this answer: send the last one you saw"
+                    raise Problem(400, wrong, param="Last-Event-ID")
+                start = place
+            request.extra |= {"x-answer-id": answer.name, **answer.headers}
+            if answer.closed and start == answer.end and request.method != "POST":
+                # To an EventSource this says: do not come back (HTML standard 9.2.3).
+                # A client that repeats a POST would take it for a failure.
+                return await request.respond(204)
+            await self.stream(request, answer, start, last_event_id)
+
+    async def reach(self, answer: Answer, id: str) -> int | None:
+        """The place after this event, if it is one of this answer.
+
+        What a reader has seen in another process may still be on its way to us. A second
+        is many times what the way takes.
+        """
+        with trio.move_on_after(1 if answer.model.writer else 0):
+            while answer.place_after(id) is None and not answer.closed:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        return answer.place_after(id)
 
     # ── responses ──
 
@@ -2395,8 +2254,7 @@ class App:
         if re.fullmatch("[0-9]{1,15}", after):
             await self.reach(answer, answer.id(int(after)))
             start = place_of_sequence(answer, int(after))
-        last = request.last_event_id or answer.name
-        await self.follow(request, answer, last, start)
+        await self.follow(request, answer, request.last_event_id or answer.name, start)
 
     async def cancel_response(self, request: Request, id: str) -> None:
         answer = await self.find_response(id)
@@ -2405,123 +2263,85 @@ class App:
             await answer.ended.wait()
         await request.respond_json(to_json(response_now(answer)))
 
-    async def not_here(self, request: Request, *parts: str) -> None:
-        raise Problem(
-            404, "this server keeps responses to be retrieved, streamed and cancelled "
-            "while they run and for a while after, and nothing else of this API",
-            code="not_found",
-        )  # fmt: skip
+    # ── WebSockets ──
 
-    # ── readers over WebSocket ──
-
-    def admit(self, request: Request) -> bool:
-        """Is this a handshake for the clock (or the room)? Raises Problem."""
-        self.policy.check_host(request)
+    def admit(self, request: Request) -> EventLog:
+        """The log that this handshake is for. Raises Problem."""
         check_handshake(request)
-        self.policy.check_origin(request)
-        self.policy.check_token(request)
+        self.policy.check(request, OWN)
         if request.path not in ("/", "/room", "/clock"):
             raise Problem(404, "there is no WebSocket here: use /room or /clock")
         if self.stopping:
             raise server_stopping()
-        return request.path == "/clock"
+        return self.clock if request.path == "/clock" else self.room
 
     async def session(
-        self, wire: Wire, is_clock: bool, head: bytes, trailing: bytes, query: Mapping[str, str]
+        self, wire: Wire, log: EventLog, head: bytes, trailing: bytes, query: Mapping[str, str]
     ) -> str:
         """From the handshake to the close frame; returns how it ended."""
-        log = self.clock if is_clock else self.room
         now = log.end  # before the handshake ends: it misses nothing of what follows
         with trio.fail_after(HEAD_TIMEOUT):
-            v1 = await shake_hands(wire, head, not is_clock)
-        member = self.member(wire, is_clock, v1, now, query)
+            v1 = await shake_hands(wire, head, log is self.room)
+        framing = self.plain if log is self.room else WS_CLOCK
+        start = log.place_after(query.get("after"))
+        if start is None:
+            start = self.room.history() if v1 else now
+        name = free_name(clean_name(query.get("name", "")), self.names)
+        member = Member(wire, log, WS_JSON if v1 else framing, start, name)
         member.frames.feed(trailing)
+        self.readers[member] = None
         try:
-            if is_clock:
-                await member.stay(ignore, 0)
-            else:
-                await self.attend_room(member)
+            await self.enter(member, "joined")
+            say = self.say if log is self.room else ignore
+            await member.stay(say, self.settings.room_rate)
             await member.goodbye()
         finally:
+            del self.readers[member]
             self.metrics.count_reader(member)
+            await self.enter(member, "left")
         return f"closed {member.close.code} {member.close.reason}".rstrip()
 
-    async def attend_room(self, member: Member) -> None:
-        await self.enter(member.name, "joined")
-        try:
-            await member.stay(self.say, self.settings.room_rate)
-        finally:
-            await self.enter(member.name, "left")
-
-    async def enter(self, name: str, type: str) -> None:
+    async def enter(self, member: Member, type: str) -> None:
         """Let the room know. It works without, should that not be stored.
 
         Shielded: that a member left is told also when all is being cancelled.
         """
-        room = self.room
-        room.here += 1 if type == "joined" else -1
-        (self.names.add if type == "joined" else self.names.discard)(name)
-        with contextlib.suppress(Problem), trio.move_on_after(1, shield=True):
-            await self.say(Said(type, name))
-
-    def member(
-        self, wire: Wire, is_clock: bool, v1: bool, now: int, query: Mapping[str, str]
-    ) -> Member:
-        """Where this one starts to read, and how the events look to it."""
-        log = self.clock if is_clock else self.room
-        place = log.place_after(query.get("after"))
-        if is_clock:
-            return Member(wire, log, WS_CLOCK, now if place is None else place)
-        name = free_name(clean_name(query.get("name", "")), self.names)
-        if not v1:
-            return Member(wire, log, self.plain, now, name)
-        start = self.room.history() if place is None else place
-        return Member(wire, log, WS_JSON, start, name)
+        if member.log is self.room:
+            self.room.here += 1 if type == "joined" else -1
+            (self.names.add if type == "joined" else self.names.discard)(member.name)
+            with contextlib.suppress(Problem), trio.move_on_after(1, shield=True):
+                await self.say(Said(type, member.name))
 
 
 async def ignore(said: Said) -> None:
     """What a member of the clock says."""
 
 
-# Who may ask: everybody; everybody with the token; with the token, and no page of a
-# foreign origin.
-OPEN, PUBLIC, OWN = "open", "public", "own"
-
-
 class Route(NamedTuple):
-    handler: Callable[..., Awaitable[None]]
+    path: re.Pattern[str]  # its groups are the handlers' arguments
     right: str
+    handlers: Mapping[str, Callable[..., Awaitable[None]]]  # by method
 
 
-def template_text(template: re.Pattern[str]) -> str:
-    return re.sub(r"\(\?P<(\w+)>[^)]*\)\??", r"{\1}", template.pattern)
-
-
-PAGE_ROUTE = Route(App.get_page, OPEN)
-ANSWER, RESPONSE = "/answers/(?P<id>[^/]+)", "/v1/responses/(?P<id>[^/]+)"
-ROUTES: dict[re.Pattern[str], dict[str, Route]] = {
-    re.compile(template): {method: Route(handler, right) for method, handler in handlers.items()}
-    for template, right, handlers in (
+PAGE = Route(re.compile("the path of a file"), OPEN, {"GET": App.get_page})
+NOWHERE = Route(re.compile("any other path"), OWN, {})
+ROUTES = [
+    Route(re.compile(path), right, handlers)
+    for path, right, handlers in (
         ("/clock", PUBLIC, {"GET": App.get_clock}),
         ("/time", PUBLIC, {"GET": App.get_time}),
         ("/healthz", OPEN, {"GET": App.get_healthz}),
         ("/metrics", OWN, {"GET": App.get_metrics}),
-        ("/chatgptApi/chatgpt_qa_stream", OWN, {"POST": App.post_question}),
-        ("/v1/chat/completions", OWN, {"POST": App.post_chat}),
-        ("/v1/completions", OWN, {"POST": App.post_completion}),
-        ("/v1/responses", OWN, {"POST": App.post_response}),
-        ("/v1/messages", OWN, {"POST": App.post_message}),
-        (RESPONSE, OWN, {"GET": App.get_response}),
-        (f"{RESPONSE}/cancel", OWN, {"POST": App.cancel_response}),
-        (f"{RESPONSE}/input_items", OWN, {"GET": App.not_here}),
-        ("/v1/conversations(?P<more>/.*)?", OWN, {"POST": App.not_here}),
-        ("/v1/models", OWN, {"GET": App.get_models}),
-        ("/v1/models/(?P<name>.+)", OWN, {"GET": App.get_model}),
-        ("/v1/embeddings", OWN, {"POST": App.post_embeddings}),
-        ("/v1/messages/count_tokens", OWN, {"POST": App.post_count_tokens}),
-        (ANSWER, OWN, {"GET": App.get_answer, "DELETE": App.delete_answer}),
+        ("(/chatgptApi/chatgpt_qa_stream)", OWN, {"POST": App.post_question}),
+        ("/v1(/chat/completions|/completions)", OWN, {"POST": App.post_question}),
+        ("/v1(/responses|/messages)", OWN, {"POST": App.post_question}),
+        ("/v1/responses/([^/]+)", OWN, {"GET": App.get_response}),
+        ("/v1/responses/([^/]+)/cancel", OWN, {"POST": App.cancel_response}),
+        ("/v1/models(?:/(.+))?", OWN, {"GET": App.get_models}),
+        ("/v1(/embeddings|/messages/count_tokens)", OWN, {"POST": App.post_short}),
+        ("/answers/([^/]+)", OWN, {"GET": App.get_answer, "DELETE": App.delete_answer}),
     )
-}
+]
 
 
 # ─── The server ──────────────────────────────────────────────────────────────────────
@@ -2535,32 +2355,70 @@ class Server:
         self.tls = tls
         self.stopped = trio.Event()
 
-    async def run_writers(
-        self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    async def serve(
+        self, listeners: list[socket.socket], stop: trio.Event, ready: Callable[[], object]
     ) -> None:
-        """The server's own tasks: all writers, the pump, the keeper of silence."""
+        """Accept until `stop`, then end gracefully: every reader is told.
+
+        A nursery ends after what is inside of it, and the connections' is inside of
+        the writers'. So no reader outlives what it reads.
+        """
         app = self.app
         async with trio.open_nursery() as app.writers:
+            for task in (app.pump.run, app.model.run, self.keep_alive):
+                app.writers.start_soon(task)
             app.writers.start_soon(tick, app.clock)
-            app.writers.start_soon(app.pump.run)
-            app.writers.start_soon(self.keep_alive)
-            app.writers.start_soon(app.model.run)
-            task_status.started()
+            if app.cluster:
+                await app.writers.start(app.cluster.run)
+            async with trio.open_nursery() as connections:
+                async with trio.open_nursery() as accepting:
+                    for listener in listeners:
+                        accepting.start_soon(self.accept, listener, connections)
+                    ready()
+                    await stop.wait()
+                    accepting.cancel_scope.cancel()
+                for listener in listeners:
+                    listener.close()
+                await self.end()
+                connections.cancel_scope.cancel()
+            app.writers.cancel_scope.cancel()
+
+    async def end(self) -> None:
+        """Answers may finish; then all logs end, and with them their readers.
+
+        Ours end before the copies of others: other processes are told how ours ended
+        while there still is a Redis connection to tell them by.
+        """
+        app = self.app
+        app.stopping = True
+        with trio.move_on_after(app.settings.grace):
+            for answer in app.answers.open():
+                await answer.ended.wait()
+        for answer in app.answers.open():
+            app.answers.stop(answer, server_stopping())
+        if app.cluster:
+            await app.cluster.goodbye()
+        for answer in app.answers.open():
+            answer.discard()
+        app.clock.close()
+        app.room.close()
+        self.stopped.set()
+        with trio.move_on_after(LINGER_CLOSE):
+            while app.active:  # noqa: ASYNC110 (an event would be set in two places)
+                await trio.sleep(0.02)
 
     async def keep_alive(self) -> None:
         """One task for the silence of all: a timer for each reader would cost more."""
+        readers = self.app.readers
         while True:
             await trio.sleep(0.25)
             now, turn = trio.current_time(), Turn()
             self.app.answers.forget_old(now)
-            # Readers of an answer that has ended are not silent: they have it to read.
-            for log in (self.app.clock, self.app.room, *self.app.answers.running):
-                for n, reader in enumerate(list(log.readers)):
-                    if n % 64 == 63:
-                        await turn.pause()
-                    if reader in log.readers:
-                        reader.keep_alive(now)
-                await turn.pause()
+            for n, reader in enumerate(list(readers)):
+                if n % 64 == 63:
+                    await turn.pause()
+                if reader in readers:  # it may have left during a pause
+                    reader.keep_alive(now)
 
     async def accept(self, listener: socket.socket, connections: trio.Nursery) -> NoReturn:
         """One task for each client, from now on until it leaves."""
@@ -2589,14 +2447,13 @@ class Server:
         try:
             await self.converse(wire)
         except* QUIET_ENDS as group:
-            logger.log(
-                logging.INFO if wire.stuck else logging.DEBUG, "%s ended: %s", wire.peer, why(group)
-            )
+            level = logging.INFO if wire.stuck else logging.DEBUG
+            logger.log(level, "%s ended: %s", wire.peer, why(group))
         except* Exception:
             logger.exception("a connection failed in a way that nobody thought of")
         finally:
             del self.app.wires[wire]
-            self.app.metrics.count("sent_bytes_total", wire.sent)
+            self.app.metrics.counts["sent_bytes_total"] += wire.sent
             wire.close()
 
     async def converse(self, wire: Wire) -> None:
@@ -2604,107 +2461,42 @@ class Server:
 
         A WebSocket begins as HTTP/1, so h11 reads its head, too: one place for limits.
         """
-        scheme = "http"
+        handle = functools.partial(self.app.handle, wire)
         if isinstance(wire.socket, ssl.SSLSocket):
-            scheme = "https"
             try:
                 with trio.fail_after(HEAD_TIMEOUT):
                     await shake_tls(wire.socket)
             except trio.BrokenResourceError:
                 return await wire.finish()  # with an alert that says why
             if wire.socket.selected_alpn_protocol() == "h2":
-                handle = functools.partial(self.handle, wire)
                 return await serve_http2(wire, handle, self.stopped)
-        http1 = Http1(wire, scheme)
-        request = await http1.serve(functools.partial(self.handle, wire))
+        http1 = Http1(wire, "https" if self.tls else "http")
+        request = await http1.serve(handle)
         if request is None:
             return
-        started, path, query = time.monotonic(), request.path, request.query
         try:
-            is_clock = self.app.admit(request)
+            log = self.app.admit(request)
         except Problem as problem:
             await http1.refuse(problem)
             return await wire.finish()
+        started, path, query = time.monotonic(), request.path, request.query
         head, trailing = request.head, request.trailing
         del http1, request  # 4 KB that a member does not need any more
         self.app.active += 1
         ended = "cut off"
         try:
-            ended = await self.app.session(wire, is_clock, head, trailing, query)
+            ended = await self.app.session(wire, log, head, trailing, query)
         finally:
             await wire.finish()
             self.app.active -= 1
-            self.log_line(wire, f"WebSocket {path}", ended, started, 0)
+            log_line(wire, f"WebSocket {path}", ended, started)
 
-    async def handle(self, wire: Wire, request: Request) -> None:
-        """One request, and its line in the log."""
-        started, sent = time.monotonic(), wire.sent
-        try:
-            await self.app.handle(request)
-        finally:
-            what = f"{request.method} {request.path}"
-            self.log_line(wire, what, str(request.status or "cut"), started, sent)
 
-    def log_line(self, wire: Wire, what: str, ended: str, started: float, sent: int) -> None:
-        """One line that nobody can forge, and that gives no answer away."""
-        if logger.isEnabledFor(logging.INFO):
-            what = re.sub("([0-9a-f]{6})[0-9a-f]{26}", r"\1...", what)[:200]
-            text = f"{what} {ended}".encode("ascii", "backslashreplace").decode()
-            text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-            logger.info(
-                "%s %s %d bytes %.1f s", wire.peer, text,
-                wire.sent - sent, time.monotonic() - started,
-            )  # fmt: skip
-
-    async def serve(
-        self, listeners: list[socket.socket], stop: trio.Event, ready: Callable[[], object]
-    ) -> None:
-        """Accept until `stop`, then end gracefully: every reader is told.
-
-        A nursery ends after what is inside of it, and the connections' is inside of
-        the writers'. So no reader outlives what it reads.
-        """
-        app = self.app
-        async with trio.open_nursery() as writers:
-            await writers.start(self.run_writers)
-            if app.cluster:
-                await writers.start(app.cluster.run)
-            async with trio.open_nursery() as connections:
-                async with trio.open_nursery() as accepting:
-                    for listener in listeners:
-                        accepting.start_soon(self.accept, listener, connections)
-                    ready()
-                    await stop.wait()
-                    accepting.cancel_scope.cancel()
-                for listener in listeners:
-                    listener.close()
-                await self.end()
-                connections.cancel_scope.cancel()
-            writers.cancel_scope.cancel()
-
-    async def end(self) -> None:
-        """Answers may finish; then all logs end, and with them their readers.
-
-        Ours end before the copies of others: other processes are told how ours ended
-        while there still is a Redis connection to tell them by.
-        """
-        app = self.app
-        app.stopping = True
-        with trio.move_on_after(app.settings.grace):
-            for answer in app.answers.open():
-                await answer.ended.wait()
-        for answer in app.answers.open():
-            app.answers.stop(answer, server_stopping())
-        if app.cluster:
-            await app.cluster.goodbye()
-        for answer in app.answers.open():
-            answer.discard()
-        app.clock.close()
-        app.room.close()
-        self.stopped.set()
-        with trio.move_on_after(LINGER_CLOSE):
-            while app.active:  # noqa: ASYNC110 (an event would be set in four places)
-                await trio.sleep(0.02)
+def log_line(wire: Wire, what: str, ended: str, started: float, sent: int = 0) -> None:
+    """One line that nobody can forge, and that gives no answer away."""
+    text = re.sub("([0-9a-f]{6})[0-9a-f]{26}", r"\1...", what)[:200]
+    size, took = wire.sent - sent, time.monotonic() - started
+    logger.info("%s %s %d bytes %.1f s", wire.peer, ascii(f"{text} {ended}")[1:-1], size, took)
 
 
 def why(group: BaseException) -> str:

@@ -3530,7 +3530,7 @@ CONNECT_TIMEOUT = 5
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT = 10, 10
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
-INTAKE_REST = 0.001  # seconds, after a pass
+INTAKE_REST = 0.001  # seconds, after a pass; epoll counts whole milliseconds
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
     "openai-.*|anthropic-.*|http-referer|x-title|traceparent|tracestate|idempotency-key"
@@ -3576,6 +3576,7 @@ class Exchange:
         self.secrets: list[str] = []  # sent, and never to come back
         # The body
         self.room: float = WHOLE_BYTES  # for so much of it
+        self.coded = False
         self.chunked = False
         self.left = 0  # bytes, of a chunk or of all
         self.rest = b""  # what waits for more, or follows the body
@@ -3604,6 +3605,7 @@ class Exchange:
         if self.status not in (204, 304):
             self.chunked = "transfer-encoding" in self.headers
             self.left = 0 if self.chunked else int(self.headers.get("content-length", sys.maxsize))
+        self.coded = self.headers.get("content-encoding", "").lower() not in ("", "identity")
         self.rest = b"\r\n" + body if self.chunked else body
         self.done = not (self.chunked or self.left)
         close = "close" in self.headers.get("connection", "").lower()
@@ -3637,9 +3639,9 @@ class Exchange:
             self.rest = self.rest[last.end() :]
         self.done = bool(last) or not (self.chunked or self.left)
         if payload := b"".join(pieces):
-            payload = self.decode(payload) if "content-encoding" in self.headers else payload
+            payload = self.decode(payload) if self.coded else payload
             self.room -= len(payload)
-            if self.room < 0:
+            if self.room < 0 or len(payload) > WHOLE_BYTES:
                 raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
             take(payload)
         whole = b"\r\n\r\n" if size else b"\r\n"  # then more of it will not make it good
@@ -3648,22 +3650,15 @@ class Exchange:
 
     def decode(self, data: bytes) -> bytes:
         """gzip, though we ask for none, also in several members (RFC 1952, section 2.2)."""
-        coding = self.headers["content-encoding"].lower()
-        if coding in ("identity", ""):
-            return data
-        if coding not in ("gzip", "x-gzip", "deflate"):
-            raise upstream_problem("the upstream compresses in a way that nobody asked for")
         plain = b""
-        while data:
-            try:
+        try:
+            while data and len(plain) <= WHOLE_BYTES:
                 plain += self.unzip.decompress(data, WHOLE_BYTES)
-            except zlib.error:
-                raise upstream_problem("the upstream sent what is not gzip") from None
-            if self.unzip.unconsumed_tail:
-                raise upstream_problem("the upstream sent too much, compressed")
-            data = self.unzip.unused_data
-            if self.unzip.eof:
-                self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
+                data = self.unzip.unconsumed_tail or self.unzip.unused_data
+                if self.unzip.eof:
+                    self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        except zlib.error:
+            raise upstream_problem("the upstream compresses, and not by gzip") from None
         return plain
 
     def passed_back(self) -> Headers:
@@ -3675,12 +3670,10 @@ class Exchange:
 class Intake:
     """The pump's counterpart: one task reads from all upstreams that have news.
 
-    To wake a task for each token costs more than the token. So it rests for a moment after a
+    To wake up for each token costs more than the token. So it rests for a moment after a
     pass, and the next one finds many. A token that comes alone, after the rest, waits for
-    nobody.
-
-    Linux's epoll is itself a file that can be waited for, so Trio waits for this one only.
-    Where there is none, each upstream has a task that reads it.
+    nobody. Linux's epoll is itself a file that can be waited for, so Trio waits for this one
+    only. Where there is none, each upstream has a task that reads it.
     """
 
     def __init__(self) -> None:

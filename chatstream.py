@@ -3042,7 +3042,7 @@ CONNECT_TIMEOUT = 5
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT = 10, 10
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
-INTAKE_REST = 0.001  # seconds, after a pass
+INTAKE_REST = 0.001  # seconds, after a pass; epoll counts whole milliseconds
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
     "openai-.*|anthropic-.*|http-referer|x-title|traceparent|tracestate|idempotency-key"
@@ -3066,6 +3066,7 @@ def passed_headers(request: Request, token: str) -> dict[str, str]:
     return {k: v for k, v in passed.items() if v.isascii() and v.isprintable()}
 
 
+@dataclasses.dataclass(eq=False)
 class Exchange:
     """One request to an upstream and its response. Raises what stands in CUT.
 
@@ -3078,22 +3079,23 @@ class Exchange:
     SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n")
     LAST = re.compile(rb"\r\n0+[ \t]*(?:;.*)?(?:\r\n[!#-'*+\-.0-9A-Z^-z|~]+:.*)*\r\n\r\n")
 
-    def __init__(self, wire: Wire, limit: trio.CancelScope, patience: float = 0) -> None:
-        self.wire = wire
-        self.limit = limit
-        self.patience = patience  # seconds
-        self.heard = False  # a byte of the response
-        self.status = 0
-        self.headers: Headers = {}
-        self.secrets: list[str] = []  # sent, and never to come back
-        # The body
-        self.room: float = WHOLE_BYTES  # for so much of it
-        self.chunked = False
-        self.left = 0  # bytes, of a chunk or of all
-        self.rest = b""  # what waits for more, or follows the body
-        self.done = False
-        self.reusable = False  # the connection, when it is done
-        self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    wire: Wire
+    limit: trio.CancelScope
+    patience: float = 0  # seconds
+    heard: bool = False  # a byte of the response
+    status: int = 0
+    headers: Headers = dataclasses.field(default_factory=dict)
+    secrets: list[str] = dataclasses.field(default_factory=list)  # sent, and never to come back
+    # The body
+    room: float = WHOLE_BYTES  # for so much of it
+    chunked: bool = False
+    coded: bool = False
+    unzip: Any = None
+    left: int = 0  # bytes, of a chunk or of all
+    rest: bytes = b""  # what waits for more, or follows the body
+    ended: trio.Event = dataclasses.field(default_factory=trio.Event)  # the body, or all hope
+    failed: Exception | None = None
+    reusable: bool = False  # the connection, after a good end
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
         """Send it, and read the head of the response."""
@@ -3116,8 +3118,10 @@ class Exchange:
         if self.status not in (204, 304):
             self.chunked = "transfer-encoding" in self.headers
             self.left = 0 if self.chunked else int(self.headers.get("content-length", sys.maxsize))
+        self.coded = self.headers.get("content-encoding", "").lower() not in ("", "identity")
         self.rest = b"\r\n" + body if self.chunked else body
-        self.done = not (self.chunked or self.left)
+        if not (self.chunked or self.left):
+            self.ended.set()
         close = "close" in self.headers.get("connection", "").lower()
         self.reusable = head.http_version > b"1.0" and not close
 
@@ -3129,13 +3133,19 @@ class Exchange:
         return data
 
     def read_now(self, take: Callable[[bytes], None]) -> None:
-        """What has come of the body."""
-        data = self.wire.receive_now()
-        self.feed(b"" if data is None else self.hear(data), take)
-        if data == b"" and not self.done:
-            if self.chunked or "content-length" in self.headers:
-                raise h11.RemoteProtocolError("the body is cut")
-            self.done, self.reusable = True, False
+        """What has come of the body. Raises nothing, because the intake serves everyone."""
+        try:
+            data = None if self.ended.is_set() else self.wire.receive_now()
+            if data:
+                self.feed(self.hear(data), take)
+            elif data is not None:  # the connection has ended
+                if self.chunked or "content-length" in self.headers:
+                    raise h11.RemoteProtocolError("the body is cut")
+                self.reusable = False
+                self.ended.set()
+        except Exception as error:
+            self.failed = error
+            self.ended.set()
 
     def feed(self, data: bytes, take: Callable[[bytes], None]) -> None:
         """`take` gets what these bytes carry, also where this raises because they go wrong."""
@@ -3145,37 +3155,31 @@ class Exchange:
             at = size.end() + more
             pieces.append(data[size.end() : at])
         self.left, self.rest = max(0, at - len(data)), data[at:]
-        if last := size and self.LAST.match(self.rest):
-            self.rest = self.rest[last.end() :]
-        self.done = bool(last) or not (self.chunked or self.left)
         if payload := b"".join(pieces):
-            payload = self.decode(payload) if "content-encoding" in self.headers else payload
+            payload = self.decode(payload) if self.coded else payload
             self.room -= len(payload)
-            if self.room < 0:
+            if self.room < 0 or len(payload) > WHOLE_BYTES:
                 raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
             take(payload)
+        last = self.LAST.match(self.rest) if size else None
         whole = b"\r\n\r\n" if size else b"\r\n"  # then more of it will not make it good
-        if not self.done and (whole in self.rest[2:] or len(self.rest) > HEAD_BYTES):
+        if last or not (self.chunked or self.left):
+            self.rest = self.rest[last.end() :] if last else self.rest
+            self.ended.set()
+        elif whole in self.rest[2:] or len(self.rest) > HEAD_BYTES:
             raise h11.RemoteProtocolError("the framing of the body is broken")
 
     def decode(self, data: bytes) -> bytes:
         """gzip, though we ask for none, also in several members (RFC 1952, section 2.2)."""
-        coding = self.headers["content-encoding"].lower()
-        if coding in ("identity", ""):
-            return data
-        if coding not in ("gzip", "x-gzip", "deflate"):
-            raise upstream_problem("the upstream compresses in a way that nobody asked for")
         plain = b""
-        while data:
-            try:
+        try:
+            while data and len(plain) <= WHOLE_BYTES:
+                if self.unzip is None or self.unzip.eof:
+                    self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
                 plain += self.unzip.decompress(data, WHOLE_BYTES)
-            except zlib.error:
-                raise upstream_problem("the upstream sent what is not gzip") from None
-            if self.unzip.unconsumed_tail:
-                raise upstream_problem("the upstream sent too much, compressed")
-            data = self.unzip.unused_data
-            if self.unzip.eof:
-                self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
+                data = self.unzip.unconsumed_tail or self.unzip.unused_data
+        except zlib.error:
+            raise upstream_problem("the upstream compresses, and not by gzip") from None
         return plain
 
     def passed_back(self) -> Headers:
@@ -3187,18 +3191,16 @@ class Exchange:
 class Intake:
     """The pump's counterpart: one task reads from all upstreams that have news.
 
-    To wake a task for each token costs more than the token. So it rests for a moment after a
+    To wake up for each token costs more than the token. So it rests for a moment after a
     pass, and the next one finds many. A token that comes alone, after the rest, waits for
-    nobody.
-
-    Linux's epoll is itself a file that can be waited for, so Trio waits for this one only.
-    Where there is none, each upstream has a task that reads it.
+    nobody. Linux's epoll is itself a file that can be waited for, so Trio waits for this one
+    only. Where there is none, each upstream has a task that reads it.
     """
 
     def __init__(self) -> None:
         epoll = getattr(select, "epoll", None)
         self._epoll = epoll() if epoll else None
-        self._readers: dict[int, Callable[[], None]] = {}  # by file descriptor
+        self._reads: dict[int, Callable[[], None]] = {}  # by file descriptor
 
     async def run(self) -> None:
         while self._epoll:
@@ -3206,40 +3208,27 @@ class Intake:
             turn = Turn()
             for fd, _ in self._epoll.poll(0):
                 await turn.pause()
-                if read_now := self._readers.get(fd):  # still
+                if read_now := self._reads.get(fd):  # still
                     read_now()
             await trio.sleep(INTAKE_REST)
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
         """A body, to its end. Raises what `take` and the exchange raise."""
         exchange.feed(b"", take)  # what came with the head
-        if exchange.done:
-            return
-        fd, ended, failed = exchange.wire.socket.fileno(), trio.Event(), list[Exception]()
-
-        def read_now() -> None:
-            """Raises nothing, because the intake serves everyone."""
-            try:
-                if not ended.is_set():
-                    exchange.read_now(take)
-            except Exception as error:
-                failed.append(error)
-            if failed or exchange.done:
-                ended.set()
-
-        if self._epoll:
-            self._readers[fd] = read_now
+        fd = exchange.wire.socket.fileno()
+        if self._epoll and not exchange.ended.is_set():
+            self._reads[fd] = functools.partial(exchange.read_now, take)
             self._epoll.register(fd, select.EPOLLIN)
             try:
-                await ended.wait()
+                await exchange.ended.wait()
             finally:
                 self._epoll.unregister(fd)
-                del self._readers[fd]
-        while not ended.is_set():
+                del self._reads[fd]
+        while not exchange.ended.is_set():
             await trio.lowlevel.wait_readable(fd)
-            read_now()
-        if failed:
-            raise failed[0]
+            exchange.read_now(take)
+        if exchange.failed:
+            raise exchange.failed
 
 
 @dataclasses.dataclass
@@ -3269,7 +3258,7 @@ class Upstream(Model):
             self.proxy_login["proxy-authorization"] = f"Basic {login}"
         # A proxy for plain HTTP is asked for the whole URL (RFC 9112, section 3.2.2).
         whole = self.proxy and not self.tls
-        self.base = (f"http://{self.url.netloc}" if whole else "") + self.url.path.rstrip("/")
+        self.base = settings.upstream.partition("?")[0] if whole else self.url.path
         self.query = f"?{self.url.query}" if self.url.query else ""
         # What goes on
         self.intake = Intake()
@@ -3468,8 +3457,8 @@ class Upstream(Model):
 
     def release(self, exchange: Exchange) -> None:
         """Keep the connection for the next question, or tell the model to stop."""
-        clean = exchange.reusable and exchange.done and not exchange.rest
-        if clean and len(self.idle) < IDLE_WIRES:
+        clean = exchange.ended.is_set() and not (exchange.failed or exchange.rest)
+        if clean and exchange.reusable and len(self.idle) < IDLE_WIRES:
             self.idle.append((exchange.wire, trio.current_time()))
         else:
             exchange.wire.close()

@@ -131,7 +131,7 @@ def body_by_us(head, pieces):
     with suppress(h11.RemoteProtocolError):
         for n, piece in enumerate(pieces):
             exchange.feed(piece, carried.append)
-            if exchange.done:
+            if exchange.ended.is_set():
                 return b"".join(carried), exchange.rest + b"".join(pieces[n + 1 :])
     return b"".join(carried), None
 

@@ -53,6 +53,7 @@ import bisect
 import codecs
 import contextlib
 import dataclasses
+import difflib
 import errno
 import functools
 import gc
@@ -86,14 +87,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-import h2.connection
-import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
 import h11
 import trio
 import trio_websocket
+from h2.connection import ConnectionState
+from h2.errors import ErrorCodes
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData
 from hypercorn.protocol.events import Body, EndBody, StreamClosed
@@ -2353,7 +2354,6 @@ class Server:
     def __init__(self, app: App, tls: ssl.SSLContext | None) -> None:
         self.app = app
         self.tls = tls
-        self.stopped = trio.Event()
 
     async def serve(
         self, listeners: list[socket.socket], stop: trio.Event, ready: Callable[[], object]
@@ -2402,7 +2402,6 @@ class Server:
             answer.discard()
         app.clock.close()
         app.room.close()
-        self.stopped.set()
         with trio.move_on_after(LINGER_CLOSE):
             while app.active:  # noqa: ASYNC110 (an event would be set in two places)
                 await trio.sleep(0.02)
@@ -2469,7 +2468,7 @@ class Server:
             except trio.BrokenResourceError:
                 return await wire.finish()  # with an alert that says why
             if wire.socket.selected_alpn_protocol() == "h2":
-                return await serve_http2(wire, handle, self.stopped)
+                return await serve_http2(wire, handle)
         http1 = Http1(wire, "https" if self.tls else "http")
         request = await http1.serve(handle)
         if request is None:
@@ -3562,30 +3561,17 @@ CJK = "\u3000-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
 DEMO_WORD = re.compile(rf"\s*(?:[{CJK}]|[^\s{CJK}]+)")
 
 
-class Lessons:
-    """What the demo knows: www/lessons.en.md and lessons.zh.md.
+def lesson(text: str, question: str) -> str:
+    """The part of www/lessons.*.md whose heading is most like the question.
 
     The text before the first `# heading` introduces each answer, the one below `# *`
     ends it, and each other heading is a question with its lesson.
     """
-
-    def __init__(self, text: str) -> None:
-        self.introduction, *parts = re.split(r"(?m)^# +(.+)\n", text)
-        self.lessons = dict(zip(parts[::2], parts[1::2], strict=True))
-        self.ending = self.lessons.pop("*", "")
-
-    def answer(self, question: str) -> str:
-        """The lesson whose heading shares most with the question; the same each time."""
-        asked = set(DEMO_WORD.findall(question.lower()))
-
-        def likeness(heading: str) -> tuple[float, int]:
-            words = set(DEMO_WORD.findall(heading.lower()))
-            shared = len(words & asked) / (len(words | asked) or 1)
-            return shared, zlib.crc32((heading + question).encode(errors="replace"))
-
-        best = max(self.lessons, key=likeness, default="")
-        parts = (self.introduction, self.lessons.get(best, ""), self.ending)
-        return "\n\n".join(part.strip() for part in parts)
+    introduction, *parts = re.split(r"(?m)^# +(.+)\n", text)
+    lessons = dict(zip(parts[::2], parts[1::2], strict=True))
+    ending = lessons.pop("*", "")
+    heading = difflib.get_close_matches(question[:300], lessons, n=1, cutoff=0)
+    return "".join([introduction, *map(lessons.__getitem__, heading), ending])
 
 
 class Demo(Model):
@@ -3600,9 +3586,8 @@ class Demo(Model):
         self.answers = answers
         self.metrics = metrics
         www = www_folder()
-        names = ("lessons.en.md", "lessons.zh.md")
-        texts = [(www / name).read_text("utf-8") if www else "A demo." for name in names]
-        self.english, self.chinese = map(Lessons, texts)
+        files = [www / f"lessons.{language}.md" for language in ("en", "zh")] if www else []
+        self.lessons = [file.read_text("utf-8") for file in files] or ["A demo."] * 2
 
     def check(self, api: Api) -> None:
         if api in (COMPLETIONS, MESSAGES):
@@ -3633,8 +3618,8 @@ class Demo(Model):
             users = [m for m in said if isinstance(m, dict) and m.get("role") == "user"]
             said = users[-1].get("content") if users else ""
         question = text_of(said)
-        lessons = self.chinese if re.search(f"[{CJK}]", question) else self.english
-        return DEMO_WORD.findall(lessons.answer(question))
+        in_chinese = bool(re.search(f"[{CJK}]", question))
+        return DEMO_WORD.findall(lesson(self.lessons[in_chinese], question))
 
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
@@ -3740,7 +3725,7 @@ class Http2Stream:
         pairs = [*headers.items(), ("date", http_date(int(time.time())))]
         raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in pairs if k != "connection"]
         self.h2.send_headers(self.number, [(b":status", b"%d" % status), *raw])
-        await self.protocol.flush()
+        await self.protocol._flush()
         await self._write(body)
 
     async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
@@ -3751,7 +3736,7 @@ class Http2Stream:
         await self._write(last)
         self.h2.end_stream(self.number)
         self.answered = True
-        await self.protocol.flush()
+        await self.protocol._flush()
 
     def reader(self, log: EventLog, start: int) -> Reader:
         return Reader(log, self, SSE, start)
@@ -3775,7 +3760,7 @@ class Http2Stream:
                 raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
             self.h2.send_data(self.number, data[:room])
             data = data[room:]
-            await self.protocol.flush()
+            await self.protocol._flush()
 
     def _room(self) -> int:
         if self.gone.is_set():
@@ -3806,9 +3791,9 @@ class Http2(H2Protocol):
         self.wire = wire
         self.handle_request = handle
         self.sending = trio.Lock()
-        self.leaving = False  # the client has said GOAWAY
-        self.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
         self.news = trio.Event()  # from the client: there may be more room
+        self.patience = trio.CancelScope()
+        self.patience.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
 
     async def on_event(self, event: object) -> None:
         if isinstance(event, RawData):
@@ -3817,57 +3802,46 @@ class Http2(H2Protocol):
         elif isinstance(event, Closed):
             raise trio.BrokenResourceError("the client has broken the rules of HTTP/2")
 
-    async def run(self, stopped: trio.Event) -> None:
+    async def run(self) -> None:
         """Read until either side has had enough."""
         most = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: HTTP2_STREAMS}
         self.connection.local_settings = h2.settings.Settings(client=False, initial_values=most)
         self.connection.initiate_connection()
         self.connection.local_settings = h2.settings.Settings(client=False)  # h2 has no limit
-        await self.flush()
-        while self.streams or not (stopped.is_set() or self.leaving):
-            now, data = trio.current_time(), None
-            if now >= self.deadline:
-                return
-            with trio.move_on_at(min(self.deadline, now + LOOK_EVERY)):
-                data = await self.wire.receive()
-            if data == b"":
-                return
-            if data:
-                await self.handle(RawData(data))
-
-    async def goodbye(self) -> None:
-        """GOAWAY (RFC 9113, section 6.8), unless h2 has said it for a broken rule."""
-        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
-            self.connection.close_connection()
-            await self.flush()
-        await self.handle(Closed())
-        async with self.sending:
-            await self.wire.finish()
-
-    async def flush(self) -> None:
         await self._flush()
+        try:
+            with self.patience:
+                while data := await self.wire.receive():
+                    await self.handle(RawData(data))
+        finally:
+            with trio.move_on_after(GOODBYE, shield=True):
+                if self.connection.state_machine.state is not ConnectionState.CLOSED:
+                    self.connection.close_connection()  # GOAWAY (RFC 9113, section 6.8)
+                    await self._flush()
+                await self.handle(Closed())
+                async with self.sending:
+                    await self.wire.finish()
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
             if isinstance(event, h2.events.ConnectionTerminated):
-                self.leaving = True
-                state = h2.connection.ConnectionState.SERVER_OPEN
-                self.connection.state_machine.state = state  # else h2 would say nothing more
+                # It goes on reading, but h2 would send nothing more.
+                self.connection.state_machine.state = ConnectionState.SERVER_OPEN
             elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
                 size = event.flow_controlled_length  # of the connection's window, too
                 self.connection.acknowledge_received_data(size, event.stream_id)
             # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
             elif not isinstance(event, h2.events.PriorityUpdated):
                 await super()._handle_events([event])
-        await self.flush()
+        await self._flush()
         self.news.set()
         self.news = trio.Event()
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         if len(self.streams) >= HTTP2_STREAMS:
-            return self.reset(request.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+            return self.reset(request.stream_id, ErrorCodes.REFUSED_STREAM)
         stream = self.streams[request.stream_id] = Http2Stream(self, request.stream_id)
-        self.deadline = inf
+        self.patience.deadline = inf
         self.task_group.spawn(self.serve, stream, request.headers)
 
     async def serve(self, stream: Http2Stream, headers: list[tuple[bytes, bytes]]) -> None:
@@ -3883,29 +3857,22 @@ class Http2(H2Protocol):
         except* Exception:
             logger.exception("a stream failed in a way that nobody thought of")
         if not (stream.gone.is_set() or (stream.answered and stream.heard)):
-            codes = h2.errors.ErrorCodes  # NO_ERROR: RFC 9113, section 8.1
-            self.reset(stream.number, codes.NO_ERROR if stream.answered else codes.INTERNAL_ERROR)
+            code = ErrorCodes.NO_ERROR if stream.answered else ErrorCodes.INTERNAL_ERROR
+            self.reset(stream.number, code)  # RFC 9113, section 8.1
         await self._close_stream(stream.number)
         if not self.streams:
-            self.deadline = trio.current_time() + IDLE_TIMEOUT
-        await self.flush()
+            self.patience.deadline = trio.current_time() + IDLE_TIMEOUT
+        await self._flush()
 
-    def reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
+    def reset(self, number: int, code: ErrorCodes) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):  # the client was first
             self.connection.reset_stream(number, code)
 
 
-async def serve_http2(
-    wire: Wire, handle: Callable[[Request], Awaitable[None]], stopped: trio.Event
-) -> None:
+async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) -> None:
     """HTTP/2 on one wire: a task for each stream, and this one, which reads for all."""
     async with TaskGroup() as tasks:
-        protocol = Http2(wire, handle, tasks)
-        try:
-            await protocol.run(stopped)
-        finally:
-            with trio.move_on_after(GOODBYE, shield=True):
-                await protocol.goodbye()
+        await Http2(wire, handle, tasks).run()
 
 
 # ─── More than one process: Redis Streams behind the same logs ───────────────────────
@@ -4380,6 +4347,7 @@ NUMBER = r"[0-9]{0,9}\.?[0-9]{1,9}", "a number of 0 or more"
 LEVEL = "debug|info|warning|error", "debug, info, warning or error"
 ORIGIN = r"null|https?://[^/?#\s*@]+/?", "an origin, such as https://my.site"
 REDIS = "((rediss?|unix)://.*)?", "a URL, such as redis://host:6379"
+SECRET = "[ -~]*", "text that can be sent"
 
 
 class UsageError(Exception):
@@ -4387,9 +4355,9 @@ class UsageError(Exception):
 
 
 def flag(default: Any, form: tuple[str, str], help: str, metavar: str = "", env: str = "") -> Any:
-    """A field of Settings that is a flag. A tuple as its default: it may be repeated."""
+    """A field of Settings. A tuple as its default: it may be repeated. No help: no flag."""
     about = {"form": form, "help": help, "metavar": metavar or None, "env": env}
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata=about, repr=bool(help))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4414,8 +4382,8 @@ class Settings:
     keyfile: str = flag("", WORD, "PEM", "FILE")
     log_level: str = flag("info", LEVEL, "debug, info, warning or error", "LEVEL")
     # Never a flag: a command line can be read by everybody on the machine.
-    api_key: str = dataclasses.field(default="", repr=False)
-    token: str = dataclasses.field(default="", repr=False)
+    api_key: str = flag("", SECRET, "", env="OPENAI_API_KEY")
+    token: str = flag("", SECRET, "")
     proxy: str = dataclasses.field(default="", repr=False)
 
     @property
@@ -4431,19 +4399,20 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
     """Flags, then environment, then defaults. Raises UsageError."""
     parser = Parser(prog="chatstream", description=__doc__.partition("\n")[0])
-    flags = {f"--{f.name.replace('_', '-')}": f for f in dataclasses.fields(Settings) if f.metadata}
-    for name, field in flags.items():
-        about = field.metadata
-        parser.add_argument(name, action="append", help=about["help"], metavar=about["metavar"])
+    fields = [field for field in dataclasses.fields(Settings) if field.metadata]
+    for field in fields:
+        if help := field.metadata["help"]:
+            option, metavar = f"--{field.name.replace('_', '-')}", field.metadata["metavar"]
+            parser.add_argument(option, action="append", help=help, metavar=metavar)
     given = vars(parser.parse_args(argv))
     settings: JSON = {}
-    for name, field in flags.items():
-        many, found = isinstance(field.default, tuple), {name: given[field.name]}
+    for field in fields:
+        many = isinstance(field.default, tuple)
+        source, texts = f"--{field.name.replace('_', '-')}", given.get(field.name)
         for variable in (f"CHATSTREAM_{field.name.upper()}", field.metadata["env"]):
-            if text := environ.get(variable):
-                found[variable] = text.split(",") if many else [text]
-        source, texts = next((pair for pair in found.items() if pair[1]), ("", []))
-        values = [read_value(field, text, source) for text in texts]
+            if not texts and (text := environ.get(variable)):
+                source, texts = variable, text.split(",") if many else [text]
+        values = [read_value(field, text, source) for text in texts or ()]
         if values:
             settings[field.name] = tuple(filter(None, values)) if many else values[-1]
     return complete(settings, environ)
@@ -4451,19 +4420,15 @@ def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
 
 def read_value(field: dataclasses.Field[Any], text: str, source: str) -> Any:
     form, wanted = field.metadata["form"]
-    text = text if form is ANY[0] else text.strip()
+    text = text if form == ANY[0] else text.strip()
     if not re.fullmatch(form, text):
-        shown = "it" if "@" in text else repr(text)  # there may be a password inside
+        shown = repr(text) if field.repr and not set("@?") & set(text) else "it"  # a password?
         raise UsageError(f"{source}: {shown} is not {wanted}")
     return {"int": int, "float": float}.get(str(field.type), str)(text)
 
 
 def complete(settings: JSON, environ: Mapping[str, str]) -> Settings:
     """What is not a flag, and what must fit together. Raises UsageError."""
-    for name, variable in (("api_key", "OPENAI_API_KEY"), ("token", "CHATSTREAM_TOKEN")):
-        settings[name] = environ.get(variable, "").strip()
-        if not (settings[name].isascii() and settings[name].isprintable()):
-            raise UsageError(f"{variable} has characters that cannot be sent")
     settings["upstream"] = base_url(settings.get("upstream", ""))
     settings["proxy"] = find_proxy(settings["upstream"], environ)
     origins = settings.get("allow_origin", ())
@@ -4492,9 +4457,9 @@ def split_url(url: str, *schemes: str) -> SplitResult | None:
 
 def base_url(text: str) -> str:
     """`http://host:port/v1[?query]`; a bare host gets its /v1. Raises UsageError."""
-    parts = split_url(text, "http", "https")
     if not text:
         return ""
+    parts = split_url(text, "http", "https")
     if not parts or "@" in parts.netloc or not re.fullmatch("[!-~]+", text):
         wanted = "a base URL in ASCII, such as http://host:port/v1, with no key in it"
         raise UsageError(f"--upstream or OPENAI_BASE_URL must be {wanted}")

@@ -214,9 +214,6 @@ async def test_a_client_that_says_goodbye_reads_on_to_the_end(serve, certificate
         status, said = await client.whole(number)
         assert status == 200
         assert b"data: [DONE]" in said
-        with trio.fail_after(PATIENCE):
-            while not client.closed:  # noqa: ASYNC110
-                await trio.sleep(0.1)
 
 
 async def lives(client, number):

@@ -3882,18 +3882,17 @@ async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) 
 # that is asked for it has a copy, whose model reads Redis where others read HTTP. An
 # entry that is read twice changes nothing: after any trouble, all is read again.
 #
-# The processes tell each other their state, a few times a second: their counts, which
-# copies somebody reads, which of these are to be stopped. A process whose state stays
-# the same is gone.
-#
-# Redis, and any of the others, may be gone at any moment, or stand still and wake up
-# later. So nothing waits for Redis longer than REDIS_TIMEOUT, and a message that its
-# sender was told is not stored will not turn up later.
+# The processes tell each other their state, once a second and when it changes: their
+# counts, which copies somebody reads, which of these are to be stopped. One of which we
+# hear nothing for SILENCE seconds, while we hear ourselves, is gone. Redis, and each of
+# them, may also stand still and wake up later: so nothing waits for Redis longer than
+# REDIS_TIMEOUT, and a message that its sender was told is not stored will not turn up.
 #
 #   room           stream of what was said, each entry with its place in the log
 #   room:comings   list: which entries of the room are comings and goings
-#   processes      hash: the state of each process, and how many members it has
+#   presence       hash: members in each process
 #   said:PROCESS   the last batch that it has said
+#   state          stream of states
 #   answer:ID      stream of batches of events; the first entry says who writes it
 #   key:DIGEST     the answer that an Idempotency-Key has started
 #
@@ -3901,10 +3900,10 @@ async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) 
 # a later id would block them for ever.
 
 PREFIX = "chatstream:2:"
-ROOM, COMINGS, PROCESSES = PREFIX + "room", PREFIX + "room:comings", PREFIX + "processes"
-ANSWER_PREFIX = PREFIX + "answer:"
+ROOM, COMINGS, PRESENCE = PREFIX + "room", PREFIX + "room:comings", PREFIX + "presence"
+STATE, ANSWER_PREFIX = PREFIX + "state", PREFIX + "answer:"
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
-REDIS_TIMEOUT, BEAT, BEATS_MISSED = 2, 0.25, 16
+REDIS_TIMEOUT, BEAT, SILENCE, WANTS_EVERY = 2, 1, 4.5, 0.05
 FOLLOW_BLOCK = 100  # milliseconds; an XREAD under way misses streams that are added to it
 MIRROR_EVERY, MIRROR_ANSWERS, MIRROR_EVENTS = 0.02, 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
@@ -3931,30 +3930,30 @@ end
 # So it comes with a time, on Redis's clock, after which it is void. That time also
 # names the batch: one that is sent again is not stored again.
 SAY = """
-local room, comings, processes, stored = unpack(KEYS)
+local room, comings, presence, stored = unpack(KEYS)
 local late, our_name, our_end, our_last, me, here = unpack(ARGV)
 local now = redis.call('TIME')
 if redis.call('GET', stored) == late then return end
-if now[1] + now[2] / 1000000 > tonumber(late) then
-  return redis.error_reply('LATE: its sender has been told that it was not stored')
-end
+if now[1] + now[2] / 1000000 > tonumber(late) then return redis.error_reply('LATE') end
 redis.call('SET', stored, late, 'EX', 3600)
-heal(comings, 'list') heal(processes, 'hash')
-redis.call('HSET', processes, 'members:' .. me, here)
+heal(comings, 'list') heal(presence, 'hash')
+redis.call('HSET', presence, me, here)
 local members = 0
-for _, n in ipairs(redis.call('HVALS', processes)) do members = members + (tonumber(n) or 0) end
+for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumber(n) or 0) end
 local tail = last_entry(room, 'place')
-local name, place, last = tail.room or our_name, (tail.place or -1) + 1, tail.last or -1
+local name, place = tail.room or our_name, (tail.place or -1) + 1
+local last = tail.members and tail.after or tail.place or -1  -- message
 if name == our_name and place < tonumber(our_end) then
   -- Redis has lost what we have heard: go on where no process can have been.
   place, last = our_end + 1000, our_last
 end
 for i = 7, #ARGV, 2 do
-  local after = last
-  if ARGV[i] == 'message' then last = place end
+  local more = ARGV[i] == 'message' and {} or {'members', members}
   local id = redis.call('XADD', room, 'MAXLEN', 1000, '*', 'room', name, 'place', place,
-    'after', after, 'last', last, 'members', members, 'said', ARGV[i + 1])
-  if last ~= place and redis.call('RPUSH', comings, id) > 50 then
+    'after', last, 'said', ARGV[i + 1], unpack(more))
+  if #more == 0 then
+    last = place
+  elseif redis.call('RPUSH', comings, id) > 50 then
     redis.call('XDEL', room, redis.call('LPOP', comings))
   end
   place = place + 1
@@ -3981,10 +3980,11 @@ return results
 """
 TELL = """
 local me, members, state = unpack(ARGV)
-heal(KEYS[1], 'hash')
-for i = 2, #KEYS do last_entry(KEYS[i]) end
-redis.call('HSET', KEYS[1], me, state, 'members:' .. me, members)
-return {redis.call('TIME'), redis.call('HGETALL', KEYS[1])}
+heal(KEYS[1], 'hash') last_entry(KEYS[2])
+for i = 3, #KEYS do heal(KEYS[i], 'stream') end
+redis.call('HSET', KEYS[1], me, members)
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state)
+return redis.call('TIME')
 """
 
 
@@ -3992,18 +3992,9 @@ return {redis.call('TIME'), redis.call('HGETALL', KEYS[1])}
 class Neighbour:
     """Another process, as far as we have heard of it."""
 
-    state: str = ""
-    silent: int = 0  # beats of ours since it was another
+    silent: float = 0  # seconds
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     reads: set[Answer] = dataclasses.field(default_factory=set)  # of ours
-
-
-class Batch(list[Said]):
-    """What goes into the room in one round trip."""
-
-    def __init__(self) -> None:
-        self.stored = False
-        self.ended = trio.Event()  # it is stored, or never will be
 
 
 class Elsewhere(Model):
@@ -4042,20 +4033,21 @@ class Cluster:
         limits: JSON = {"connect_timeout": 1, "stream_timeout": REDIS_TIMEOUT, "retry_policy": once}
         self.redis: coredis.Redis[str]
         self.redis = coredis.Redis.from_url(url, decode_responses=True, **limits)
-        self.scripts: dict[str, Any] = {
-            text: self.redis.register_script(LUA + text) for text in (SAY, MIRROR, TELL)
-        }
+        register = self.redis.register_script
+        self.scripts: JSON = {text: register(LUA + text) for text in (SAY, MIRROR, TELL)}
         self.trouble = (coredis.exceptions.RedisError, OSError)
         self.if_new = coredis.PureToken.NX
         # What we have heard
-        self.read = {ROOM: ""}  # the last entry of each stream
+        self.read = {ROOM: "", STATE: ""}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
         self.neighbours: dict[str, Neighbour] = {}
+        self.beaten = -inf  # when we heard ourselves
         self.offset = 0.0  # Redis's time less ours, in seconds
         self.caught_up = trio.Event()
         self.warned: set[str] = set()  # of these streams
         # What we have to say
-        self.batch = Batch()
+        self.batch: list[Said] = []  # goes in one round trip, and is emptied if it is stored
+        self.batch_ended = trio.Event()
         self.saying = trio.Lock()
         self.mirrored: dict[Answer, int] = {}  # how many of their events are stored
         self.stops: set[str] = set()  # copies that somebody here wants stopped
@@ -4073,7 +4065,7 @@ class Cluster:
         reason = ""
         while True:
             by_id = self.app.answers.by_id
-            self.mirrored = {a: a.start for a in self.mirrored if a.name in by_id}
+            self.mirrored = {a: n for a, n in self.mirrored.items() if a.name in by_id}
             self.read = dict.fromkeys(self.read, "0-0")
             try:
                 await self.tell()  # and so heal what we read
@@ -4098,39 +4090,41 @@ class Cluster:
 
         All that is said while a round trip is under way goes in the next one.
         """
-        batch = self.batch
+        batch, ended = self.batch, self.batch_ended
         batch.append(said)
-        with trio.CancelScope(shield=True):  # said is said, and its sender hears of a failure
-            if len(batch) > 1:
-                await batch.ended.wait()
-            else:
-                async with self.saying:
-                    self.batch = Batch()
-                    await self.say(batch)
-                batch.ended.set()
-        if not batch.stored:
+        if len(batch) == 1:
+            self.app.writers.start_soon(self.say, batch, ended)
+        try:
+            await ended.wait()
+        except trio.Cancelled:  # said is said, and its sender must hear of a failure
+            with trio.CancelScope(shield=True):  # to enter one for each would take 5 us
+                await ended.wait()
+        if batch:
             away = "the room cannot store messages at the moment: say it again later"
             raise Problem(503, away, "server_error", code="not_stored")
 
-    async def say(self, batch: Batch) -> None:
+    async def say(self, batch: list[Said], ended: trio.Event) -> None:
         """Twice, if need be: the reply may be lost, or have come while we stood still."""
-        room, late = self.app.room, self.offset + trio.current_time() + REDIS_TIMEOUT
-        keys = [ROOM, COMINGS, PROCESSES, f"{PREFIX}said:{self.me}"]
-        args = [late, room.name, room.end, self.last, self.me, room.here]
-        for said in batch:
-            args += [said.type, to_json((int(time.time() * 1000), said))]
-        for _ in range(2):
-            with contextlib.suppress(*self.trouble):
-                await self.scripts[SAY](keys, args)
-                batch.stored = True
-                return
+        room, keys = self.app.room, [ROOM, COMINGS, PRESENCE, f"{PREFIX}said:{self.me}"]
+        try:
+            async with self.saying:
+                self.batch, self.batch_ended = [], trio.Event()
+                late = self.offset + trio.current_time() + REDIS_TIMEOUT
+                args = [late, room.name, room.end, self.last, self.me, room.here]
+                for said in batch:
+                    args += [said.type, to_json((int(time.time() * 1000), said))]
+                for _ in range(2):
+                    with contextlib.suppress(*self.trouble):
+                        await self.scripts[SAY](keys, args)
+                        batch.clear()
+                        break
+        finally:
+            ended.set()
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
-        room, (at, said) = self.app.room, from_json(entry["said"])
-        numbers = (int(entry[name]) for name in ("place", "after", "last", "members"))
-        place, after, last, members = numbers
-        known = entry["room"] == room.name
+        room, place, (at, said) = self.app.room, int(entry["place"]), from_json(entry["said"])
+        known, after = entry["room"] == room.name, int(entry["after"])
         if known and place < room.end:
             return
         if not known or after > self.last:  # we are new; or messages between are lost
@@ -4138,7 +4132,9 @@ class Cluster:
             room.skip_to(place)
             for reader in room.readers:
                 reader.rewind(place - 1)  # so that each is told of a gap
-        self.last, room.elsewhere = last, members - room.here
+        self.last = place
+        if members := entry.get("members"):  # somebody has come or gone
+            self.last, room.elsewhere = after, int(members) - room.here
         room.add(Said(*said), at, place)
 
     # ── our answers, for others ──
@@ -4202,17 +4198,18 @@ class Cluster:
             entries: Any = await self.redis.xrange(key) or ()
         if name in answers.by_id:
             return answers.by_id[name]  # somebody else asked at the same moment
-        heads = (e.field_values["head"] for e in entries if "head" in e.field_values)
+        told = [entry.field_values for entry in entries]
         try:
-            writer, api, stream, model, polled, digest = from_json(next(heads, ""))
+            head = next((fields["head"] for fields in told if "head" in fields), "")
+            writer, api, stream, model, polled, digest = from_json(head)
             question = Question(APIS[api], b"", stream, model, polled=polled, digest=digest)
         except (ValueError, TypeError, IndexError):
             return None
         copy = answers.begin(self.app.writers, Elsewhere(self, writer), question, name)
         copy.accepted.set()
         self.neighbours.setdefault(writer, Neighbour())
-        self.read[key] = ""
-        self.hear_entries(key, entries)
+        self.read[key] = entries[-1].identifier
+        self.hear(key, told)
         return copy
 
     def hear_answer(self, key: str, entry: Mapping[str, str]) -> None:
@@ -4254,47 +4251,53 @@ class Cluster:
     def counts_of_others(self) -> Counter[str]:
         return sum((n.counts for n in self.neighbours.values()), Counter())
 
-    async def tell(self) -> dict[str, str]:
-        """All that the others need to know of us. Returns what they have told."""
+    def wants(self) -> list[list[str]]:
+        """Other processes' answers: those that are read here, those that are to be stopped."""
         copies = [answer for answer in self.app.answers.open() if answer.model.writer]
-        reads = [copy.name for copy in copies if copy.attendants]
-        counts = self.app.counts()
-        state = to_json([trio.current_time(), counts, reads, sorted(self.stops)])
-        args = [self.me, counts["members"], state]
-        (seconds, micros), told = await self.scripts[TELL]([PROCESSES, *self.read], args)
+        return [[copy.name for copy in copies if copy.attendants], sorted(self.stops)]
+
+    async def tell(self) -> list[list[str]]:
+        """All that the others need to know of us. Returns what it is that we want."""
+        counts, wants = self.app.counts(), self.wants()
+        args = [self.me, counts["members"], to_json([counts, *wants])]
+        seconds, micros = await self.scripts[TELL]([PRESENCE, STATE, *self.read], args)
         self.offset = int(seconds) + int(micros) / 1e6 - trio.current_time()
-        return dict(zip(told[::2], told[1::2], strict=True))
+        return wants
 
     async def beat(self) -> None:
-        """Tell, and hear the others. One that is silent while we and Redis live is gone."""
+        """Our state, once a second and when somebody begins or ceases to want something."""
         while True:
             told = await self.tell()
-            names = {name for name in told if ":" not in str(name)} | self.neighbours.keys()
-            for name in names - {self.me}:
-                neighbour = self.neighbours.setdefault(name, Neighbour())
-                neighbour.silent += 1
-                if told.get(name, neighbour.state) != neighbour.state:
-                    neighbour.silent, neighbour.state = 0, told[name]
-                    self.hear(PROCESSES, self.hear_state, [neighbour])
-                elif neighbour.silent > BEATS_MISSED:
-                    await self.bury(name, told.get(f"members:{name}", "0"))
-            await trio.sleep(BEAT)
+            for name in [name for name, n in self.neighbours.items() if n.silent > SILENCE]:
+                await self.bury(name)
+            with trio.move_on_after(BEAT):
+                while self.wants() == told:  # noqa: ASYNC110
+                    await trio.sleep(WANTS_EVERY)
 
-    def hear_state(self, neighbour: Neighbour) -> None:
-        _, counts, reads, stops = from_json(neighbour.state)
-        by_id, counts = self.app.answers.by_id, Counter(counts)
+    def hear_state(self, entry: Mapping[str, str]) -> None:
+        if entry["from"] == self.me:
+            now = trio.current_time()
+            for neighbour in self.neighbours.values():
+                # While Redis or we stood still, it was not silent.
+                neighbour.silent += min(now - self.beaten, BEAT)
+            self.beaten = now
+            return
+        counts, reads, stops = from_json(entry["state"])
+        by_id, counts = self.app.answers.by_id, {what: int(n) for what, n in counts.items()}
         ours = {by_id[name] for name in by_id.keys() & reads if not by_id[name].model.writer}
+        neighbour = self.neighbours.setdefault(entry["from"], Neighbour())
         for answer in ours - neighbour.reads:
             answer.attend()
         for answer in neighbour.reads - ours:
             answer.leave()
-        neighbour.counts, neighbour.reads = counts, ours
-        # It waits for the end of one that has ended: Redis has lost it.
-        self.mirrored = {answer: 0 for answer in ours if answer.closed} | self.mirrored
+        neighbour.silent, neighbour.counts, neighbour.reads = 0, Counter(counts), ours
+        for answer in ours:
+            if answer.closed:  # and still it is read: Redis may have lost its end
+                self.mirrored.setdefault(answer, answer.end)
         for name in by_id.keys() & stops:
             self.app.answers.stop(by_id[name], stopped())
 
-    async def bury(self, name: str, members: str) -> None:
+    async def bury(self, name: str) -> None:
         """What a process that is gone has left: readers, answers, members."""
         while reads := self.neighbours[name].reads:
             reads.pop().leave()
@@ -4302,8 +4305,8 @@ class Cluster:
             if copy.model.writer == name:  # we write its end, for all who read it
                 self.mirrored[copy] = copy.end
                 copy.finish(upstream_problem("the server that wrote this answer is gone"))
-        first = await self.redis.hdel(PROCESSES, [name, f"members:{name}"])
-        if first and members != "0":  # no other process tells it
+        members = await self.redis.hget(PRESENCE, name)
+        if await self.redis.hdel(PRESENCE, [name]) and members != "0":  # nobody else tells it
             with contextlib.suppress(Problem):
                 await self.store(Said("left", f"{members} members"))
         del self.neighbours[name]
@@ -4314,19 +4317,19 @@ class Cluster:
             block = FOLLOW_BLOCK if self.caught_up.is_set() else None
             news: Any = await self.redis.xread(self.read, count=500, block=block)
             for key, entries in (news or {}).items():
-                self.hear_entries(key, entries)
+                self.hear(key, [entry.field_values for entry in entries])
+                if entries[-1].identifier.startswith("18446744073709551615"):
+                    await self.redis.delete([key])  # nothing can be added to it any more
+                    self.read[key] = "0-0"
+                elif key in self.read:
+                    self.read[key] = entries[-1].identifier
             if not news:
                 self.caught_up.set()
 
-    def hear_entries(self, key: str, entries: Any) -> None:
-        if key in self.read:
-            last = entries[-1].identifier
-            self.read[key] = "0-0" if last.startswith("18446744073709551615") else last
-        take = self.hear_room if key == ROOM else functools.partial(self.hear_answer, key)
-        self.hear(key, take, (entry.field_values for entry in entries))
-
-    def hear(self, key: str, take: Callable[[Any], None], told: Iterable[Any]) -> None:
+    def hear(self, key: str, told: list[Any]) -> None:
         """What is foreign or broken is skipped: it must not end what we do."""
+        takers: JSON = {ROOM: self.hear_room, STATE: self.hear_state}
+        take = takers.get(key) or functools.partial(self.hear_answer, key)
         for one in told:
             try:
                 take(one)

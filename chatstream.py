@@ -905,9 +905,7 @@ class Answers:
     ended: OrderedDict[Answer, float] = dataclasses.field(default_factory=OrderedDict)  # when
     held: int = 0
 
-    def begin(
-        self, nursery: trio.Nursery, model: Model, question: Question, name: str = ""
-    ) -> Answer:
+    def begin(self, nursery: trio.Nursery, model: Model, question: Question, name: str) -> Answer:
         """Start an answer in this nursery. Raises Problem 503 if there are too many.
 
         If all places are taken, the one that nobody has attended for the longest time
@@ -1006,7 +1004,6 @@ QUIET_ENDS = (  # of a connection: not a fault of ours, and not news
     trio.BrokenResourceError,
     trio.ClosedResourceError,
     trio.TooSlowError,
-    h11.RemoteProtocolError,
     trio_websocket.ConnectionClosed,
     OSError,
 )
@@ -1281,21 +1278,18 @@ class FrameParser:
             self._opcode = opcode or self._opcode
             self._size += len(payload)
             if self._opcode == TEXT:
-                self._decode(self._rest + payload, final)
+                data = self._rest + payload
+                try:  # now: nonsense is found in its own fragment
+                    text, used = codecs.utf_8_decode(data, "strict", final)
+                except UnicodeDecodeError:
+                    raise WebSocketClose(1007, "text must be UTF-8") from None
+                self._parts.append(text)
+                self._rest = data[used:]
             if final:
                 text, opcode = "".join(self._parts), self._opcode
                 self._opcode, self._size, self._parts = CONTINUATION, 0, []
                 return opcode, text if opcode == TEXT else b""  # which nobody wants
         return None
-
-    def _decode(self, data: bytes, final: bool) -> None:
-        """Text may be cut inside a character; nonsense is found in its fragment."""
-        try:
-            text, used = codecs.utf_8_decode(data, "strict", final)
-        except UnicodeDecodeError:
-            raise WebSocketClose(1007, "text must be UTF-8") from None
-        self._rest = data[used:]
-        self._parts.append(text)
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
         buffer = self._buffer
@@ -1323,15 +1317,10 @@ class FrameParser:
         end = start + 4 + size
         if len(buffer) < end:
             return None
-        payload = unmask(buffer[start + 4 : end], buffer[start : start + 4])
+        mask = (buffer[start : start + 4] * (size // 4 + 1))[:size]
+        payload = int.from_bytes(buffer[start + 4 : end]) ^ int.from_bytes(mask)
         del buffer[:end]
-        return final, opcode, payload
-
-
-def unmask(data: bytes | bytearray, key: bytes | bytearray) -> bytes:
-    """XOR with the key, again and again (RFC 6455, section 5.3), as one number."""
-    mask = (key * (len(data) // 4 + 1))[: len(data)]
-    return (int.from_bytes(data) ^ int.from_bytes(mask)).to_bytes(len(data))
+        return final, opcode, payload.to_bytes(size)
 
 
 def frame_close(code: int, reason: str = "") -> bytes:
@@ -1347,7 +1336,7 @@ def parse_close(payload: bytes) -> WebSocketClose:
         return WebSocketClose(1005, "")
     code = int.from_bytes(payload[:2])
     known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)
-    if len(payload) == 1 or not (known or 3000 <= code < 5000):
+    if not known and not 3000 <= code < 5000:
         return WebSocketClose(1002, "this is not a close code")
     try:
         return WebSocketClose(code, payload[2:].decode())

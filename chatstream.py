@@ -10,40 +10,37 @@ One idea carries the whole program:
     a model ─────────▶  answer  ●●●●──▶       WebSocket
     a member ────────▶  room    ●●●●●●──▶     one JSON body (a short connection)
 
-Joining late, resuming after a cut, several readers of one answer, fan-out, slow
-readers and scaling out are then one mechanism, not six. SSE and WebSocket differ only
-in how an event is framed.
+Joining late, resuming after a cut, several readers of one answer, fan-out, slow readers and
+scaling out are then one mechanism, not six. SSE and WebSocket differ only in how an event is
+framed. A request owns its reader; the server owns the writers: that decides every lifetime.
 
     log      keeps                 a new reader starts    ends
     clock    60 events             with the next tick     with the server
     room     1000 events, 1 MiB    50 messages back       with the server
     answer   all, at most 64 MiB   at the beginning       done, stopped, abandoned, failed
 
-A request owns its reader; the server owns the writers. That decides every lifetime.
-
 The classes, from the idea outwards (★: the part to read first, it needs nothing below):
 
-    ★ EventLog                    a bounded list of events, numbered for ever
-    ★ Framing                     how the events look on one kind of connection
-    ★ Wire, Reader, Pump          who writes what to whom, and when
-    ★ Room, Answer, Answers       the logs and their writers; the clock is tick()
-      Http1, FrameParser, Member  connections: HTTP/1.1, WebSocket
-      Request, AccessPolicy       one request; who may ask
-      App, Server                 the routes and sessions; accepting and stopping
-      SSEParser, Exchange         what the upstream says, and how it is asked
-      Protocol, Relay, Upstream   the four protocols, one relay for all of them
-      Demo                        the model that needs no key
-      Http2                       HTTP/2, by Hypercorn
-      Cluster                     other processes, over Redis
-      Settings, main              the flags and the command
+    ★ EventLog, Framing            events, numbered for ever; how they look on a connection
+    ★ Outlet, Reader, Pump         who writes what to whom, and when
+    ★ Room, Answer                 the logs and their writers; the clock is tick()
+      Answers                      who may start an answer, and how long it is kept
+      Wire, Http1, Member          connections: HTTP/1.1, WebSocket
+      Request, AccessPolicy        one request; who may ask
+      App, Server                  the routes and sessions; accepting and stopping
+      SSEParser, Exchange          what the upstream says, and how it is asked
+      Api, Relay, Upstream, Demo   the four protocols; the models
+      Http2                        HTTP/2, by Hypercorn
+      Cluster                      other processes, over Redis
+      Settings, main               the flags and the command
 
-Endpoints (see ROUTES for the rights): GET /clock, /time, /healthz, /metrics, the pages;
-POST /chatgptApi/chatgpt_qa_stream, /v1/chat/completions, /v1/completions,
-/v1/responses, /v1/messages; GET and DELETE /answers/{id}; GET /v1/responses/{id}; POST
+Endpoints (see ROUTES for the rights): GET /clock, /time, /healthz, /metrics, the pages; POST
+/chatgptApi/chatgpt_qa_stream, /v1/chat/completions, /v1/completions, /v1/responses,
+/v1/messages; GET and DELETE /answers/{id}; GET /v1/responses/{id}; POST
 /v1/responses/{id}/cancel; WebSocket on /, /room and /clock.
 
-Limits: a request head 16 KiB, a question 16 MiB, an event 16 MiB, an answer 64 MiB, all
-answers 512 MiB and 1000 of them running, a message in the room 4096 characters.
+Limits: a request head 16 KiB, a question 16 MiB, an event 16 MiB, an answer 64 MiB, all answers
+512 MiB and 1000 of them running, a message in the room 4096 characters.
 
 Run `python chatstream.py`, then open http://localhost:4001/.
 """
@@ -71,7 +68,7 @@ import os
 import random
 import re
 import secrets
-import selectors
+import select
 import signal
 import socket
 import ssl
@@ -82,13 +79,14 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from email.utils import formatdate
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, cast
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
+import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
@@ -96,59 +94,29 @@ import h2.settings
 import h11
 import trio
 import trio_websocket
-from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData
-from hypercorn.protocol.events import Body, Data, StreamClosed
+from hypercorn.protocol.events import Body, EndBody, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState, LifespanState
+from hypercorn.utils import filter_pseudo_headers
 
-try:  # to ask the kernel how much a peer has acknowledged; not on Windows
+try:  # not on Windows
     import fcntl
+    import resource
     import termios
 except ImportError:  # pragma: no cover
-    fcntl = termios = None  # type: ignore[assignment]
-try:  # to raise the limit of open files; not on Windows
-    import resource
-except ImportError:  # pragma: no cover
-    resource = None  # type: ignore[assignment]
+    fcntl = resource = termios = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import coredis
 
-T = TypeVar("T")
 JSON = dict[str, Any]
+Socket = socket.socket
+NOTHING: Mapping[str, Any] = {}  # shared by all that have nothing to add
 KiB, MiB = 1024, 1024 * 1024
 logger = logging.getLogger("chatstream")
-
-
-class Problem(Exception):
-    """What went wrong, as the client is told it: an HTTP error, or an `error` event.
-
-    The fields are those of OpenAI's error object; `status` is an HTTP status.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        type: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.type = type
-        self.headers = dict(headers or {})
-        self.error: JSON = {
-            "message": message, "type": type, "param": param, "code": code
-        }  # fmt: skip
-
-    def __str__(self) -> str:
-        return str(self.error["message"])
 
 
 def to_json(value: object) -> str:
@@ -157,17 +125,17 @@ def to_json(value: object) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        text = json.dumps(value, separators=(",", ":"))
+        return json.dumps(value, separators=(",", ":"))
     return text
 
 
 # ─── The log ★ ───────────────────────────────────────────────────────────────────────
-# append() and close() are plain functions: nothing else runs in between, so nobody
-# ever sees half a change. The log calls `on_news` once and waits for no reader.
+# append() and close() are plain functions: nothing else runs in between, so nobody ever sees
+# half a change. The log calls `on_news` once, and waits for no reader.
 #
-# A reader costs the log nothing: its position is a number that the reader keeps. So the
-# log never asks how far its readers are. It forgets by its bounds alone, and a reader
-# that stood still for too long finds that `start` has moved past its position.
+# A reader costs the log nothing, because its position is a number that the reader keeps. So
+# the log never asks how far its readers are. It forgets by its bounds alone, and a reader that
+# stood still for too long finds that `start` has moved past its position.
 #
 #         start                  end
 #           │                     │          as in a slice: `start` is the first event
@@ -175,8 +143,7 @@ def to_json(value: object) -> str:
 #                   │
 #                position                    a reader's next event
 
-NOTHING: Mapping[str, Any] = {}  # shared by all events that have nothing to add
-EVENT_OVERHEAD = 96  # bytes that an event takes in memory beside its text
+EVENT_OVERHEAD = 96  # bytes of memory that an Event takes beside its text
 
 
 class Event(NamedTuple):
@@ -187,74 +154,67 @@ class Event(NamedTuple):
     about: Mapping[str, Any] = NOTHING
 
 
+@dataclasses.dataclass(eq=False)
 class EventLog:
     """A bounded list of events, and the readers that stand at places in it.
 
     Places are numbered for ever; an event's id is `<name>-<place>`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        max_events: float = inf,
-        max_bytes: float = inf,
-        on_news: Callable[[EventLog], None] = lambda log: None,
-    ) -> None:
-        self.name = name
-        self.max_events = max_events
-        self.max_bytes = max_bytes
-        self.on_news = on_news
+    name: str
+    max_events: float = inf
+    max_bytes: float = inf
+    on_news: Callable[[EventLog], None] = lambda log: None
+
+    def __post_init__(self) -> None:
         self.start = self.end = 0
         self.size = 0  # bytes of memory
         self.closed = False
         self.readers: dict[Reader, None] = {}  # a set that keeps its order
         # A token is stored as its text alone: an Event for each would double its size.
         self._events: list[Event | str] = []
-        self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}
+        self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}  # see frames()
 
     def append(self, data: str, type: str = "message", **about: Any) -> int:
-        """Add an event at the end and forget the oldest ones beyond the bounds.
-
-        Returns the place of the new event.
-        """
+        """Add an event; forget the oldest beyond the bounds. Returns the new one's place."""
         plain = type == "message" and not about
         event = data if plain else Event(data, type, about or NOTHING)
         self._events.append(event)
-        self.size += size_of(event)
+        self._grow(size_of(event))
         self.end += 1
         while len(self._events) > self.max_events or self.size > self.max_bytes:
             self._forget_oldest()
-        self._changed()
+        self._joined.clear()
+        self.on_news(self)
         return self.end - 1
 
     def close(self) -> None:
         """Say that nothing more will come. Readers go on to the end."""
         self.closed = True
-        self._changed()
+        self.on_news(self)
 
     def skip_to(self, place: int) -> None:
-        """Start again at this place, with nothing kept. What was before is missed."""
+        """Start again at this place, with nothing kept: readers miss what was before."""
         self._events.clear()
+        self._grow(-self.size)
         self.start = self.end = place
-        self.size = 0
 
     def _forget_oldest(self) -> None:
-        self.size -= size_of(self._events.pop(0))
+        self._grow(-size_of(self._events.pop(0)))
         self.start += 1
 
-    def _changed(self) -> None:
-        self._joined.clear()
-        self.on_news(self)
+    def _grow(self, size: int) -> None:
+        self.size += size
 
     def _index(self, place: int) -> int:
         return place - self.start
 
-    def _place(self, index: int) -> int:
-        return self.start + index
+    def _at(self, index: int) -> tuple[int, Event]:
+        event = self._events[index]
+        return self.start + index, Event(event) if isinstance(event, str) else event
 
     def __getitem__(self, place: int) -> Event:
-        event = self._events[self._index(place)]
-        return Event(event) if isinstance(event, str) else event
+        return self._at(self._index(place))[1]
 
     def id(self, place: int) -> str:
         return f"{self.name}-{place}"
@@ -272,9 +232,9 @@ class EventLog:
     def frames(self, framing: Framing, place: int) -> tuple[bytes, int]:
         """The bytes of the events from `place` on, and the place after them.
 
-        Most readers stand at the same place: what one of them needs is made once and
-        kept until the log changes. It is WRITE_BYTES or so, because a slow reader holds
-        what its socket did not take: its memory is one write, however far back it is.
+        Most readers stand at the same place: what one of them needs is made once, and kept
+        until the log changes. It is WRITE_BYTES or so, because a slow reader holds what its
+        socket did not take. So its memory is one write, however far back it stands.
         """
         joined = self._joined.get((framing, place))
         if joined is None:
@@ -284,50 +244,50 @@ class EventLog:
         return joined
 
     def _join(self, framing: Framing, place: int) -> tuple[bytes, int]:
-        frames, size, index = [], 0, self._index(place)
-        while index < len(self._events) and size < WRITE_BYTES:
-            event = self._events[index]
-            if isinstance(event, str):
-                event = Event(event)
-            frames.append(framing.frame(self.name, self._place(index), event))
+        frames, size = [], 0
+        if place < self.start:  # what was missed is gone for good: say how much
+            frames.append(framing.frame(self.name, None, gap(self.start - place)))
+            place = self.start
+        for index in range(self._index(place), len(self._events)):
+            place, event = self._at(index)
+            frames.append(framing.frame(self.name, place, event))
+            place += 1
             size += len(frames[-1])
-            index += 1
-        after = self._place(index) if index < len(self._events) else self.end
-        # A framing may show nothing of an event; an empty chunk would end the body.
-        return framing.wrap(b"".join(frames)) if size else b"", after
+            if size >= WRITE_BYTES:
+                break
+        return framing.wrap(b"".join(frames)), place
 
 
 def size_of(event: Event | str) -> int:
-    """Bytes that an event takes in memory."""
     if isinstance(event, str):
         return sys.getsizeof(event) + 16
     return sys.getsizeof(event.data) + EVENT_OVERHEAD
 
 
 # ─── Framing ★ ───────────────────────────────────────────────────────────────────────
-# The same event, framed for SSE or for WebSocket: all that differs between the two.
+# The same event, framed for SSE or for WebSocket. Nothing else differs between the two.
 
 SSE_KEEP_ALIVE = HEARTBEAT_EVERY = 4  # seconds; many clients give up after 5 to 10
 WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
 
 
-def frame_sse(name: str, place: int, event: Event) -> bytes:
+def gap(missed: int) -> Event:
+    """How much a reader has missed. It has no place: the client keeps the id that it has."""
+    return Event(f'{{"missed": {missed}}}', "gap", {"missed": missed})
+
+
+def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     """An event as a block of an event stream (HTML standard, section 9.2.5).
 
-    `id:` comes after `data:`: some clients store an id as soon as they have read its
-    line, and would skip an event that was cut in half.
+    `id:` comes after `data:`, because some clients store an id as soon as they have read
+    its line. They would skip an event that was cut in half.
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
     if "\n" in data or "\r" in data:  # not splitlines(): U+2028 does not end a line
         data = "\ndata: ".join(re.split("\r\n|\r|\n", data))
-    block = f"{type_line}data: {data}\nid: {name}-{place}\n\n"
-    return block.encode(errors="replace")
-
-
-def sse_gap(missed: int) -> bytes:
-    """The gap is not an event of the log: without an id, the client keeps its last."""
-    return b'event: gap\ndata: {"missed": %d}\n\n' % missed
+    id_line = "" if place is None else f"id: {name}-{place}\n"
+    return f"{type_line}data: {data}\n{id_line}\n".encode(errors="replace")
 
 
 def as_is(data: bytes) -> bytes:
@@ -335,8 +295,8 @@ def as_is(data: bytes) -> bytes:
 
 
 def http_chunk(data: bytes) -> bytes:
-    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1)."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1). An empty one would end it."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
@@ -352,69 +312,59 @@ def frame_ws(payload: bytes, opcode: int = TEXT) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
 
 
-def frame_ws_json(name: str, place: int, event: Event) -> bytes:
+def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
     """An event of the room for chatstream.v1, or of the clock, as one JSON text."""
-    fields: JSON = {"id": f"{name}-{place}", **event.about}
-    if name == "clock":
+    fields: JSON = {} if place is None else {"id": f"{name}-{place}"}
+    if event.type != "message":
+        fields |= {"type": event.type, **event.about}
+    elif name == "clock":
         fields["data"] = event.data
     else:
-        fields["type"] = event.type
-        if event.type == "message":
-            fields["text"] = event.data
+        fields |= {"type": "message", **event.about, "text": event.data}
     return frame_ws(to_json(fields).encode())
-
-
-def ws_gap(missed: int) -> bytes:
-    return frame_ws(b'{"type":"gap","missed":%d}' % missed)
-
-
-def frame_ws_plain(suffix: str, name: str, place: int, event: Event) -> bytes:
-    """What was said and nothing else, for any WebSocket client."""
-    if event.type != "message":
-        return b""
-    return frame_ws((event.data + suffix).encode(errors="replace"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: a fast dict key
 class Framing:
     """How the events of a log look on one kind of connection. Times in seconds."""
 
-    frame: Callable[[str, int, Event], bytes]
-    gap: Callable[[int], bytes] = lambda missed: b""
+    frame: Callable[[str, int | None, Event], bytes]
     wrap: Callable[[bytes], bytes] = as_is  # around all that goes out in one write
     keep_alive: bytes = b""
     every: float = inf
     steady: bool = False  # keep-alives at fixed times, not only after silence
 
 
-SSE = Framing(frame_sse, sse_gap, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
+SSE = Framing(frame_sse, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=http_chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
-WS_JSON = Framing(frame_ws_json, ws_gap, as_is, HEARTBEAT, HEARTBEAT_EVERY, True)
-WS_CLOCK = Framing(frame_ws_json, ws_gap)  # a tick a second is sign of life enough
+WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, True)
+WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
 
 
 # ─── Delivery ★ ──────────────────────────────────────────────────────────────────────
-# The usual design wakes a task for each reader of each event. Here one task, the pump,
-# makes one plain pass over the readers of every log that has news and writes without
-# waiting. What a socket does not take stays with its reader, whose own task waits for
-# room while the pass goes on. A slow reader costs the others one failed attempt.
+# The usual design wakes a task for each reader of each event. Here one task, the pump, makes
+# one plain pass over the readers of every log with news, and writes without waiting. If
+# everything goes well, that is all: no other task runs. What a socket does not take stays
+# with its outlet, and the connection's own task waits for room while the pass goes on. So a
+# slow reader costs the others one failed attempt.
 
 STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
 LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
 LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is closed
 TURN = 0.005  # seconds after which a busy loop lets the other tasks run
+NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
+@dataclasses.dataclass
 class Turn:
-    """How long a busy loop has been running; pause() lets others run when it is time.
+    """How long a busy loop has been running; pause() lets other tasks run when it is time.
 
-    Without it a pass over 10,000 readers would hold up everybody for 60 ms.
+    Without it, a pass over 10,000 readers would hold up everybody for 60 ms.
     """
 
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.worked = 0.0  # seconds before this turn
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    worked: float = 0  # seconds before this turn
 
     async def pause(self) -> None:
         if time.perf_counter() - self.began > TURN:
@@ -430,72 +380,20 @@ class Stuck(trio.BrokenResourceError):
     """The client takes nothing any more of what we send."""
 
 
-class Outlet(Protocol):
-    """Where a reader writes.
+@dataclasses.dataclass(slots=True, eq=False)
+class Outlet:
+    """The sending side of a connection: a non-blocking socket, plain or TLS.
 
-    `rest` are bytes that are still on their way. While there are any, nothing else may
-    be written.
+    Two kinds of writers share it. The pump calls write_now(), which never waits; the
+    connection's task calls send(), which does. Half a frame inside another one is the end
+    of any protocol, so nobody writes while there is a rest: write_now() is called only if
+    there is none, and send() waits until there is none.
     """
 
-    rest: bytes | memoryview
-
-    def write_now(self, data: bytes) -> None: ...
-    async def flush(self) -> None: ...
-
-
-def peer_name(sock: socket.socket) -> str:
-    try:
-        host, port, *_ = sock.getpeername()
-    except (OSError, ValueError):
-        return "a client that has gone"
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-class Wire:
-    """One connection: a non-blocking socket, plain or TLS, to a client or an upstream.
-
-    Two kinds of writers share it. The pump calls write_now(), which never waits; tasks
-    call send(), which does. `rest` is what the socket has not taken. Nobody writes
-    anything else before it is gone, because half a frame inside another one is the end
-    of any protocol: write_now() is called only if there is no rest, and send() waits
-    for its turn.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        self.peer = peer_name(sock)
-        # What goes out
-        self.rest: memoryview | bytes = b""
-        self.sent = 0  # bytes
-        self.stuck = False
-        self._lock = trio.Lock()
-        # What comes in
-        self.ended = False  # the peer has said all that it will
-        self.waiting_since = inf  # when we began to wait for bytes; inf: we do not
-
-    async def when_ready(
-        self,
-        call: Callable[[], T],
-        wait: Callable[[Any], Awaitable[None]] = trio.lowlevel.wait_readable,
-    ) -> T:
-        """Make a call on the socket as soon as the socket is ready for it.
-
-        `wait` says what a plain socket waits for; TLS itself says what it needs.
-        Raises BrokenResourceError if the connection is broken.
-        """
-        needed: Callable[[Any], Awaitable[None]]
-        while True:
-            try:
-                return call()
-            except ssl.SSLWantReadError:
-                needed = trio.lowlevel.wait_readable
-            except ssl.SSLWantWriteError:
-                needed = trio.lowlevel.wait_writable
-            except BlockingIOError:
-                needed = wait
-            except OSError as error:  # ssl.SSLError is one
-                raise trio.BrokenResourceError(str(error)) from error
-            await needed(self.socket)  # out here, where no exception is kept alive
+    socket: Socket
+    rest: memoryview | bytes = b""  # what the socket has not taken yet
+    sent: int = 0  # bytes
+    stuck: bool = False  # the peer takes nothing any more
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
@@ -509,146 +407,75 @@ class Wire:
 
     async def flush(self) -> None:
         """Wait until all is written. Raises BrokenResourceError, also if stuck."""
-        if self.rest:
-            async with self._lock:
-                await self._drain()
-
-    async def send(self, data: bytes) -> None:
-        """Write all of it. Unlike most of Trio, not a checkpoint if it goes out at once."""
-        if not self.rest:
-            self.write_now(data)
-            return await self.flush()
-        async with self._lock:
-            await self._drain()
-            self.rest = memoryview(data)
-            await self._drain()
-
-    async def _drain(self) -> None:
         while self.rest:
-            taken = await self.when_ready(self._send_rest, self._wait_for_room)
+            await self._wait_for_room()
+            try:
+                taken = self.socket.send(self.rest)
+            except NOT_READY:
+                continue
+            except OSError as error:
+                raise trio.BrokenResourceError(str(error)) from error
             self.sent += taken
             self.rest = self.rest[taken:]
 
-    def _send_rest(self) -> int:
-        try:
-            return self.socket.send(self.rest)
-        except ssl.SSLWantWriteError:  # as a plain socket that is full
-            raise BlockingIOError from None
+    async def send(self, data: bytes) -> None:
+        """Write all of it. Unlike most of Trio, not a checkpoint if it goes out at once."""
+        await self.flush()
+        self.write_now(data)
+        await self.flush()
 
-    async def _wait_for_room(self, sock: socket.socket) -> None:
+    async def _wait_for_room(self) -> None:
         """Wait until the socket takes more, as long as the peer takes anything.
 
-        Linux calls a socket writable when a third of its buffer is free. A slow peer
-        may take longer than our limit for that, so what counts is what it acknowledges.
+        Linux calls a socket writable when a third of its buffer is free. A slow peer may
+        need longer than our limit for that. So what counts is what it acknowledges.
         """
         unread, since = self._unacknowledged(), trio.current_time()
         while trio.current_time() - since < STUCK_TIMEOUT:
             with trio.move_on_after(LOOK_EVERY):
-                return await trio.lowlevel.wait_writable(sock)
+                return await trio.lowlevel.wait_writable(self.socket)
             before, unread = unread, self._unacknowledged()
             if unread < before:
                 since = trio.current_time()
         self.stuck = True
-        self.abort()
         raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
 
     def _unacknowledged(self) -> int:
-        """Bytes that the peer's system has not acknowledged; 0 where nobody can tell.
-
-        Source: tcp(7), SIOCOUTQ, which is the same number as termios.TIOCOUTQ.
-        """
-        if fcntl is None:
-            return 0
-        try:
-            raw = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
-        except OSError:
-            return 0
+        """Bytes not acknowledged by the peer: tcp(7), SIOCOUTQ. 0 where nobody can tell."""
+        raw = bytes(4)
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                raw = fcntl.ioctl(self.socket, termios.TIOCOUTQ, raw)
         return int.from_bytes(raw, sys.byteorder)
 
-    async def receive(self) -> bytes:
-        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated."""
-        self.waiting_since = trio.current_time()
-        data = await self.when_ready(self._recv)
-        self.waiting_since = inf
-        self.ended = not data
-        return data
 
-    def _recv(self) -> bytes:
-        # 64 KiB hold more than a TLS record: so nothing is left inside of OpenSSL that
-        # a selector would not see.
-        return self.socket.recv(64 * KiB)
-
-    def receive_now(self) -> bytes | None:
-        """What is there already, b"" at the end, None if nothing is there."""
-        try:
-            return self._recv()
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
-
-    def abort(self) -> None:
-        """Let close() reset the connection, so that its buffers are freed at once."""
-        with contextlib.suppress(OSError):  # it is gone already
-            linger = struct.pack("ii", 1, 0)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-    async def finish(self) -> None:
-        """Say goodbye, and give the peer time to read what it was sent.
-
-        Closing a socket with unread input resets it and destroys what is under way.
-        """
-        broken = (trio.BrokenResourceError, OSError)
-        with contextlib.suppress(*broken), trio.move_on_after(LINGER_CLOSE):
-            await self.flush()
-            self._close_notify()
-            if not self.ended:
-                self.socket.shutdown(socket.SHUT_WR)
-                while await self.receive():
-                    pass
-
-    def close(self) -> None:
-        if not self.stuck:
-            self._close_notify()
-        trio.lowlevel.notify_closing(self.socket)
-        self.socket.close()
-
-    def _close_notify(self) -> None:
-        """TLS's goodbye (RFC 8446, section 6.1), without waiting for the peer's."""
-        if isinstance(self.socket, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                self.socket.unwrap()
-
-
+@dataclasses.dataclass(slots=True, eq=False)
 class Reader:
     """A position in a log, on a connection.
 
-    Two drive it. The pump calls catch_up() when there is news; that is a plain
-    function. The connection's task sits in run(), and is needed only for what must
-    wait: room on a full wire, the end of the log, the client leaving.
+    Two drive it. The pump calls catch_up() when there is news; that is a plain function.
+    The connection's task sits in run(), and is needed only for what must wait: room on a
+    full wire, the end of the log, the client leaving.
     """
 
-    __slots__ = (
-        "_listening", "delivered", "dropped", "framing", "gaps", "log", "outlet",
-        "position", "quiet_since",
-    )  # fmt: skip
-
-    def __init__(self, log: EventLog, outlet: Outlet, framing: Framing, position: int) -> None:
-        self.log = log
-        self.outlet = outlet
-        self.framing = framing
-        self.position = position
-        self.delivered = self.gaps = 0
-        self.dropped: str | None = None  # why, if it was
-        self.quiet_since = trio.current_time()
-        self._listening = trio.CancelScope()
+    log: EventLog
+    outlet: Outlet | Http2Stream
+    framing: Framing
+    position: int
+    delivered: int = 0  # events
+    gaps: int = 0
+    dropped: str | None = None  # why, if it was
+    quiet_since: float = dataclasses.field(default_factory=trio.current_time)
+    _listening: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
 
     def catch_up(self, now: float) -> None:
         """Write what is new, as far as the connection takes it. Never waits."""
         log, outlet, framing = self.log, self.outlet, self.framing
         while self.position < log.end and not outlet.rest:
-            if self.position < log.start:
-                self._write_gap()
-                continue
             frames, position = log.frames(framing, self.position)
+            if self.position < log.start:
+                self.gaps += 1
+                self.position = log.start
             self.delivered += position - self.position
             self.position = position
             if frames:
@@ -657,14 +484,6 @@ class Reader:
                 self.quiet_since = now
         if log.closed or outlet.rest:
             self._listening.cancel()
-
-    def _write_gap(self) -> None:
-        """What was missed is gone for good: say how much; go on where the log begins."""
-        gap = self.framing.gap(self.log.start - self.position)
-        self.position = self.log.start
-        self.gaps += 1
-        if gap:
-            self.outlet.write_now(self.framing.wrap(gap))
 
     def keep_alive(self, now: float) -> None:
         """Called a few times a second: break a silence that has lasted long enough."""
@@ -690,35 +509,34 @@ class Reader:
     async def run(self, listen: Callable[[], Awaitable[object]]) -> bool:
         """Read the log to its end (True), or until the client has left (False).
 
-        `listen` waits for the client and returns when the client has left. It must be
-        something that can be cancelled and called again with nothing lost.
-        Raises BrokenResourceError when the client takes nothing any more.
+        `listen` waits for the client, and returns when the client has left. It can be
+        cancelled and called again, with nothing lost. Raises BrokenResourceError when the
+        client takes nothing any more. Two parties meet here, the pump and this task:
 
-        Two parties meet here: the pump, and this task.
+            this task   has nothing to write, and waits in listen()
+            the pump    catch_up() writes an event; this task sleeps on
+            the pump    catch_up() fills the wire, and cancels `_listening`
+            this task   wakes up, and waits in flush() for room
+            the pump    catch_up() does nothing, because there is a rest
+            this task   writes what it has missed meanwhile, and waits in listen() again
 
-            this task   writes what is there; sits in listen()
-            the pump    catch_up(): writes an event. This task sleeps on.
-            the pump    catch_up(): the wire is full. It cancels `_listening`.
-            this task   wakes up, makes a new scope, waits in flush() for room
-            the pump    catch_up(): the wire is still full. It cancels the new scope, too.
-            this task   catches up, enters the cancelled scope, and so flushes again
-
-        The scope is made anew before anything is waited for. A cancel that comes from
-        then on ends the next listen() at once, so no call is lost.
+        No cancel comes too early: between flush() and the next scope nothing waits, so
+        nothing else runs, and whatever a cancel could be for is looked at there.
         """
         self.log.readers[self] = None
         try:
             while True:
-                self.catch_up(trio.current_time())
-                with self._listening:
-                    await listen()
-                    return False
-                self._listening = trio.CancelScope()
+                await self.outlet.flush()
                 if self.dropped:
                     raise trio.BrokenResourceError(self.dropped)
-                await self.outlet.flush()
-                if self.log.closed and self.position >= self.log.end:
+                self.catch_up(trio.current_time())
+                if self.outlet.rest:
+                    continue
+                if self.log.closed:
                     return True
+                with trio.CancelScope() as self._listening:
+                    await listen()
+                    return False
         except Stuck:
             self.dropped = "stuck"
             raise
@@ -727,10 +545,10 @@ class Reader:
 
 
 class Pump:
-    """One task for the whole server: every log with news, every reader catches up."""
+    """One task for the whole server: in every log with news, every reader catches up."""
 
     def __init__(self) -> None:
-        self._news_in: dict[EventLog, int] = {}
+        self._news_in: dict[EventLog, int] = {}  # and how many events
         self._news = trio.Event()
 
     def notify(self, log: EventLog) -> None:
@@ -740,32 +558,26 @@ class Pump:
     async def run(self) -> None:
         """Pass after pass. The busier it gets, the more each write carries.
 
-        After a pass that carried more than one event of a log, the pump rests for as
-        long as the pass took: meanwhile more events come, and the next pass carries
-        them together. A lone event waits for nobody.
+        After a pass that carried more than one event of a log, the pump rests for as long as
+        the pass took. Meanwhile more events come, and the next pass carries them together.
+        A lone event waits for nobody.
         """
         while True:
             await self._news.wait()
             # Taken before the pass: what is appended from now on is for the next one.
-            self._news = trio.Event()
-            logs, self._news_in = self._news_in, {}
-            took = await self._pass(logs)
+            logs, self._news_in, self._news = self._news_in, {}, trio.Event()
+            turn, now = Turn(), trio.current_time()
+            for log in logs:
+                for n, reader in enumerate(list(log.readers)):
+                    if n % 64 == 63:
+                        await turn.pause()
+                    if reader in log.readers:  # it may have left during a pause
+                        reader.catch_up(now)
+                await turn.pause()
             if max(logs.values()) > 1:
-                await trio.sleep(took)
-            elif took > TURN / 10:
+                await trio.sleep(turn.total())
+            elif turn.total() > TURN / 10:
                 await trio.lowlevel.checkpoint()  # a crowd: let it speak first
-
-    async def _pass(self, logs: Iterable[EventLog]) -> float:
-        """All readers of these logs. Returns the seconds that it took."""
-        turn, now = Turn(), trio.current_time()
-        for log in logs:
-            for n, reader in enumerate(list(log.readers)):
-                if n % 64 == 63:
-                    await turn.pause()
-                if reader in log.readers:  # it may have left during a pause
-                    reader.catch_up(now)
-            await turn.pause()
-        return turn.total()
 
 
 async def race_disconnect(
@@ -773,10 +585,8 @@ async def race_disconnect(
 ) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
-    Two tasks in a nursery, and whichever is first cancels the other: the one pattern
-    for "whichever comes first". No task is left over.
+    Two tasks in a nursery, and whichever is first cancels the other. No task is left over.
     """
-    stayed = False
 
     async def watch() -> None:
         await disconnected()
@@ -785,14 +595,14 @@ async def race_disconnect(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch)
         await wait()
-        stayed = True
         nursery.cancel_scope.cancel()
-    return stayed
+        return True
+    return False
 
 
 # ─── Writers ★ ───────────────────────────────────────────────────────────────────────
-# Each log has its writers, and they belong to the server: a reader that leaves takes
-# nothing with it. Only an answer looks back: when nobody attends it, it is stopped.
+# Each log has its writers, and they belong to the server: a reader that leaves takes nothing
+# with it. Only an answer looks back. When nobody attends it for a while, it is stopped.
 
 CLOCK_EVENTS = 60
 ROOM_EVENTS, ROOM_BYTES = 1000, MiB
@@ -801,25 +611,20 @@ ANSWER_BYTES = 64 * MiB
 HEAD_WAIT = 4  # seconds for the model's consent, before the stream starts without it
 
 
-def clock_text(second: int) -> str:
-    moment = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(second))
-    return f"The server time is: {moment}"
-
-
 async def tick(clock: EventLog) -> None:
     """One ticker for all readers: event n is the Unix second n, appended on the second.
 
-    Seconds that were missed (a busy or suspended machine) are made up for, as far back
-    as the log reaches. That also fills the log at the start, so that a reader loses
-    nothing when the server is started again. A clock that is set back has said those
-    seconds: it is silent until it has caught up.
+    Seconds that were missed (a busy or suspended machine) are made up for, as far back as the
+    log reaches. That also fills the log at the start, so that a reader loses nothing when the
+    server is started again. A clock that is set back is silent until it has caught up.
     """
     while True:
         second = int(time.time())
         if second - clock.end > CLOCK_EVENTS:
             clock.skip_to(second - CLOCK_EVENTS)
         while clock.end <= second:
-            clock.append(clock_text(clock.end))
+            moment = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(clock.end))
+            clock.append(f"The server time is: {moment}")
         await trio.sleep(1 - time.time() % 1)
 
 
@@ -835,44 +640,36 @@ class Said(NamedTuple):
 class Room(EventLog):
     """What is said in the room, and who came and went.
 
-    Its ids carry a token of this start of the server: without it, event 7 of
-    yesterday's room would pass for event 7 of today's.
+    Its ids carry a token of this start of the server. Without it, event 7 of yesterday's
+    room would pass for event 7 of today's.
 
-    Comings and goings must not push messages out of the log. So only the last few of
-    them are kept, and the places of those forgotten stay empty: `_places` says which
-    places are kept.
+    Comings and goings must not push messages out of the log. So only the last few of them are
+    kept, and the places of the others stay empty: `_places` says where each event stands.
     """
 
-    def __init__(
-        self,
-        on_news: Callable[[EventLog], None],
-        store: Callable[[Said], Awaitable[None]] | None = None,
-    ) -> None:
-        name = f"room-{secrets.token_hex(4)}"
-        super().__init__(name, ROOM_EVENTS, ROOM_BYTES, on_news)
-        self.store = store or self.store_here
+    def __init__(self, on_news: Callable[[EventLog], None]) -> None:
+        super().__init__(f"room-{secrets.token_hex(4)}", ROOM_EVENTS, ROOM_BYTES, on_news)
         self.here = 0  # members in this process
         self.elsewhere = 0  # members in the others
         self._places: list[int] = []
-        self._comings: deque[int] = deque()
+        self._comings: deque[int] = deque()  # the places of comings and goings
 
     def _index(self, place: int) -> int:
         return bisect.bisect_left(self._places, place)
 
-    def _place(self, index: int) -> int:
-        return self._places[index]
+    def _at(self, index: int) -> tuple[int, Event]:
+        return self._places[index], super()._at(index)[1]
 
     def _forget_oldest(self) -> None:
-        place, type = self._places[0], self[self._places[0]].type
+        if self._comings and self._comings[0] == self._places[0]:
+            self._comings.popleft()
+        else:  # only a lost message is a gap
+            self.start = self._places[0] + 1
         self._forget(0)
-        if type == "message":  # what was lost before a place is what `start` says
-            self.start = place + 1
 
     def _forget(self, index: int) -> None:
-        self.size -= size_of(self._events.pop(index))
-        place = self._places.pop(index)
-        if self._comings and self._comings[0] == place:
-            self._comings.popleft()
+        self._grow(-size_of(self._events.pop(index)))
+        del self._places[index]
 
     def skip_to(self, place: int) -> None:
         super().skip_to(place)
@@ -880,7 +677,7 @@ class Room(EventLog):
         self._comings.clear()
 
     def add(self, said: Said, at: int, place: int | None = None) -> None:
-        """Append it. Over Redis, its place may be further on than our end."""
+        """Append it, `at` a time in milliseconds. Over Redis, it may skip some places."""
         self.end = self.end if place is None else place
         about: JSON = {"name": said.name, "at": at}
         if said.key is not None:
@@ -889,30 +686,137 @@ class Room(EventLog):
             about["members"] = self.here + self.elsewhere
             self._comings.append(self.end)
             if len(self._comings) > ROOM_COMINGS:
-                self._forget(self._index(self._comings[0]))
+                self._forget(self._index(self._comings.popleft()))
         self._places.append(self.end)
         self.append(said.text, said.type, **about)
 
-    async def store_here(self, said: Said) -> None:
+    async def store(self, said: Said) -> None:
         if not self.closed:
-            self.add(said, now_ms())
+            self.add(said, int(time.time() * 1000))
 
     def history(self) -> int:
-        """The place from which the last ROOM_HISTORY messages follow.
-
-        With what is kept of comings and goings, these are at most 100 events.
-        """
+        """Where a new member starts: the last ROOM_HISTORY messages follow that place."""
         wanted = ROOM_HISTORY
-        for index in range(len(self._events) - 1, -1, -1):
-            wanted -= self[self._places[index]].type == "message"
+        for place in reversed(self._places):
+            wanted -= self[place].type == "message"
             if not wanted:
-                return self._places[index]
+                return place
         return self.start
 
 
-def now_ms() -> int:
-    """Milliseconds since 1970, as JavaScript counts them."""
-    return int(time.time() * 1000)
+class Answer(EventLog):
+    """An answer under way, or one that has ended and is kept for late readers.
+
+    Its name has 128 random bits: a client that knows it may read it and stop it. Its writer
+    runs in `scope`, and the linger time is that scope's deadline: no timer needs to be kept.
+    `account` is told how much memory it takes, and says whether there is so much.
+    """
+
+    def __init__(
+        self, name: str, question: Question, model: Model, linger: float = 60,
+        on_news: Callable[[EventLog], None] = lambda log: None,
+        account: Callable[[int], bool] = lambda size: True,
+    ) -> None:  # fmt: skip
+        super().__init__(name, on_news=on_news)
+        self.question = question
+        self.model = model
+        self.linger = linger  # seconds that it goes on with nobody there
+        self.account = account
+        # Who attends it
+        self.attendants = 0
+        self.scope = trio.CancelScope()
+        # How it goes
+        self.begun = trio.current_time()
+        self.accepted = trio.Event()  # the model has agreed to answer, or it has ended
+        self.ended = trio.Event()
+        self.headers: dict[str, str] = {}  # of the upstream's, for our response
+        # How it ended
+        self.problem: Problem | None = None
+        self.refused = False  # before it was accepted: then the status says so
+        self.kept = True  # for late readers
+        self.affordable = True  # there is memory for it
+
+    def attend(self) -> None:
+        self.attendants += 1
+        self.scope.deadline = inf
+
+    def leave(self) -> None:
+        """When the last attendant leaves, the linger time begins."""
+        self.attendants -= 1
+        if not self.attendants:
+            self.scope.deadline = trio.current_time() + self.linger
+
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[None]:
+        self.attend()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    async def started(self) -> None:
+        """Wait until the first reader can be answered.
+
+        A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a question
+        that is repeated before its answer has a name is paid for twice.
+        """
+        question = self.question
+        patient = question.polled or not question.stream
+        with trio.move_on_after(inf if patient else HEAD_WAIT):
+            await (self.accepted if question.stream else self.ended).wait()
+
+    def _grow(self, size: int) -> None:
+        self.size += size
+        self.affordable = self.account(size)
+
+    def finish(self, problem: Problem | None = None) -> None:
+        """End it, in exactly one way: whoever sees an end first calls this.
+
+        Its writer does so in any case. A second call changes nothing.
+        """
+        if self.closed:
+            return
+        self.problem = problem
+        self.refused = problem is not None and not self.accepted.is_set()
+        for event in self.question.closing(self, problem):
+            self.append(event.data, event.type)
+        self.close()
+
+    def close(self) -> None:
+        super().close()
+        self.accepted.set()
+        self.ended.set()
+
+    def discard(self) -> None:
+        """End this copy of an answer that goes on elsewhere: without an event."""
+        self.kept = False
+        self.close()
+
+
+# That is the idea. What follows is what the open internet demands of it.
+
+# ─── Answers: who may start one, and how long it is kept ─────────────────────────────
+
+ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
+ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
+
+
+class Problem(Exception):
+    """What went wrong, as the client is told it: an HTTP error, or an `error` event.
+
+    `error` is OpenAI's error object; `status` is an HTTP status.
+    """
+
+    def __init__(
+        self, status: int, message: str, type: str = "invalid_request_error",
+        code: str | None = None, param: str | None = None, headers: Mapping[str, str] = NOTHING,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.type, self.headers = status, type, dict(headers)
+        self.error: JSON = {"message": message, "type": type, "param": param, "code": code}
+
+    def __str__(self) -> str:
+        return str(self.error["message"])
 
 
 def stopped() -> Problem:
@@ -925,8 +829,12 @@ def abandoned() -> Problem:
 
 def server_stopping() -> Problem:
     retry = {"retry-after": "5"}
-    message = "the server is stopping: ask again"
-    return Problem(503, message, "server_stopping", headers=retry)
+    return Problem(503, "the server is stopping: ask again", "server_stopping", headers=retry)
+
+
+def too_busy() -> Problem:
+    message = "too many answers are under way: try again in a moment"
+    return Problem(503, message, "server_busy", headers={"retry-after": "5"})
 
 
 class Model:
@@ -955,141 +863,6 @@ class Reply(NamedTuple):
 
     body: str
     headers: Mapping[str, str] = NOTHING
-
-
-class Answer(EventLog):
-    """An answer under way, or one that has ended and is kept for late readers.
-
-    Its name has 128 random bits: a client that knows it may read it and stop it.
-
-    `scope` is around its writer. The linger time is the deadline of that scope, so
-    there is no timer to be kept. `account` is told how much memory it takes and says
-    whether there is so much.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        question: Question,
-        model: Model,
-        linger: float = 60,
-        on_news: Callable[[EventLog], None] = lambda log: None,
-        account: Callable[[int], bool] = lambda size: True,
-    ) -> None:
-        super().__init__(name, on_news=on_news)
-        self.question = question
-        self.model = model
-        self.linger = linger  # seconds that it goes on with nobody there
-        self.account = account
-        # Who attends it
-        self.attendants = 0
-        self.unattended_since = trio.current_time()
-        self.scope = trio.CancelScope()
-        # How it goes
-        self.begun = trio.current_time()
-        self.accepted = trio.Event()  # the model has agreed to answer, or it has ended
-        self.ended = trio.Event()
-        self.headers: dict[str, str] = {}  # of the upstream's, for our response
-        # How it ended
-        self.problem: Problem | None = None
-        self.refused = False  # before it was accepted: then the status says so
-        self.kept = True  # for late readers
-        self.affordable = True  # there is memory for it
-
-    def attend(self) -> None:
-        self.attendants += 1
-        self.scope.deadline = inf
-
-    def leave(self) -> None:
-        """When the last attendant leaves, the linger time begins."""
-        self.attendants -= 1
-        if not self.attendants:
-            self.unattended_since = trio.current_time()
-            self.scope.deadline = self.unattended_since + self.linger
-
-    @contextlib.contextmanager
-    def attended(self) -> Iterator[None]:
-        self.attend()
-        try:
-            yield
-        finally:
-            self.leave()
-
-    async def started(self) -> None:
-        """Wait until the first reader can be answered.
-
-        A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a
-        question that is repeated before its answer has a name is paid for twice.
-        """
-        question = self.question
-        patient = question.polled or not question.stream
-        with trio.move_on_after(inf if patient else HEAD_WAIT):
-            await (self.accepted if question.stream else self.ended).wait()
-
-    async def run(self) -> None:
-        """The writer, from the first word to the end, whatever happens."""
-        problem: Problem | None = server_stopping()  # if the server ends meanwhile
-        try:
-            with self.scope:
-                await self.model.write(self)
-                problem = None
-            if self.scope.cancelled_caught:
-                problem = abandoned()  # by its deadline; stop() says why by itself
-        except Problem as failure:
-            problem = failure
-        except Exception:
-            logger.exception("an answer failed in a way that nobody thought of")
-            problem = Problem(500, "the answer failed inside the server", "server_error")
-        finally:
-            self.finish(problem)
-
-    def append(self, data: str, type: str = "message", **about: Any) -> int:
-        before = self.size
-        place = super().append(data, type, **about)
-        self.affordable = self.account(self.size - before)
-        return place
-
-    def skip_to(self, place: int) -> None:
-        self.account(-self.size)
-        super().skip_to(place)
-
-    def write(self, data: str, type: str = "message") -> None:
-        """Append what the model says. Raises Problem if it is too much to keep."""
-        self.append(data, type)
-        if not self.affordable or self.size > ANSWER_BYTES:
-            too_large = "the answer is too large to keep"
-            raise Problem(502, too_large, "upstream_error", "too_large")
-
-    def finish(self, problem: Problem | None = None) -> None:
-        """End it, in exactly one way; whatever is said later is ignored.
-
-        So this may be called by whoever sees an end first, and by run() in any case.
-        """
-        if self.closed:
-            return
-        self.problem = problem
-        self.refused = problem is not None and not self.accepted.is_set()
-        for event in self.question.closing(self, problem):
-            self.append(event.data, event.type)
-        self.close()
-
-    def close(self) -> None:
-        super().close()
-        self.accepted.set()
-        self.ended.set()
-
-    def discard(self) -> None:
-        """End this copy of an answer that goes on elsewhere: without an event."""
-        self.kept = False
-        self.close()
-
-
-# That is the idea. What follows is what the open internet demands of it.
-
-# ─── Answers: who may start one, and how long it is kept ─────────────────────────────
-
-ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
-ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
 
 
 @dataclasses.dataclass(eq=False)
@@ -1139,20 +912,18 @@ class Answers:
         If all places are taken, the one that nobody has attended for the longest time
         is stopped.
         """
-        busy = "too many answers are under way: try again in a moment"
-        too_busy = Problem(503, busy, "server_busy", headers={"retry-after": "5"})
         background = sum(answer.question.background for answer in self.running)
         if question.background and background >= ANSWERS_BACKGROUND:
-            raise too_busy
+            raise too_busy()
         if len(self.open()) >= ANSWERS_RUNNING:
             alone = [answer for answer in self.open() if not answer.attendants]
             if not alone:
-                raise too_busy
-            self.stop(min(alone, key=lambda a: a.unattended_since), abandoned())
+                raise too_busy()
+            self.stop(min(alone, key=lambda a: a.scope.deadline), abandoned())
         size = len(question.body) + ANSWER_OVERHEAD
         if not self.account(size):
             self.held -= size
-            raise too_busy
+            raise too_busy()
         name = name or secrets.token_hex(16)
         answer = Answer(name, question, model, self.linger, self.on_news, self.account)
         answer.size = size
@@ -1180,10 +951,19 @@ class Answers:
         return self.held <= ANSWERS_BYTES
 
     async def run(self, answer: Answer) -> None:
-        """Its writer. Then it is kept, without its question, or forgotten at once."""
+        """The writer of an answer, from the first word to the end, whatever happens."""
+        problem: Problem | None = abandoned()  # at its scope's deadline
         try:
-            await answer.run()
+            with answer.scope:
+                await answer.model.write(answer)
+                problem = None
+        except Problem as failure:
+            problem = failure
+        except Exception:
+            logger.exception("an answer failed in a way that nobody thought of")
+            problem = Problem(500, "the answer failed inside the server", "server_error")
         finally:
+            answer.finish(problem)
             del self.running[answer]
             self.drop_question(answer)
             self.ended[answer] = trio.current_time()
@@ -1228,6 +1008,82 @@ QUIET_ENDS = (  # of a connection: not a fault of ours, and not news
     OSError,
 )
 NOT_HTTP = f"this is not HTTP/1 with a head of at most {HEAD_BYTES} bytes, chunked if coded"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Wire(Outlet):
+    """One connection, to a client or an upstream: an outlet that is also read from."""
+
+    peer: str = ""  # its address, for the log
+    ended: bool = False  # the peer has said all that it will
+    waiting_since: float = inf  # when we began to wait for bytes; inf: we do not
+
+    async def receive(self) -> bytes:
+        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated."""
+        self.waiting_since = trio.current_time()
+        while (data := self.receive_now()) is None:
+            await trio.lowlevel.wait_readable(self.socket)
+        self.waiting_since = inf
+        self.ended = not data
+        return data
+
+    def receive_now(self) -> bytes | None:
+        """What is there already, b"" at the end, None if nothing is there.
+
+        64 KiB hold more than a TLS record: so nothing is left inside of OpenSSL that a
+        selector would not see.
+        """
+        try:
+            return self.socket.recv(64 * KiB)
+        except NOT_READY:
+            return None
+        except OSError as error:  # ssl.SSLError is one
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def finish(self) -> None:
+        """Say goodbye, and give the peer time to read what it was sent.
+
+        Closing a socket with unread input resets it and destroys what is under way.
+        """
+        broken = (trio.BrokenResourceError, OSError)
+        with contextlib.suppress(*broken), trio.move_on_after(LINGER_CLOSE):
+            await self.flush()
+            self._close_notify()
+            if not self.ended:
+                self.socket.shutdown(socket.SHUT_WR)
+                while await self.receive():
+                    pass
+
+    def close(self) -> None:
+        """Close it; reset it if it is stuck, so that its buffers are freed at once."""
+        if not self.stuck:
+            self._close_notify()
+        else:
+            with contextlib.suppress(OSError):  # it is gone already
+                linger = struct.pack("ii", 1, 0)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        trio.lowlevel.notify_closing(self.socket)
+        self.socket.close()
+
+    def _close_notify(self) -> None:
+        """TLS's goodbye (RFC 8446, section 6.1), without waiting for the peer's."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.socket.unwrap()
+
+
+async def shake_tls(sock: ssl.SSLSocket) -> None:
+    """TLS's handshake, which both reads and writes. Raises BrokenResourceError."""
+    while True:
+        try:
+            return sock.do_handshake()
+        except ssl.SSLWantReadError:
+            wait = trio.lowlevel.wait_readable
+        except ssl.SSLWantWriteError:
+            wait = trio.lowlevel.wait_writable
+        except OSError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+        await wait(sock)  # out here, where no exception is kept alive
 
 
 class Http1:
@@ -1500,6 +1356,13 @@ PING_FRAME = frame_ws(b"", PING)
 PING_EVERY = 20  # seconds
 CHATTER_BYTES = 256 * KiB  # pings and empty fragments, with no message among them
 NAME_CHARACTERS = 32
+
+
+def frame_ws_plain(suffix: str, name: str, place: int | None, event: Event) -> bytes:
+    """What was said and nothing else, for any WebSocket client."""
+    if event.type != "message":
+        return b""
+    return frame_ws((event.data + suffix).encode(errors="replace"))
 
 
 def check_handshake(request: Request) -> None:
@@ -2133,8 +1996,8 @@ class App:
         # The logs and who writes them
         self.clock = EventLog("clock", CLOCK_EVENTS, on_news=self.pump.notify)
         self.cluster = Cluster(self, settings.redis) if settings.redis else None
-        store = self.cluster.store if self.cluster else None
-        self.room = Room(self.pump.notify, store)
+        self.room = Room(self.pump.notify)
+        self.say = self.cluster.store if self.cluster else self.room.store
         self.answers = Answers(settings.linger, settings.keep, self.pump.notify, self.on_end)
         model = Upstream if settings.upstream else Demo
         self.model: Upstream | Demo = model(settings, self.answers, self.metrics)
@@ -2577,7 +2440,7 @@ class App:
     async def attend_room(self, member: Member) -> None:
         await self.enter(member.name, "joined")
         try:
-            await member.stay(self.room.store, self.settings.room_rate)
+            await member.stay(self.say, self.settings.room_rate)
         finally:
             await self.enter(member.name, "left")
 
@@ -2590,7 +2453,7 @@ class App:
         room.here += 1 if type == "joined" else -1
         (self.names.add if type == "joined" else self.names.discard)(name)
         with contextlib.suppress(Problem), trio.move_on_after(1, shield=True):
-            await room.store(Said(type, name))
+            await self.say(Said(type, name))
 
     def member(
         self, wire: Wire, is_clock: bool, v1: bool, now: int, query: Mapping[str, str]
@@ -2697,8 +2560,7 @@ class Server:
             await trio.lowlevel.wait_readable(listener)
             try:
                 for _ in range(50):
-                    client, _ = listener.accept()
-                    connections.start_soon(self.connection, client)
+                    connections.start_soon(self.connection, *listener.accept())
             except BlockingIOError:
                 pass
             except OSError as error:  # of a client that has gone, or no file is left
@@ -2707,12 +2569,13 @@ class Server:
                     warned = trio.current_time()
                 await trio.sleep(0.1)
 
-    async def connection(self, client: socket.socket) -> None:
+    async def connection(self, client: socket.socket, address: tuple[Any, ...]) -> None:
         """One client: whatever goes wrong inside ends here, as one line in the log."""
         client.setblocking(False)
         if self.tls:
             client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
-        wire = Wire(client)
+        host, port, *_ = address
+        wire = Wire(client, peer=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         self.app.wires[wire] = None
         try:
             await self.converse(wire)
@@ -2737,7 +2600,7 @@ class Server:
             scheme = "https"
             try:
                 with trio.fail_after(HEAD_TIMEOUT):
-                    await wire.when_ready(wire.socket.do_handshake)
+                    await shake_tls(wire.socket)
             except trio.BrokenResourceError:
                 return await wire.finish()  # with an alert that says why
             if wire.socket.selected_alpn_protocol() == "h2":
@@ -2844,9 +2707,8 @@ def why(group: BaseException) -> str:
 
 
 # ─── What the upstream says ──────────────────────────────────────────────────────────
-# The upstream's stream is read by the standard's rules, bytes first and text second, and
-# passed on as it came. It has said everything only when it has said its end: whatever ends
-# before that is a cut.
+# The upstream's stream is read by the standard's rules, and passed on as it came. It has
+# said everything only when it has said its end: whatever ends before that is a cut.
 
 EVENT_BYTES, WHOLE_BYTES = 16 * MiB, 16 * MiB
 WORDS_BYTES, WORDS_CHARACTERS = 64 * KiB, 500  # of the upstream's reasons
@@ -2860,94 +2722,87 @@ class ServerSentEvent(NamedTuple):
 class SSEParser:
     """Reads an event stream (HTML standard 9.2.6), however its bytes were split.
 
-    Lines are cut as bytes and decoded one by one, so that a character that arrives in two
-    pieces is whole again. An event larger than `max_bytes` raises ValueError.
-
-    An unfinished line is a list of its pieces, joined when its end is there: adding each
-    piece to one growing string would take time that grows with its square.
+    Bytes become text only up to a blank line: by then, a character that came in two pieces
+    is whole. An event larger than `max_bytes` raises ValueError.
     """
-
-    _LINE_END = re.compile(rb"\r\n|\n|\r")
 
     def __init__(self, max_bytes: float = inf) -> None:
         self.max_bytes = max_bytes
-        self._type = ""
-        self._data: list[str] = []
-        self._size = 0  # of the event that is not complete yet
-        self._tail: list[bytes] = []
+        self._unread = bytearray()  # of the event that is not complete yet
         self._after_cr = False  # a line end already; should a LF come, it is part of it
-        self._first_line = True  # which may have a byte order mark
+        self._encoding = "utf-8-sig"  # until the first event: a byte order mark may come
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         """Take the next bytes; return the events that they complete.
 
         A last event without its blank line is never returned, as the standard wants.
         """
-        if self._after_cr and data[:1] == b"\n":  # the second half of a CR LF
-            data, self._after_cr = data[1:], False
-        if not data:
-            return []
-        self._after_cr = data[-1:] == b"\r"
-        *lines, tail = self._LINE_END.split(data)
-        if lines:
-            lines[0] = b"".join(self._tail) + lines[0]
-            self._tail.clear()
-        self._tail.append(tail)
-        self._size += len(data)
-        events = [event for line in lines if (event := self._line(line))]
-        if self._size > self.max_bytes:
-            limit = self.max_bytes
-            size = f"{limit / MiB:g} MiB" if limit >= MiB else f"{limit} bytes"
-            raise ValueError(f"an event of more than {size}")
+        if data and (self._after_cr or b"\r" in data):
+            after_cr, self._after_cr = self._after_cr, data[-1:] == b"\r"
+            data = data[1:] if after_cr and data[:1] == b"\n" else data
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if self._unread or data[-2:] != b"\n\n":  # else it is whole, as nearly always
+            searched = max(len(self._unread) - 1, 0)  # no byte is searched twice
+            self._unread += data
+            end = self._unread.rfind(b"\n\n", searched) + 1
+            if not end:
+                if len(self._unread) > self.max_bytes:
+                    raise ValueError(f"an event of more than {self.max_bytes / MiB:.3g} MiB")
+                return []
+            data = bytes(self._unread[:end])
+            del self._unread[: end + 1]
+        text = data.decode(self._encoding, "replace")
+        self._encoding = "utf-8"
+        events = []
+        lines, type = [], ""
+        for line in text.split("\n"):
+            name, _, value = line.partition(":")
+            if name == "data":
+                lines.append(value.removeprefix(" "))
+            elif name == "event":
+                type = value.removeprefix(" ")
+            elif not line:
+                if lines:  # without data it does not end an event, and the type is lost
+                    events.append(ServerSentEvent("\n".join(lines), type or "message"))
+                lines, type = [], ""
         return events
 
     def unfinished(self) -> str:
         """The data of a last event that lacks its blank line."""
-        if line := b"".join(self._tail):
-            self._line(line)
-        return "\n".join(self._data)
-
-    def _line(self, raw: bytes) -> ServerSentEvent | None:
-        if self._first_line:
-            raw, self._first_line = raw.removeprefix(b"\xef\xbb\xbf"), False
-        if raw:
-            name, _, value = raw.decode(errors="replace").partition(":")
-            if name == "data":
-                self._data.append(value.removeprefix(" "))
-            elif name == "event":
-                self._type = value.removeprefix(" ")
-            return None
-        # A blank line. Without data it does not end an event, and the type is lost.
-        data, type = self._data, self._type
-        self._data, self._type, self._size = [], "", len(self._tail[0])
-        return ServerSentEvent("\n".join(data), type or "message") if data else None
+        events = self.feed(b"\n\n")
+        return events[-1].data if events else ""
 
 
 def upstream_problem(message: str, status: int = 502, code: str | None = None) -> Problem:
     return Problem(status, message, "upstream_error", code)
 
 
-def find_words(said: Any) -> str:
-    """The reason in an error, wherever it stands; "" if there is none."""
-    if isinstance(said, str):
-        return said
-    if isinstance(said, dict):
-        places = ("error", "message", "detail", "errors", "msg", "title", "reason")
-        said = [said[name] for name in places if said.get(name)]
-    if isinstance(said, list):
-        return next((words for item in said[:5] if (words := find_words(item))), "")
-    return ""
+def is_error(said: Any) -> bool:
+    """Whichever of the usual forms it has; a null in `error` is not one."""
+    if isinstance(said, list) and said:
+        said = said[0]
+    return isinstance(said, dict) and (
+        "error" in (said.get("object"), said.get("type"))
+        or (said.get("error") is not None and said.get("object") != "response")
+    )
 
 
 def reason_given(status: int, said: Any, secrets: Iterable[str]) -> Problem:
-    """The upstream's own words about what went wrong, without the key."""
-    words = clean_words(find_words(said), secrets)
+    """The upstream's own words about what went wrong, wherever they stand, without the key."""
+    places = ("error", "message", "detail", "errors", "msg", "title", "reason")
+    words, waiting = "", [said]
+    around: JSON = {}
+    while waiting and not words:
+        said = waiting.pop()
+        if isinstance(said, dict):
+            around, said = around | said, [said.get(place) for place in places]
+        if isinstance(said, list):
+            waiting += reversed(said[: len(places)])
+        elif isinstance(said, str):
+            words = clean_words(said, secrets)
     problem = upstream_problem(words or f"the upstream answered {status}", status)
-    error = said[0] if isinstance(said, list) and said else said
-    while isinstance(error, dict) and isinstance(error.get("error"), dict):
-        error = error["error"]
     for name in ("type", "param", "code"):
-        value = error.get(name) if isinstance(error, dict) else None
+        value = around.get(name)
         if isinstance(value, str | int) and value not in ("", "error"):
             problem.error[name] = clean_words(value, secrets) if isinstance(value, str) else value
     return problem
@@ -2986,8 +2841,6 @@ def key_pattern(secret: str) -> re.Pattern[str]:
 # references of OpenAI's chat completions, completions and responses, and of Anthropic's
 # messages.
 
-RESPONSE_ENDS = {"response.completed", "response.incomplete", "response.failed"}
-
 
 class JsonBody:
     """A question as JSON: parsed once, to be checked, and changed only where it must be.
@@ -3000,35 +2853,26 @@ class JsonBody:
         if brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS:
             raise Problem(413, "the body has too many brackets or commas: send less")
         try:
-            self.fields = CHECKER.decode(raw.decode())
-        except RecursionError:
-            raise Problem(400, "the body is not JSON: nested too deeply") from None
+            self.fields = from_json(raw)
         except ValueError as error:
             raise Problem(400, f"the body is not JSON: {error}"[:300]) from None
         if not isinstance(self.fields, dict):
             raise Problem(400, 'send a JSON object, such as {"messages": [...]}')
+        self.model = str(self.fields.get("model") or "")
+        self.changes: JSON = {}  # None takes the field out
         self._raw = raw
-        self._changes: JSON = {}
-
-    @property
-    def model(self) -> str:
-        return str(self._changes.get("model") or self.fields.get("model") or "")
 
     def choose(self, model: str) -> None:
         # A second "model" may be the one that counts for the upstream.
         twice = self._raw.count(b'"model"') > 1 or b"\\u00" in self._raw
-        if model and (model != self.fields.get("model") or twice):
-            self._changes["model"] = model
-
-    def change(self, name: str, value: object) -> None:
-        """None takes the field out."""
-        self._changes[name] = value
+        if model and (model != self.model or twice):
+            self.model = self.changes["model"] = model
 
     def raw(self) -> bytes:
-        if not self._changes:
+        if not self.changes:
             return self._raw
-        fields = from_json(self._raw) | self._changes
-        gone = [name for name, value in self._changes.items() if value is None]
+        fields = self.fields | self.changes
+        gone = [name for name, value in self.changes.items() if value is None]
         return to_json({k: v for k, v in fields.items() if k not in gone}).encode()
 
 
@@ -3037,20 +2881,25 @@ def check_question(fields: JSON, api: Api) -> None:
 
     All else is the upstream's to judge, and passed on: it may be newer than we are.
     """
-    messages = fields.get("messages")
-    if api.has_messages and (not isinstance(messages, list) or not messages):
+    kinds = {"stream": bool, "background": bool, "model": str, "stream_options": dict}
+    for name, kind in {**kinds, "previous_response_id": str}.items():
+        if not isinstance(fields.get(name), kind | None):
+            raise Problem(400, f"{name} has the wrong type", param=name)
+    messages = fields.get("messages") if api.has_messages else [{"role": "any"}]
+    if not isinstance(messages, list) or not messages:
         wanted = "messages must be a list of at least one {role, content}"
         raise Problem(400, wanted, param="messages")
-    for n, message in enumerate(cast(list[Any], messages) if api.has_messages else ()):
+    for n, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Problem(400, "each message needs a role", param=f"messages[{n}]")
         if not isinstance(message.get("content"), str | list | None):
             wanted = "content must be text, or a list of parts"
             raise Problem(400, wanted, param=f"messages[{n}].content")
-    kinds = {"stream": bool, "background": bool, "model": str, "stream_options": dict}
-    for name, kind in {**kinds, "previous_response_id": str}.items():
-        if not isinstance(fields.get(name), kind | None):
-            raise Problem(400, f"{name} has the wrong type", param=name)
+
+
+def ask_as_is(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
+    stream = body.fields.get("stream") is True
+    return Question(api, body.raw(), stream, body.model, headers)
 
 
 class Relay:
@@ -3070,45 +2919,68 @@ class Relay:
     def take(self, event: ServerSentEvent) -> None:
         """Raises Problem if it says an error, or nothing that can be understood."""
         data, type = event
-        if self.answer.closed or not data.strip():
+        api, answer, data = self.api, self.answer, data.strip()
+        if answer.closed or not data:
             return
-        if data.strip() == "[DONE]":
-            if self.api.adds_done:
-                self.finish()
-            return
+        if data == "[DONE]":
+            return self.finish() if api.adds_done else None
         try:
-            chunk = from_json(data)
-        except ValueError:
+            chunk, end = DECODER.raw_decode(data)
+        except (ValueError, RecursionError):
+            end = 0
+        if end < len(data):
             if type != "error":
-                raise upstream_problem("the upstream sent a chunk that is not JSON") from None
+                raise upstream_problem("the upstream sent a chunk that is not JSON")
             chunk = data
         if type == "error" or is_error(chunk):
             raise reason_given(502, chunk, self.secrets)
         if not isinstance(chunk, dict):
             raise upstream_problem("the upstream sent a chunk that is not an object")
+        if api.ends and isinstance(named := chunk.get("type"), str) and named.isprintable():
+            type = named or type
         if not self.began:
             self.began = True
-            self.answer.accepted.set()
-        self.api.take(self, type, data, chunk)
+            answer.accepted.set()
+        if not self.spoke and type.endswith(api.speaks):
+            self.spoke = True
+            self.metrics.first_token(trio.current_time() - answer.begun)
+        if api.adds_done:
+            self.note_choices(chunk)
+        api.take(self, chunk, data, type)
+        if type in api.ends:
+            answer.finish()
+
+    def note_choices(self, chunk: JSON) -> None:
+        """Which choices have begun, and which have ended."""
+        choices = chunk.get("choices")
+        for n, choice in enumerate(choices if isinstance(choices, list) else ()):
+            if isinstance(choice, dict):
+                index = str(choice.get("index", n))
+                if choice.get("finish_reason") is not None:
+                    self.choices[index] = True
+                elif index not in self.choices:
+                    self.choices[index] = False
 
     def take_whole(self, text: str) -> None:
         """A body that is not a stream. Raises Problem."""
+        api, stream = self.api, self.answer.question.stream
         try:
             whole = from_json(text)
         except ValueError:
             raise upstream_problem("the upstream sent what is not JSON") from None
-        if is_error(whole) or not isinstance(whole, dict) or self.api.says not in whole:
+        if is_error(whole) or not isinstance(whole, dict) or api.says not in whole:
             raise reason_given(502, whole, self.secrets)
-        if whole[self.api.says] == [] and self.api.adds_done and self.answer.question.stream:
+        if whole[api.says] == [] and api.adds_done and stream:
             raise upstream_problem("the upstream ended without an answer", code="cut")
         try:
-            chunks = self.api.split(whole) if self.answer.question.stream else []
+            events = [*api.split(whole)] if stream else [api.keep(whole)] if api.keep else []
         except (TypeError, AttributeError, ValueError, LookupError):
             raise upstream_problem("the upstream's answer has a shape that nobody knows") from None
-        for chunk in chunks:
-            self.take(ServerSentEvent(to_json(chunk), "message"))
-        if not self.answer.question.stream:
-            self.write(*self.api.keep(self, text, whole))
+        self.metrics.first_token(trio.current_time() - self.answer.begun)
+        for event in events:
+            api.take(self, event, to_json(event), event["type"] if api.ends else "message")
+        if not events:
+            self.write(text)
         self.answer.finish()
 
     def end(self) -> None:
@@ -3123,51 +2995,49 @@ class Relay:
             raise upstream_problem("the upstream ended without an answer", code="cut")
         self.answer.finish()
 
-    def write(self, data: str, type: str = "message", speaks: bool = True) -> None:
-        if speaks and not self.spoke:
-            self.spoke = True
-            self.metrics.first_token(trio.current_time() - self.answer.begun)
-        self.answer.write(data, type)
+    def write(self, data: str, type: str = "message") -> None:
+        """Append what the model says. Raises Problem if it is too much to keep."""
+        self.answer.append(data, type)
+        if not self.answer.affordable or self.answer.size > ANSWER_BYTES:
+            raise upstream_problem("the answer is too large to keep", code="too_large")
 
 
-def is_error(chunk: Any) -> bool:
-    """Whichever of the usual forms it has; a null in `error` is not one."""
-    if isinstance(chunk, list):
-        return bool(chunk) and is_error(chunk[0])
-    return isinstance(chunk, dict) and (
-        "error" in (chunk.get("object"), chunk.get("type"))
-        or (chunk.get("error") is not None and chunk.get("object") != "response")
-    )
-
-
-def take_chat(relay: Relay, type: str, data: str, chunk: JSON) -> None:
-    note_choices(relay, chunk)
+def take_as_is(relay: Relay, chunk: JSON, data: str, type: str) -> None:
     relay.write(data, type)
 
 
-def note_choices(relay: Relay, chunk: JSON) -> Any:
-    """Which choices have begun, and which have ended. Returns the first one's delta."""
-    delta = None
-    choices = chunk.get("choices")
-    for n, choice in enumerate(choices if isinstance(choices, list) else ()):
-        if isinstance(choice, dict):
-            index = choice.get("index", n)
-            ended = choice.get("finish_reason") is not None
-            relay.choices[str(index)] = ended or relay.choices.get(str(index), False)
-            delta = delta or choice
-    return delta
+def split_chat(whole: JSON) -> Iterator[JSON]:
+    """A whole completion as one chunk; the end follows by itself."""
+    choices = []
+    for choice in whole["choices"]:
+        delta = {**(choice.get("message") or {})}
+        if calls := delta.get("tool_calls"):
+            delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
+        choices.append({**choice, "delta": delta})
+        choices[-1].pop("message", None)
+    yield {**whole, "object": "chat.completion.chunk", "choices": choices}
 
 
-def take_chat_page(relay: Relay, type: str, data: str, chunk: JSON) -> None:
+def ask_for_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
+    """{messages} is all that the chat page's protocol knows, and perhaps a model."""
+    asked = {"messages": body.fields["messages"], "stream": True}
+    if body.model:
+        asked["model"] = body.model
+    return Question(api, to_json(asked).encode(), True, body.model, headers)
+
+
+def take_for_page(relay: Relay, chunk: JSON, data: str, type: str) -> None:
     """Text, reasoning, and an end that is not an ordinary one, each as an event."""
-    choice = note_choices(relay, chunk) or {}
-    delta = choice.get("delta")
-    delta = delta if isinstance(delta, dict) else {}
-    if text := text_of(delta.get("content")):
-        relay.write(to_json({"content": text}))
-    if text := text_of(delta.get("reasoning_content") or delta.get("reasoning")):
-        relay.write(to_json({"content": "", "reasoning": text}))
-    finish = choice.get("finish_reason")
+    choices = chunk.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        return
+    delta, finish = choice.get("delta"), choice.get("finish_reason")
+    if isinstance(delta, dict):
+        if text := text_of(delta.get("content")):
+            relay.write(to_json({"content": text}))
+        if text := text_of(delta.get("reasoning_content") or delta.get("reasoning")):
+            relay.write(to_json({"content": "", "reasoning": text}))
     if isinstance(finish, str) and finish != "stop":
         relay.write(to_json({"content": "", "finish_reason": finish}))
 
@@ -3180,159 +3050,90 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def take_response(relay: Relay, type: str, data: str, chunk: JSON) -> None:
-    """As it came, but for our id, and a sequence_number where there is none."""
-    type, before = str(chunk.get("type") or type), dict(chunk)
-    if isinstance(response := chunk.get("response"), dict):
-        chunk["response"] = rename_response(relay, response)
-    if "response_id" in chunk and relay.response_id:
-        chunk["response_id"] = relay.response_id
-    if not isinstance(chunk.get("sequence_number"), int):
-        chunk["sequence_number"] = relay.sequence + 1
-    relay.sequence = chunk["sequence_number"]
-    text = data if chunk == before else to_json(chunk)
-    if type == "response.failed":
-        text = hide(text, relay.secrets)
-    relay.write(text, type, type.endswith(".delta"))
-    if type in RESPONSE_ENDS:
-        relay.answer.finish()
+# ── responses ──
+# Whatever the upstream sends, a response can be retrieved: its first event settles its id,
+# its numbers only grow, and an event that ends it has it.
+
+RESPONSE_ENDS = frozenset(f"response.{end}" for end in ("completed", "incomplete", "failed"))
+RESPONSE_STATES = RESPONSE_ENDS | {"response.created", "response.queued", "response.in_progress"}
 
 
-def rename_response(relay: Relay, response: JSON) -> JSON:
-    """Its id with our secret: it cannot be guessed, and it cannot be repeated."""
-    if not relay.response_id:
-        named = response.get("id") or f"resp_{secrets.token_hex(16)}"
-        relay.response_id = f"{named}.{relay.answer.name}"
-    previous = relay.answer.question.previous or response.get("previous_response_id")
-    renamed = {**response, "id": relay.response_id}
-    return renamed | ({"previous_response_id": previous} if previous else {})
+def ask_for_response(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
+    """`background` is ours: a log needs nobody there, and upstreams seldom know it.
+
+    So that there is something to poll, the upstream is then asked for a stream.
+    """
+    background = body.fields.get("background") is True
+    polled = background and body.fields.get("stream") is not True
+    previous = body.fields.get("previous_response_id") or ""
+    if "background" in body.fields:
+        body.changes["background"] = None
+    if polled:
+        body.changes["stream"] = True
+    if ours := re.fullmatch(r"(.+)\.[0-9a-f]{32}", previous):
+        body.changes["previous_response_id"] = ours[1]
+    question = ask_as_is(api, body, headers)
+    question.stream |= polled
+    question.background, question.polled, question.previous = background, polled, previous
+    return question
 
 
-def take_message(relay: Relay, type: str, data: str, chunk: JSON) -> None:
-    type = str(chunk.get("type") or type)
-    relay.write(data, type, type == "content_block_delta")
-    if type == "message_stop":
-        relay.answer.finish()
+def take_response(relay: Relay, chunk: JSON, data: str, kind: str) -> None:
+    """As it came, but for our id, and a sequence_number where there is none of use."""
+    response, number = chunk.get("response"), chunk.get("sequence_number")
+    relay.response_id = relay.response_id or response_id(relay.answer, response)
+    changes: JSON = {"response_id": relay.response_id} if "response_id" in chunk else {}
+    if isinstance(response, dict):
+        changes["response"] = renamed = {**response, "id": relay.response_id}
+        if previous := relay.answer.question.previous:
+            renamed["previous_response_id"] = previous
+        if response.get("error"):
+            failure = reason_given(502, response, relay.secrets).error
+            code = failure["code"] or "server_error"
+            renamed["error"] = {"code": code, "message": failure["message"]}
+    elif kind in RESPONSE_ENDS:
+        raise upstream_problem("the upstream ended without a response", code="cut")
+    if type(number) is not int or not relay.sequence < number < 10**14:
+        number = changes["sequence_number"] = relay.sequence + 1
+    relay.sequence = number
+    relay.write(to_json(chunk | changes) if changes else data, kind)
 
 
-def split_chat(whole: JSON) -> list[JSON]:
-    """A whole completion as one chunk; the end follows by itself."""
-    choices = []
-    for choice in whole["choices"]:
-        delta = dict(choice.get("message") or {})
-        if calls := delta.get("tool_calls"):
-            delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
-        rest = {name: value for name, value in choice.items() if name != "message"}
-        choices.append({**rest, "delta": delta})
-    return [{**whole, "object": "chat.completion.chunk", "choices": choices}]
+def response_id(answer: Answer, response: Any) -> str:
+    """The upstream's, with our secret: it cannot be guessed, and it cannot be repeated."""
+    id = response.get("id") if isinstance(response, dict) else None
+    return f"{id if id and isinstance(id, str | int) else 'resp_0'}.{answer.name}"
 
 
-def split_completion(whole: JSON) -> list[JSON]:
-    return [whole]
+def keep_response(whole: JSON) -> JSON:
+    """As the last event of a stream, so that it can be retrieved like one."""
+    end = f"response.{whole.get('status') or 'completed'}"
+    return {"type": end if end in RESPONSE_ENDS else "response.incomplete", "response": whole}
 
 
-def split_response(whole: JSON) -> list[JSON]:
-    return response_events(whole, lambda text: [text])
-
-
-def response_events(whole: JSON, cut: Callable[[str], list[str]]) -> list[JSON]:
+def response_events(
+    whole: JSON, cut: Callable[[str], list[str]] = lambda text: [text]
+) -> Iterator[JSON]:
     """The events of a stream that ends in this response; `cut` makes deltas of a text."""
-    status = whole.get("status") or "completed"
     begun = {**whole, "status": "in_progress", "output": [], "usage": None}
-    events: list[JSON] = [
-        {"type": f"response.{name}", "response": begun} for name in ("created", "in_progress")
-    ]
+    yield {"type": "response.created", "response": begun}
+    yield {"type": "response.in_progress", "response": begun}
     for n, item in enumerate(whole["output"]):
         content = item.get("content") if item.get("type") == "message" else None
         empty = {**item, "status": "in_progress"} | ({"content": []} if content else {})
-        events.append({"type": "response.output_item.added", "output_index": n, "item": empty})
+        yield {"type": "response.output_item.added", "output_index": n, "item": empty}
         for m, part in enumerate(content or ()):
             at = {"item_id": item.get("id"), "output_index": n, "content_index": m}
-            text, says = part.get("text", ""), "response.output_text"
-            first = {**part, "text": ""} if "text" in part else part
-            events.append({"type": "response.content_part.added", **at, "part": first})
+            text = part.get("text")
+            first = {**part, "text": ""} if text else part
+            yield {"type": "response.content_part.added", **at, "part": first}
+            for delta in cut(text) if text else ():
+                yield {"type": "response.output_text.delta", **at, "delta": delta, "logprobs": []}
             if text:
-                deltas = ({"delta": delta, "logprobs": []} for delta in cut(text))
-                events += [{"type": f"{says}.delta", **at, **delta} for delta in deltas]
-                events.append({"type": f"{says}.done", **at, "text": text, "logprobs": []})
-            events.append({"type": "response.content_part.done", **at, "part": part})
-        events.append({"type": "response.output_item.done", "output_index": n, "item": item})
-    return [*events, {"type": f"response.{status}", "response": whole}]
-
-
-def split_message(whole: JSON) -> list[JSON]:
-    """Each block whole; of its text, one delta."""
-    events: list[JSON] = [
-        {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
-    ]
-    for n, block in enumerate(whole["content"]):
-        begun = {**block, "text": ""} if "text" in block else block
-        delta = {"type": "text_delta", "text": block.get("text", "")}
-        events += [
-            {"type": "content_block_start", "index": n, "content_block": begun},
-            {"type": "content_block_delta", "index": n, "delta": delta},
-            {"type": "content_block_stop", "index": n},
-        ]
-    end = {name: whole.get(name) for name in ("stop_reason", "stop_sequence")}
-    usage = whole.get("usage") or {}
-    return [*events, {"type": "message_delta", "delta": end, "usage": usage},
-            {"type": "message_stop"}]  # fmt: skip
-
-
-def keep_as_is(relay: Relay, text: str, whole: JSON) -> tuple[str, str]:
-    return text, "message"
-
-
-def keep_response(relay: Relay, text: str, whole: JSON) -> tuple[str, str]:
-    """As the last event of a stream, so that it can be retrieved like one."""
-    type = f"response.{whole.get('status') or 'completed'}"
-    response = rename_response(relay, whole)
-    return to_json({"type": type, "sequence_number": 0, "response": response}), type
-
-
-def error_event(answer: Answer, problem: Problem, **more: object) -> Event:
-    """The one form that makes every SDK raise."""
-    error = {**problem.error, "type": problem.type}
-    number = next_sequence(answer)
-    fields = {"type": "error", "sequence_number": number, **more, "error": error}
-    return Event(to_json(fields), "error")
-
-
-def close_chat(answer: Answer, problem: Problem | None, **more: object) -> list[Event]:
-    return [error_event(answer, problem, **more) if problem else Event("[DONE]")]
-
-
-def close_message(answer: Answer, problem: Problem | None) -> list[Event]:
-    return [error_event(answer, problem)] if problem else []
-
-
-def close_response(answer: Answer, problem: Problem | None) -> list[Event]:
-    """The error, then the end of a response, with the status that retrieve tells."""
-    if problem is None:
-        return []
-    status = "cancelled" if problem.type == "stopped" else "failed"
-    error = {"code": "server_error", "message": str(problem)}
-    number = next_sequence(answer) + 1
-    response = {**response_now(answer), "status": status, "error": error}
-    last = {"type": "response.failed", "sequence_number": number, "response": response}
-    return [error_event(answer, problem), Event(to_json(last), "response.failed")]
-
-
-def sequence_of(answer: Answer, place: int) -> int:
-    """An event's sequence_number, or its place where it has none."""
-    found = re.search(r'"sequence_number":\s*(\d{1,15})', answer[place].data)
-    return int(found[1]) if found else place
-
-
-def next_sequence(answer: Answer) -> int:
-    return sequence_of(answer, answer.end - 1) + 1 if answer.end > answer.start else 0
-
-
-def place_of_sequence(answer: Answer, number: int) -> int:
-    """The place of the first event after this sequence_number. They only grow."""
-    places = range(answer.start, answer.end)
-    key = functools.partial(sequence_of, answer)
-    return answer.start + bisect.bisect_right(places, number, key=key)
+                yield {"type": "response.output_text.done", **at, "text": text, "logprobs": []}
+            yield {"type": "response.content_part.done", **at, "part": part}
+        yield {"type": "response.output_item.done", "output_index": n, "item": item}
+    yield keep_response(whole)
 
 
 def response_now(answer: Answer, end: float = inf) -> JSON:
@@ -3344,51 +3145,52 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
     for place in range(int(min(answer.end, end)) - 1, answer.start - 1, -1):
         event = answer[place]
         if event.type == "response.output_item.done":
-            items.insert(0, from_json(event.data).get("item"))
-        elif event.type in RESPONSE_ENDS:
-            return cast(JSON, from_json(event.data)["response"])
-        elif place <= answer.start + 1:
+            item = from_json(event.data).get("item")
+            items[:0] = [item] if isinstance(item, dict) else []
+        elif event.type in RESPONSE_STATES or place == answer.start:
             response = from_json(event.data).get("response")
             if isinstance(response, dict):
-                return {**response, "output": items}
+                return response if event.type in RESPONSE_ENDS else response | {"output": items}
     return {
-        "id": f"resp_{answer.name}.{answer.name}", "object": "response", "output": items,
+        "id": response_id(answer, None), "object": "response", "output": items,
         "created_at": int(time.time()), "status": "in_progress", "tools": [],
         "model": answer.question.model, "parallel_tool_calls": True, "tool_choice": "auto",
     }  # fmt: skip
 
 
-def ask_as_is(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
-    stream = body.fields.get("stream") is True
-    return Question(api, body.raw(), stream, body.model, headers)
+def fail_response(answer: Answer, problem: Problem, number: int) -> Event:
+    """The end of a response after an error, with the status that retrieve tells."""
+    status = "cancelled" if problem.type == "stopped" else "failed"
+    error = {"code": "server_error", "message": str(problem)}
+    response = {**response_now(answer), "status": status, "error": error}
+    last = {"type": "response.failed", "sequence_number": number, "response": response}
+    return Event(to_json(last), "response.failed")
 
 
-def ask_for_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
-    """{messages} is all that the chat page's protocol knows, and perhaps a model."""
-    asked: JSON = {"messages": from_json(body.raw())["messages"], "stream": True}
-    if body.model:
-        asked["model"] = body.model
-    return Question(api, to_json(asked).encode(), True, body.model, headers)
+def sequence_of(answer: Answer, place: int) -> int:
+    """An event's sequence_number, or its place where it has none."""
+    found = re.search(r'"sequence_number":\s*(\d{1,15})', answer[place].data)
+    return int(found[1]) if found else place
 
 
-def ask_for_response(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
-    """`background` is ours: a log needs nobody there, and upstreams seldom know it.
+def place_of_sequence(answer: Answer, number: int) -> int:
+    """The place of the first event after this sequence_number. They only grow."""
+    places, key = range(answer.start, answer.end), functools.partial(sequence_of, answer)
+    return answer.start + bisect.bisect_right(places, number, key=key)
 
-    So that there is something to poll, the upstream is then asked for a stream.
-    """
-    stream = body.fields.get("stream") is True
-    background = body.fields.get("background") is True
-    if "background" in body.fields:
-        body.change("background", None)
-    if background and not stream:
-        body.change("stream", True)
-    previous = body.fields.get("previous_response_id") or ""
-    if ours := re.fullmatch(r"(.+)\.[0-9a-f]{32}", previous):
-        body.change("previous_response_id", ours[1])
-    return Question(
-        api, body.raw(), stream or background, body.model, headers,
-        background=background, polled=background and not stream, previous=previous,
-    )  # fmt: skip
+
+def split_message(whole: JSON) -> Iterator[JSON]:
+    """Each block whole; of its text, one delta."""
+    yield {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
+    for n, block in enumerate(whole["content"]):
+        begun = {**block, "text": ""} if "text" in block else block
+        delta = {"type": "text_delta", "text": block.get("text", "")}
+        yield {"type": "content_block_start", "index": n, "content_block": begun}
+        yield {"type": "content_block_delta", "index": n, "delta": delta}
+        yield {"type": "content_block_stop", "index": n}
+    end = {name: whole.get(name) for name in ("stop_reason", "stop_sequence")}
+    yield {"type": "message_delta", "delta": end, "usage": whole.get("usage") or {}}
+    yield {"type": "message_stop"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3397,38 +3199,49 @@ class Api:
 
     path: str  # below the base URL of the upstream
     says: str  # the field of a whole answer that has what it says
-    take: Callable[[Relay, str, str, JSON], None]  # an event
-    closing: Callable[[Answer, Problem | None], list[Event]]  # our last events
-    split: Callable[[JSON], list[JSON]]  # JSON where a stream was wanted
+    split: Callable[[JSON], Iterable[JSON]]  # JSON where a stream was wanted
+    take: Callable[[Relay, JSON, str, str], None] = take_as_is  # an event
     ask: Callable[[Api, JsonBody, dict[str, str]], Question] = ask_as_is
-    keep: Callable[[Relay, str, JSON], tuple[str, str]] = keep_as_is  # a whole answer
+    keep: Callable[[JSON], JSON] | None = None  # a whole answer; else as it came
     whole: Callable[[Answer], str] = lambda answer: answer[answer.start].data
+    fail: Callable[[Answer, Problem, int], Event] | None = None  # after the error
+    ends: frozenset[str] = frozenset()  # names of the events that end it
+    speaks: str = ""  # how the names of events end that have a word
+    error_has: tuple[str, ...] = ()  # empty texts
     adds_done: bool = False  # `data: [DONE]` is its end, and ours
     has_messages: bool = False
 
+    def closing(self, answer: Answer, problem: Problem | None) -> list[Event]:
+        """Our last events: the end, or an error in the one form that makes every SDK raise."""
+        if problem is None:
+            return [Event("[DONE]")] if self.adds_done else []
+        number = sequence_of(answer, answer.end - 1) + 1 if answer.end > answer.start else 0
+        error = {
+            "type": "error", "sequence_number": number, **dict.fromkeys(self.error_has, ""),
+            "error": {**problem.error, "type": problem.type},
+        }  # fmt: skip
+        last = [self.fail(answer, problem, number + 1)] if self.fail else []
+        return [Event(to_json(error), "error"), *last]
 
-CHAT = Api("/chat/completions", "choices", take_chat, close_chat, split_chat,
-           adds_done=True, has_messages=True)  # fmt: skip
-CHAT_PAGE = dataclasses.replace(
-    CHAT, take=take_chat_page, closing=functools.partial(close_chat, content=""), ask=ask_for_page
-)
-COMPLETIONS = Api("/completions", "choices", take_chat, close_chat, split_completion,
-                  adds_done=True)  # fmt: skip
-RESPONSES = Api("/responses", "output", take_response, close_response, split_response,
-                ask_for_response, keep_response,
-                lambda answer: to_json(response_now(answer)))  # fmt: skip
-MESSAGES = Api("/messages", "content", take_message, close_message, split_message,
-               has_messages=True)  # fmt: skip
+
+CHAT = Api("/chat/completions", "choices", split_chat, adds_done=True, has_messages=True)
+CHAT_PAGE = dataclasses.replace(CHAT, take=take_for_page, ask=ask_for_page, error_has=("content",))
+COMPLETIONS = Api("/completions", "choices", lambda whole: [whole], adds_done=True)
+RESPONSES = Api("/responses", "output", response_events, take_response, ask_for_response,
+                keep_response, lambda answer: to_json(response_now(answer)), fail_response,
+                RESPONSE_ENDS, ".delta")  # fmt: skip
+MESSAGES = Api("/messages", "content", split_message, ends=frozenset({"message_stop"}),
+               speaks="_block_delta", has_messages=True)  # fmt: skip
 
 
 # ─── The upstream ────────────────────────────────────────────────────────────────────
 # Asked by h11's client side on wires of our own. There is one way to read a body: plain or
 # TLS, chunked or not.
 
-CONNECT_TIMEOUT, CONNECT_TRIES = 5, 3
+CONNECT_TIMEOUT = 5
 # Before the upstream's own limit, often 5 s: fewer questions meet its goodbye.
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
-MODELS_TIMEOUT, MODELS_KEPT, MODELS_BYTES = 10, 10, 4 * MiB
+MODELS_TIMEOUT, MODELS_KEPT = 10, 10
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
 INTAKE_REST = 0.001  # seconds, after a pass
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
@@ -3440,7 +3253,9 @@ PASSED_BACK = re.compile(
     "(x-|anthropic-)ratelimit-.*"
 )
 LIKE_A_STREAM = re.compile(rb"(\xef\xbb\xbf)?\s*(data|event|id|retry)?:")
+NOT_JSON = re.compile(rb"(\xef\xbb\xbf)?+\s*+[^\s{\[]")
 CUT = (trio.BrokenResourceError, OSError, h11.RemoteProtocolError)  # of an exchange
+Headers = dict[str, str]
 
 
 def passed_headers(request: Request, token: str) -> dict[str, str]:
@@ -3453,106 +3268,121 @@ def passed_headers(request: Request, token: str) -> dict[str, str]:
 
 
 class Exchange:
-    """One request to an upstream and its response. Raises what stands in CUT."""
+    """One request to an upstream and its response. Raises what stands in CUT.
 
-    def __init__(self, wire: Wire, on_bytes: Callable[[], None] = lambda: None) -> None:
+    h11 reads the head, and answers for the lengths in it. The body is read here (RFC 9112,
+    sections 6.3 and 7.1), because a token is a chunk, and h11 makes several objects of one.
+    Bytes are life: where there is patience, any of them moves the limit.
+    """
+
+    # The line end behind a chunk is read with what follows it. The first one is lent one.
+    SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n")
+    LAST = re.compile(rb"\r\n0+[ \t]*(?:;.*)?(?:\r\n[!#-'*+\-.0-9A-Z^-z|~]+:.*)*\r\n\r\n")
+
+    def __init__(self, wire: Wire, limit: trio.CancelScope, patience: float = 0) -> None:
         self.wire = wire
-        self.on_bytes = on_bytes
-        self.conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=64 * KiB)
-        self.heard = False  # a byte of a response
+        self.limit = limit
+        self.patience = patience  # seconds
+        self.heard = False  # a byte of the response
         self.status = 0
-        self.headers: dict[str, str] = {}
-        self.done = False  # the body has been read to its end
-        self.broken: Exception | None = None  # raised after what came before it
-        self.coded = self.decodes = False  # it is compressed, though we ask for none
-        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        self.headers: Headers = {}
+        self.secrets: list[str] = []  # sent, and never to come back
+        # The body
+        self.room: float = WHOLE_BYTES  # for so much of it
+        self.chunked = False
+        self.left = 0  # bytes, of a chunk or of all
+        self.rest = b""  # what waits for more, or follows the body
+        self.done = False
+        self.reusable = False  # the connection, when it is done
+        self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
         """Send it, and read the head of the response."""
+        self.secrets = [headers[n].removeprefix("Bearer ") for n in CREDENTIALS if n in headers]
+        conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=64 * KiB)
         request = h11.Request(method=method, target=target, headers=[*headers.items()])
-        events = [request, *([h11.Data(body)] if body else []), h11.EndOfMessage()]
         try:
-            await self.wire.send(b"".join(self.conn.send(event) or b"" for event in events))
+            await self.wire.send(conn.send(request) + body)
         except trio.BrokenResourceError:
             if self.wire.stuck:
                 raise
             # An upstream that refuses a long question may hang up before it is read.
-        while not isinstance(event := self.conn.next_event(), h11.Response):
-            if event is h11.NEED_DATA:
-                self.receive(await self.wire.receive())
-            elif not isinstance(event, h11.InformationalResponse):
-                raise trio.BrokenResourceError("it was closed without an answer")
-        self.status, self.headers = event.status_code, fold_headers(event.headers)
-        coding = self.headers.get("content-encoding", "identity").lower()
-        self.coded = coding not in ("identity", "")
-        self.decodes = coding in ("gzip", "x-gzip", "deflate")
+        while not isinstance(head := conn.next_event(), h11.Response):
+            if head is h11.NEED_DATA:
+                conn.receive_data(self.hear(await self.wire.receive()))
+        self.begin(head, conn.trailing_data[0])
 
-    def receive(self, data: bytes) -> None:
+    def begin(self, head: h11.Response, body: bytes) -> None:
+        self.status, self.headers = head.status_code, fold_headers(head.headers)
+        if self.status not in (204, 304):
+            self.chunked = "transfer-encoding" in self.headers
+            self.left = 0 if self.chunked else int(self.headers.get("content-length", sys.maxsize))
+        self.rest = b"\r\n" + body if self.chunked else body
+        self.done = not (self.chunked or self.left)
+        close = "close" in self.headers.get("connection", "").lower()
+        self.reusable = head.http_version > b"1.0" and not close
+
+    def hear(self, data: bytes) -> bytes:
         self.heard = self.heard or bool(data)
-        self.on_bytes()
-        self.conn.receive_data(data)
-
-    def pieces(self) -> bytes:
-        """What has come of the body since the last call; `done` if that was all.
-
-        A body that is cut, or is not what it says, raises; if something good came before
-        that, the exception stands in `broken` instead.
-        """
-        found = []
-        try:
-            while not self.done:
-                event = self.conn.next_event()
-                if isinstance(event, h11.Data):
-                    found.append(bytes(event.data))
-                elif isinstance(event, h11.EndOfMessage):
-                    self.done = True
-                else:
-                    break
-        except h11.RemoteProtocolError as error:
-            if not found:
-                raise
-            self.broken = error
-        data = b"".join(found)
-        return self._decode(data) if self.coded else data
-
-    def _decode(self, data: bytes) -> bytes:
-        """gzip, also in several members (RFC 1952, section 2.2). Raises Problem."""
-        plain = b""
-        while data and self.decodes:
-            try:
-                plain += self._decoder.decompress(data, WHOLE_BYTES)
-            except zlib.error:
-                raise upstream_problem("the upstream sent what is not gzip") from None
-            if self._decoder.unconsumed_tail:
-                raise upstream_problem("the upstream sent too much, compressed")
-            data = self._decoder.unused_data
-            if self._decoder.eof:
-                self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        if data:
-            raise upstream_problem("the upstream compresses in a way that nobody asked for")
-        return plain
-
-    async def more(self) -> bytes:
-        """The next bytes of the body, awaited; b"" at its end."""
-        if self.broken:
-            raise self.broken
-        while not (data := self.pieces()) and not self.done:
-            self.receive(await self.wire.receive())
+        late = trio.current_time() + self.patience
+        if late > self.limit.deadline + min(1, self.patience / 10):  # moving it costs
+            self.limit.deadline = late
         return data
 
-    async def read(self, limit: int, begun: bytes = b"") -> bytes:
-        """A whole body. Raises Problem if it is larger than `limit` bytes."""
-        body = bytearray(begun)
-        while data := await self.more():
-            body += data
-            if len(body) > limit:
-                raise upstream_problem(f"the upstream sent more than {limit / MiB:g} MiB")
-        return bytes(body)
+    def read_now(self, take: Callable[[bytes], None]) -> None:
+        """What has come of the body."""
+        data = self.wire.receive_now()
+        self.feed(b"" if data is None else self.hear(data), take)
+        if data == b"" and not self.done:
+            if self.chunked or "content-length" in self.headers:
+                raise h11.RemoteProtocolError("the body is cut")
+            self.done, self.reusable = True, False
 
-    def passed_back(self, secrets: Iterable[str]) -> dict[str, str]:
+    def feed(self, data: bytes, take: Callable[[bytes], None]) -> None:
+        """`take` gets what these bytes carry, also where this raises because they go wrong."""
+        data, at, size = self.rest + data, self.left, None
+        pieces = [data[:at]]
+        while self.chunked and (size := self.SIZE.match(data, at)) and (more := int(size[1], 16)):
+            at = size.end() + more
+            pieces.append(data[size.end() : at])
+        self.left, self.rest = max(0, at - len(data)), data[at:]
+        if last := size and self.LAST.match(self.rest):
+            self.rest = self.rest[last.end() :]
+        self.done = bool(last) or not (self.chunked or self.left)
+        if payload := b"".join(pieces):
+            payload = self.decode(payload) if "content-encoding" in self.headers else payload
+            self.room -= len(payload)
+            if self.room < 0:
+                raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
+            take(payload)
+        whole = b"\r\n\r\n" if size else b"\r\n"  # then more of it will not make it good
+        if not self.done and (whole in self.rest[2:] or len(self.rest) > HEAD_BYTES):
+            raise h11.RemoteProtocolError("the framing of the body is broken")
+
+    def decode(self, data: bytes) -> bytes:
+        """gzip, though we ask for none, also in several members (RFC 1952, section 2.2)."""
+        coding = self.headers["content-encoding"].lower()
+        if coding in ("identity", ""):
+            return data
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            raise upstream_problem("the upstream compresses in a way that nobody asked for")
+        plain = b""
+        while data:
+            try:
+                plain += self.unzip.decompress(data, WHOLE_BYTES)
+            except zlib.error:
+                raise upstream_problem("the upstream sent what is not gzip") from None
+            if self.unzip.unconsumed_tail:
+                raise upstream_problem("the upstream sent too much, compressed")
+            data = self.unzip.unused_data
+            if self.unzip.eof:
+                self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        return plain
+
+    def passed_back(self) -> Headers:
         """What of its headers goes on to the client."""
         headers = self.headers.items()
-        return {k: hide(v, secrets) for k, v in headers if PASSED_BACK.fullmatch(k)}
+        return {k: hide(v, self.secrets) for k, v in headers if PASSED_BACK.fullmatch(k)}
 
 
 class Intake:
@@ -3562,94 +3392,64 @@ class Intake:
     pass, and the next one finds many. A token that comes alone, after the rest, waits for
     nobody.
 
-    Linux's selector (epoll) is itself a file that can be waited for, so Trio waits for this
-    one only. Where there is none, each upstream has a task that reads it.
+    Linux's epoll is itself a file that can be waited for, so Trio waits for this one only.
+    Where there is none, each upstream has a task that reads it.
     """
 
     def __init__(self) -> None:
-        epoll = getattr(selectors, "EpollSelector", None)
-        self._selector = epoll() if epoll else None
+        epoll = getattr(select, "epoll", None)
+        self._epoll = epoll() if epoll else None
+        self._readers: dict[int, Callable[[], None]] = {}  # by file descriptor
 
     async def run(self) -> None:
-        while self._selector:
-            await trio.lowlevel.wait_readable(self._selector.fileno())
-            turn, ready = Turn(), self._selector.select(0)
-            for key, _ in ready:
+        while self._epoll:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            turn = Turn()
+            for fd, _ in self._epoll.poll(0):
                 await turn.pause()
-                if self._selector.get_map().get(key.fd) is key:  # still
-                    key.data()
+                if read_now := self._readers.get(fd):  # still
+                    read_now()
             await trio.sleep(INTAKE_REST)
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
-        """The rest of a body, to its end. Raises what `take` and the exchange raise."""
-        sock, ended, failed = exchange.wire.socket, trio.Event(), list[Exception]()
+        """A body, to its end. Raises what `take` and the exchange raise."""
+        exchange.feed(b"", take)  # what came with the head
+        if exchange.done:
+            return
+        fd, ended, failed = exchange.wire.socket.fileno(), trio.Event(), list[Exception]()
 
         def read_now() -> None:
-            """What has come. Raises nothing, because the intake serves everyone."""
+            """Raises nothing, because the intake serves everyone."""
             try:
-                if (data := exchange.wire.receive_now()) is not None:
-                    exchange.receive(data)
-                    take_pieces()
+                if not ended.is_set():
+                    exchange.read_now(take)
             except Exception as error:
                 failed.append(error)
+            if failed or exchange.done:
                 ended.set()
 
-        def take_pieces() -> None:
-            if data := exchange.pieces():
-                take(data)
-            if exchange.broken:
-                raise exchange.broken
-            if exchange.done:
-                ended.set()
-
-        take_pieces()  # of what came with the head
-        if self._selector is None:
-            while not ended.is_set():
-                await trio.lowlevel.wait_readable(sock)
-                read_now()
-        elif not ended.is_set():
-            self._selector.register(sock, selectors.EVENT_READ, read_now)
+        if self._epoll:
+            self._readers[fd] = read_now
+            self._epoll.register(fd, select.EPOLLIN)
             try:
                 await ended.wait()
             finally:
-                self._selector.unregister(sock)
+                self._epoll.unregister(fd)
+                del self._readers[fd]
+        while not ended.is_set():
+            await trio.lowlevel.wait_readable(fd)
+            read_now()
         if failed:
             raise failed[0]
 
 
-class SharedCall:
-    """One call for everyone who wants the same at the same time."""
+@dataclasses.dataclass
+class ModelList:
+    """The upstream's models, as everyone with the same key is shown them."""
 
-    def __init__(self) -> None:
-        self.waiting = 0
-        self.scope = trio.CancelScope()
-        self.ended = trio.Event()
-        self.stale_at = inf
-        self.result: Reply | Problem = upstream_problem("nobody waited for this")
-
-    async def run(self, call: Callable[[], Awaitable[Reply]]) -> None:
-        with self.scope:
-            try:
-                self.result = await call()
-            except Problem as problem:
-                self.result = problem
-        kept = 0 if isinstance(self.result, Problem) else MODELS_KEPT
-        self.stale_at = trio.current_time() + kept
-        self.ended.set()
-
-    async def wait(self) -> Reply:
-        """Its result. When nobody waits any more, it is given up."""
-        self.waiting += 1
-        try:
-            await self.ended.wait()
-        finally:
-            self.waiting -= 1
-            if not self.waiting and not self.ended.is_set():
-                self.stale_at = -inf
-                self.scope.cancel()
-        if isinstance(self.result, Problem):
-            raise self.result.with_traceback(None)
-        return self.result
+    lock: trio.Lock = dataclasses.field(default_factory=trio.Lock)
+    reply: Reply | Problem = dataclasses.field(init=False)
+    fresh_until: float = -inf
 
 
 class Upstream(Model):
@@ -3660,24 +3460,25 @@ class Upstream(Model):
         self.answers = answers
         self.metrics = metrics
         # Where it is
-        parts = urlsplit(settings.upstream)
-        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self.host, self.netloc = parts.hostname or "", parts.netloc
-        self.port = parts.port or (443 if self.tls else 80)
-        self.base, self.query = parts.path.rstrip("/"), parts.query
+        self.url = urlsplit(settings.upstream)
+        self.tls = ssl.create_default_context() if self.url.scheme == "https" else None
         self.proxy = urlsplit(settings.proxy) if settings.proxy else None
+        self.proxy_login: Headers = {}
+        if self.proxy and self.proxy.username:
+            pair = f"{unquote(self.proxy.username)}:{unquote(self.proxy.password or '')}"
+            login = base64.b64encode(pair.encode()).decode()
+            self.proxy_login["proxy-authorization"] = f"Basic {login}"
+        # A proxy for plain HTTP is asked for the whole URL (RFC 9112, section 3.2.2).
+        whole = self.proxy and not self.tls
+        self.base = (f"http://{self.url.netloc}" if whole else "") + self.url.path.rstrip("/")
+        self.query = f"?{self.url.query}" if self.url.query else ""
         # What goes on
         self.intake = Intake()
-        self.idle: deque[tuple[Wire, float]] = deque()  # kept, and since when
-        self.calls: OrderedDict[str, SharedCall] = OrderedDict()
-        self.nursery: trio.Nursery
+        self.idle: list[tuple[Wire, float]] = []  # kept, and since when
+        self.lists: dict[str, ModelList] = {}  # by key
 
     async def run(self) -> None:
-        async with trio.open_nursery() as self.nursery:
-            self.nursery.start_soon(self.intake.run)
-            while True:
-                await trio.sleep(1)
-                self.close_idle()
+        await self.intake.run()
 
     # ── answers ──
 
@@ -3689,135 +3490,96 @@ class Upstream(Model):
         return model or (pinned[0] if pinned else "")
 
     async def write(self, answer: Answer) -> None:
-        """Ask, and pass on what comes. Bytes are life: any of them moves the limit."""
-        patience, begun = self.settings.patience, False
-        try:
-            with trio.fail_after(patience) as limit:
-
-                def alive() -> None:
-                    late = trio.current_time() + patience
-                    if late > limit.deadline + min(1, patience / 10):  # moving it costs
-                        limit.deadline = late
-
-                exchange = await self.ask_question(answer.question, alive)
-                begun = True
-                self.answers.drop_question(answer)
-                try:
-                    await self.relay(answer, exchange, limit)
-                finally:
-                    self.release(exchange)
-        except (*CUT, trio.TooSlowError, Problem) as error:
-            problem = self.as_problem(error, f"for {patience:g} s (see --patience)")
-            if begun:  # an SDK would ask again, twice, and pay for it
-                problem.headers["x-should-retry"] = "false"
-            raise problem from None
-
-    def as_problem(self, error: Exception, how_long: str) -> Problem:
-        if isinstance(error, Problem):
-            return error.with_traceback(None)
-        if isinstance(error, trio.TooSlowError):
-            return upstream_problem(f"the upstream said nothing {how_long}", 504, "timeout")
-        broke = "the connection to the upstream broke in mid-answer"
-        return upstream_problem(broke, code="connection_cut")
-
-    async def ask_question(self, question: Question, alive: Callable[[], None]) -> Exchange:
+        question = answer.question
         if not question.model:
             body = JsonBody(question.body)
             body.choose(await self.first_model(question.headers))
             question.body, question.model = body.raw(), body.model
-        path, headers = question.api.path, question.headers
-        return await self.ask("POST", path, headers, question.body, alive)
+            del body  # which may be long, and the answer takes its time
+        async with self.asking(question.api.path, question.headers, question.body) as exchange:
+            self.answers.drop_question(answer)
+            await self.relay(answer, exchange)
 
-    async def relay(self, answer: Answer, exchange: Exchange, limit: trio.CancelScope) -> None:
+    async def relay(self, answer: Answer, exchange: Exchange) -> None:
         """Everything that a willing upstream says. Its first bytes tell what it is."""
-        secrets = self.secrets(answer.question.headers)
-        answer.headers = exchange.passed_back(secrets)
-        relay = Relay(answer, self.metrics, secrets)
+        question, answer.headers = answer.question, exchange.passed_back()
+        relay, parser = Relay(answer, self.metrics, exchange.secrets), SSEParser(EVENT_BYTES)
         kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
-        polled = answer.question.polled  # then a name is what it is answered with
-        if (kind == "text/event-stream") == answer.question.stream and not polled:
-            answer.accepted.set()
-        first = b""
-        while not first.strip() and not exchange.done:
-            first += await exchange.more()
-        is_json = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
-        streams = kind == "text/event-stream" or LIKE_A_STREAM.match(first)
-        if streams and not is_json:
-            if not answer.question.stream:
-                raise upstream_problem("the upstream sent a stream where none was asked for")
-            return await self.relay_stream(relay, exchange, first, limit)
-        body = await exchange.read(WHOLE_BYTES, first)
-        if kind == "text/html" or not (is_json or kind == "application/json"):
-            raise upstream_problem(f"the upstream sent {kind or 'nothing'!r}, not an answer")
-        relay.take_whole(body.decode("utf-8-sig", errors="replace"))
-
-    async def relay_stream(
-        self, relay: Relay, exchange: Exchange, first: bytes, limit: trio.CancelScope
-    ) -> None:
-        parser = SSEParser(EVENT_BYTES)
+        begins = NOT_JSON if kind == "text/event-stream" else LIKE_A_STREAM
+        if question.stream == (begins is NOT_JSON) and not question.polled:
+            answer.accepted.set()  # a polled one is answered when its response has a name
+        first, streams = bytearray(), False
 
         def take(data: bytes) -> None:
+            nonlocal streams
+            if not streams:
+                first.extend(data)
+                if not begins.match(first):
+                    return
+                if not question.stream:
+                    raise upstream_problem("the upstream sent a stream where none was asked for")
+                streams, data, exchange.room = True, bytes(first), inf
             for event in parser.feed(data):
                 relay.take(event)
-            if relay.answer.closed:
-                # Read on to the end, to keep the connection for the next question. Should
-                # that come too late, the answer is none the worse for it.
-                limit.deadline = min(limit.deadline, trio.current_time() + 1)
+            if answer.closed and exchange.patience:  # read on, so that the connection is kept
+                exchange.patience, exchange.limit.deadline = 0, trio.current_time() + 1
 
         try:
-            take(first)
             await self.intake.read(exchange, take)
         except ValueError as error:
             raise upstream_problem(f"the upstream sent {error}") from None
-        if parser.unfinished().strip() == "[DONE]":
-            relay.take(ServerSentEvent("[DONE]", "message"))
-        relay.end()
+        if streams or not first.strip():
+            if parser.unfinished().strip() == "[DONE]":
+                relay.take(ServerSentEvent("[DONE]", "message"))
+            relay.end()
+        elif kind == "text/html" or (kind != "application/json" and NOT_JSON.match(first)):
+            raise upstream_problem(f"the upstream sent {kind or 'nothing'!r}, not an answer")
+        else:
+            relay.take_whole(first.decode("utf-8-sig", errors="replace"))
 
     # ── short requests ──
 
-    async def short(
-        self, method: str, path: str, headers: dict[str, str], body: bytes = b""
-    ) -> Reply:
+    async def short(self, path: str, headers: Headers, body: bytes = b"") -> Reply:
         """A request that is answered at once, and its answer as it came."""
-        try:
-            with trio.fail_after(self.settings.patience if body else MODELS_TIMEOUT):
-                exchange = await self.ask(method, path, headers, body)
-                try:
-                    read = await exchange.read(WHOLE_BYTES if body else MODELS_BYTES)
-                finally:
-                    self.release(exchange)
-        except (*CUT, trio.TooSlowError) as error:
-            raise self.as_problem(error, "in time") from None
-        return Reply(read.decode(errors="replace"), exchange.passed_back(self.secrets(headers)))
+        read = bytearray()
+        async with self.asking(path, headers, body) as exchange:
+            await self.intake.read(exchange, read.extend)
+        return Reply(read.decode(errors="replace"), exchange.passed_back())
 
-    async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
+    async def post(self, path: str, headers: Headers, body: JsonBody) -> Reply:
         if path != "/embeddings":
             body.choose(self.choose(body.model))
-        return await self.short("POST", path, headers, body.raw())
+        return await self.short(path, headers, body.raw())
 
-    async def models(self, headers: dict[str, str]) -> Reply:
+    async def models(self, headers: Headers) -> Reply:
         """The list of models: the pinned ones, or the upstream's as it came.
 
-        It is asked once for everyone with the same key, and kept for a moment.
+        It is asked once for everyone with the same key, and kept for a moment; a failure is
+        told to those who wait for it.
         """
         if self.settings.model:
             return list_models(self.settings.model)
-        key = to_json([headers.get(name) for name in CREDENTIALS])
-        call = self.calls.get(key)
-        if call is None or call.stale_at <= trio.current_time():
-            call = self.calls[key] = SharedCall()
-            ask = functools.partial(self.short, "GET", "/models", headers)
-            self.nursery.start_soon(call.run, ask)
-            while len(self.calls) > 32:
-                self.calls.popitem(last=False)
-        return await call.wait()
+        began, key = trio.current_time(), to_json([headers.get(name) for name in CREDENTIALS])
+        shown = self.lists.setdefault(key, ModelList())
+        if len(self.lists) > 32:
+            del self.lists[next(iter(self.lists))]
+        async with shown.lock:
+            if shown.fresh_until < began:
+                try:
+                    shown.reply, kept = await self.short("/models", headers), MODELS_KEPT
+                except Problem as problem:
+                    shown.reply, kept = problem, 0
+                shown.fresh_until = trio.current_time() + kept
+        if isinstance(shown.reply, Problem):
+            raise shown.reply.with_traceback(None)
+        return shown.reply
 
-    async def model(self, name: str, headers: dict[str, str]) -> Reply:
+    async def model(self, name: str, headers: Headers) -> Reply:
         if not self.settings.model:
-            return await self.short("GET", f"/models/{quote(name)}", headers)
+            return await self.short(f"/models/{quote(name)}", headers)
         return Reply(to_json(model_object(self.choose(name))))
 
-    async def first_model(self, headers: dict[str, str]) -> str:
+    async def first_model(self, headers: Headers) -> str:
         """The model to ask, where nobody named one."""
         try:
             return str(from_json((await self.models(headers)).body)["data"][0]["id"])
@@ -3827,65 +3589,65 @@ class Upstream(Model):
 
     # ── requests and connections ──
 
-    def secrets(self, headers: Mapping[str, str]) -> list[str]:
-        """What must never come back: the key that is sent."""
-        if self.settings.api_key:
-            return [self.settings.api_key]
-        return [headers[n].removeprefix("Bearer ") for n in CREDENTIALS if n in headers]
+    @contextlib.asynccontextmanager
+    async def asking(self, path: str, passed: Headers, body: bytes) -> AsyncIterator[Exchange]:
+        """Ask, and have a response that is a 2xx. Raises Problem, whatever goes wrong."""
+        method, patience = ("POST", self.settings.patience) if body else ("GET", MODELS_TIMEOUT)
+        begun = False
+        try:
+            with trio.fail_after(patience) as limit, contextlib.ExitStack() as stack:
+                headers = self.headers(path, passed, body)
+                # A question that meets the goodbye of a kept connection, with not one byte of a
+                # response, is asked once more on a fresh one, as curl and browsers do.
+                for kept in (self.kept_wire(), None):
+                    wire = kept or await self.connect()
+                    exchange = Exchange(wire, limit, patience if body else 0)
+                    try:
+                        await exchange.ask(method, self.base + path + self.query, headers, body)
+                        break
+                    except BaseException as error:
+                        wire.close()
+                        if kept is None or exchange.heard or not isinstance(error, CUT):
+                            raise
+                stack.callback(self.release, exchange)
+                if exchange.status // 100 != 2:
+                    raise await self.refusal(exchange)
+                begun = True
+                del body  # it may be long, and the answer takes its time
+                yield exchange
+            return
+        except Problem as error:
+            problem = error.with_traceback(None)
+        except trio.TooSlowError:
+            silent = f"the upstream said nothing for {patience:g} s"
+            problem = upstream_problem(silent, 504, "timeout")
+        except CUT:
+            broke = "the connection to the upstream broke in mid-answer"
+            problem = upstream_problem(broke, code="connection_cut")
+        if begun:  # an SDK would ask again, twice, and pay for it
+            problem.headers["x-should-retry"] = "false"
+        raise problem
 
-    def headers(self, path: str, passed: Mapping[str, str], body: bytes) -> dict[str, str]:
-        headers = {
-            "host": self.netloc,
-            "user-agent": "chatstream",
-            "accept": "*/*",
-            "accept-encoding": "identity",  # nothing between us and the next token
-            **passed,
-        }
+    def headers(self, path: str, passed: Headers, body: bytes) -> Headers:
+        """The server's key, if it has one, goes in place of the client's."""
+        headers = {"host": self.url.netloc, "user-agent": "chatstream", "accept": "*/*"}
+        headers["accept-encoding"] = "identity"  # nothing between us and the next token
         if body:
-            headers["content-type"] = "application/json"
-            headers["content-length"] = str(len(body))
-        if key := self.settings.api_key:
-            headers = {k: v for k, v in headers.items() if k not in CREDENTIALS}
-            headers["authorization"] = f"Bearer {key}"
-            if path.startswith("/messages"):
-                headers["x-api-key"] = key
-            if self.query:  # Azure's way
-                headers["api-key"] = key
+            headers |= {"content-type": "application/json", "content-length": str(len(body))}
+        if not self.tls:
+            headers |= self.proxy_login
+        key = self.settings.api_key
+        if not key:
+            return headers | passed
+        headers |= {k: v for k, v in passed.items() if k not in CREDENTIALS}
+        headers["authorization"] = f"Bearer {key}"
+        if path.startswith("/messages"):
+            headers["x-api-key"] = key
+        if self.query:  # Azure's way
+            headers["api-key"] = key
         return headers
 
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        passed: Mapping[str, str],
-        body: bytes,
-        alive: Callable[[], None] = lambda: None,
-    ) -> Exchange:
-        """Send a request; return its response if that is a 2xx. Raises Problem.
-
-        A question that meets the goodbye of a kept connection, with not one byte of a
-        response, is asked once more on a fresh one, as curl and browsers do.
-        """
-        headers = self.headers(path, passed, body)
-        target = self.base + path + (f"?{self.query}" if self.query else "")
-        if self.proxy and not self.tls:
-            target = f"http://{self.netloc}{target}"
-            headers |= self.proxy_login()
-        wire = self.kept_wire()
-        while True:
-            exchange = Exchange(wire or await self.connect(), alive)
-            try:
-                await exchange.ask(method, target, headers, body)
-                if exchange.status // 100 == 2:
-                    return exchange
-                raise await self.refusal(exchange, self.secrets(passed))
-            except BaseException as error:
-                self.release(exchange)
-                if wire is None or exchange.heard or not isinstance(error, CUT):
-                    raise
-                wire = None
-
-    async def refusal(self, exchange: Exchange, secrets: list[str]) -> Problem:
+    async def refusal(self, exchange: Exchange) -> Problem:
         """The upstream's status is the client's, if it says no and says it clearly."""
         status = exchange.status
         if status in (401, 403) and self.settings.api_key:
@@ -3893,75 +3655,68 @@ class Upstream(Model):
             return upstream_problem(refused, code="server_key_refused")
         if status // 100 == 3:
             return upstream_problem("the upstream redirects, and the key goes nowhere else")
-        body = b""
+        body, exchange.room = bytearray(), WORDS_BYTES
         with contextlib.suppress(Problem, *CUT), trio.move_on_after(5):
-            body = await exchange.read(WORDS_BYTES)
+            await self.intake.read(exchange, body.extend)
         try:
-            said = from_json(body)
+            said = from_json(bytes(body))
         except ValueError:
             said = body.decode(errors="replace")
-        problem = reason_given(status if 400 <= status < 600 else 502, said, secrets)
-        problem.headers = exchange.passed_back(secrets)
+        status = status if 400 <= status < 600 else 502
+        problem = reason_given(status, said, exchange.secrets)
+        problem.headers = exchange.passed_back()
         return problem
-
-    def close_idle(self) -> None:
-        old = trio.current_time() - IDLE_WIRE_KEPT
-        while self.idle and self.idle[0][1] < old:
-            self.idle.popleft()[0].close()
-
-    def kept_wire(self) -> Wire | None:
-        self.close_idle()
-        while self.idle:
-            wire, _ = self.idle.pop()
-            with contextlib.suppress(OSError):
-                if wire.receive_now() is None:  # it has not said goodbye
-                    return wire
-            wire.close()
-        return None
 
     def release(self, exchange: Exchange) -> None:
         """Keep the connection for the next question, or tell the model to stop."""
-        conn = exchange.conn
-        reusable = exchange.done and conn.our_state is conn.their_state is h11.DONE
-        if reusable and len(self.idle) < IDLE_WIRES:
+        clean = exchange.reusable and exchange.done and not exchange.rest
+        if clean and len(self.idle) < IDLE_WIRES:
             self.idle.append((exchange.wire, trio.current_time()))
         else:
             exchange.wire.close()
 
+    def kept_wire(self) -> Wire | None:
+        """The last one kept, if it has not said goodbye. Those that are too old are closed."""
+        while self.idle:
+            wire, since = self.idle.pop()
+            with contextlib.suppress(OSError):
+                if since > trio.current_time() - IDLE_WIRE_KEPT and wire.receive_now() is None:
+                    return wire
+            wire.close()
+        return None
+
     async def connect(self) -> Wire:
         """Tried again: nothing can have been sent yet. Raises Problem."""
-        error: Exception | None = None
         with trio.move_on_after(CONNECT_TIMEOUT):
-            for n in range(CONNECT_TRIES):
-                if n:
-                    await trio.sleep(0.2)
+            for tries_left in (2, 1, 0):
                 try:
                     return await self.connect_once()
-                except CUT as failure:
-                    error = failure
-        if error is None:
-            raise upstream_problem("the upstream could not be reached in time", 504, "timeout")
-        way = " by way of its proxy" if self.proxy else ""
-        raise upstream_problem(f"the upstream cannot be reached{way}: {unreachable(error)}")
+                except CUT as error:
+                    if not tries_left:
+                        way = " by way of its proxy" if self.proxy else ""
+                        reason = f"the upstream cannot be reached{way}: {unreachable(error)}"
+                        raise upstream_problem(reason) from None
+                await trio.sleep(0.2)
+        raise upstream_problem("the upstream could not be reached in time", 504, "timeout")
 
     async def connect_once(self) -> Wire:
-        host, port = self.host, self.port
-        if self.proxy:
-            host, port = self.proxy.hostname or "", self.proxy.port or 80
-        stream = await trio.open_tcp_stream(host, port)
+        to = self.proxy or self.url
+        port = to.port or (443 if to.scheme == "https" else 80)
+        stream = await trio.open_tcp_stream(to.hostname or "", port)
         sock = socket.socket(fileno=stream.socket.detach())
         sock.setblocking(False)
         watch_for_life(sock, VANISHED_TIMEOUT)
         wire = Wire(sock)
         try:
-            if self.tls and self.proxy:
+            if self.proxy and self.tls:
                 await self.tunnel(wire)
             if self.tls:
-                secure = self.tls.wrap_socket(
-                    sock, server_hostname=self.host, do_handshake_on_connect=False
+                name = self.url.hostname
+                sock = self.tls.wrap_socket(
+                    sock, server_hostname=name, do_handshake_on_connect=False
                 )
-                wire = Wire(secure)
-                await wire.when_ready(secure.do_handshake)
+                wire = Wire(sock)
+                await shake_tls(sock)
         except BaseException:
             wire.close()
             raise
@@ -3969,36 +3724,24 @@ class Upstream(Model):
 
     async def tunnel(self, wire: Wire) -> None:
         """CONNECT (RFC 9110, section 9.3.6): what follows is between us and the host."""
-        target = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        exchange = Exchange(wire)
+        target = self.url.netloc if self.url.port else f"{self.url.netloc}:443"
+        exchange = Exchange(wire, trio.CancelScope())
         with contextlib.suppress(*CUT):
-            await exchange.ask("CONNECT", target, {"host": target, **self.proxy_login()}, b"")
+            await exchange.ask("CONNECT", target, {"host": target, **self.proxy_login}, b"")
         if exchange.status // 100 != 2:
             said = exchange.status or "what is not HTTP"
             raise upstream_problem(f"the proxy to the upstream answered {said}")
 
-    def proxy_login(self) -> dict[str, str]:
-        if not self.proxy or not self.proxy.username:
-            return {}
-        pair = f"{unquote(self.proxy.username)}:{unquote(self.proxy.password or '')}"
-        login = base64.b64encode(pair.encode()).decode()
-        return {"proxy-authorization": f"Basic {login}"}
-
 
 def unreachable(error: BaseException) -> str:
     """Why, in the words of the system or of TLS; none of them quotes a request."""
-    for reason in (error, error.__cause__, error.__context__):
-        while isinstance(reason, BaseExceptionGroup):
-            reason = reason.exceptions[0]
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            return f"its certificate is not valid: {reason.verify_message}"
-        if isinstance(reason, ssl.SSLError):
-            return f"TLS failed: {(reason.reason or 'handshake').lower()}"
-        if isinstance(reason, socket.gaierror):
-            return "its name is not known"
-        if isinstance(reason, OSError) and reason.errno:
-            return os.strerror(reason.errno)
-    return "no connection"
+    reason = error.__cause__ or error
+    while isinstance(reason, BaseExceptionGroup):  # one for each address
+        reason = reason.exceptions[0]
+    if isinstance(reason, ssl.SSLError | socket.gaierror):
+        return str(reason.strerror)
+    number = reason.errno if isinstance(reason, OSError) else None
+    return os.strerror(number) if number else "no connection"
 
 
 def watch_for_life(sock: socket.socket, seconds: int) -> None:
@@ -4028,6 +3771,7 @@ def list_models(names: Iterable[str]) -> Reply:
 # ─── The demo ────────────────────────────────────────────────────────────────────────
 
 CJK = "\u3000-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
+DEMO_WORD = re.compile(rf"\s*(?:[{CJK}]|[^\s{CJK}]+)")
 
 
 class Lessons:
@@ -4038,30 +3782,22 @@ class Lessons:
     """
 
     def __init__(self, text: str) -> None:
-        parts = re.split(r"(?m)^# +(.+)\n", text)
-        self.introduction = parts[0].strip()
-        self.lessons = {
-            heading.strip(): body.strip()
-            for heading, body in zip(parts[1::2], parts[2::2], strict=True)
-        }
+        self.introduction, *parts = re.split(r"(?m)^# +(.+)\n", text)
+        self.lessons = dict(zip(parts[::2], parts[1::2], strict=True))
         self.ending = self.lessons.pop("*", "")
 
     def answer(self, question: str) -> str:
         """The lesson whose heading shares most with the question; the same each time."""
         asked = set(DEMO_WORD.findall(question.lower()))
 
-        def likeness(heading: str) -> tuple[bool, float, int]:
+        def likeness(heading: str) -> tuple[float, int]:
             words = set(DEMO_WORD.findall(heading.lower()))
             shared = len(words & asked) / (len(words | asked) or 1)
-            same = heading.strip() == question.strip()
-            return (same, shared, zlib.crc32((heading + question).encode(errors="replace")))
+            return shared, zlib.crc32((heading + question).encode(errors="replace"))
 
         best = max(self.lessons, key=likeness, default="")
         parts = (self.introduction, self.lessons.get(best, ""), self.ending)
-        return "\n\n".join(part for part in parts if part)
-
-
-DEMO_WORD = re.compile(rf"\s*(?:[{CJK}]|[^\s{CJK}]+)")
+        return "\n\n".join(part.strip() for part in parts)
 
 
 class Demo(Model):
@@ -4076,14 +3812,17 @@ class Demo(Model):
         self.answers = answers
         self.metrics = metrics
         www = www_folder()
-        self.lessons = {
-            language: Lessons((www / f"lessons.{language}.md").read_text("utf-8"))
-            for language in ("en", "zh") if www
-        }  # fmt: skip
+        names = ("lessons.en.md", "lessons.zh.md")
+        texts = [(www / name).read_text("utf-8") if www else "A demo." for name in names]
+        self.english, self.chinese = map(Lessons, texts)
 
     def check(self, api: Api) -> None:
         if api in (COMPLETIONS, MESSAGES):
             raise self.only_chats()
+
+    def only_chats(self) -> Problem:
+        only = "the demo model speaks chat completions and responses: for the rest, "
+        return Problem(404, only + "start the server with --upstream", code="not_found")
 
     def choose(self, model: str) -> str:
         return model or "demo"
@@ -4099,10 +3838,6 @@ class Demo(Model):
     async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
         raise self.only_chats()
 
-    def only_chats(self) -> Problem:
-        only = "the demo model speaks chat completions and responses: for the rest, "
-        return Problem(404, only + "start the server with --upstream", code="not_found")
-
     def words(self, asked: JSON) -> list[str]:
         """Its answer to the last question of a body."""
         said = asked.get("messages") or asked.get("input") or ""
@@ -4110,8 +3845,8 @@ class Demo(Model):
             users = [m for m in said if isinstance(m, dict) and m.get("role") == "user"]
             said = users[-1].get("content") if users else ""
         question = text_of(said)
-        lessons = self.lessons.get("zh" if re.search(f"[{CJK}]", question) else "en")
-        return DEMO_WORD.findall(lessons.answer(question) if lessons else "A demo.")
+        lessons = self.chinese if re.search(f"[{CJK}]", question) else self.english
+        return DEMO_WORD.findall(lessons.answer(question))
 
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
@@ -4119,35 +3854,31 @@ class Demo(Model):
         asked = from_json(question.body)
         self.answers.drop_question(answer)
         answer.accepted.set()
-        relay = Relay(answer, self.metrics, ())
+        relay = Relay(answer, self.metrics)
         make = demo_response if question.api is RESPONSES else demo_chat
-        events = list(make(self.words(asked), asked))
+        *events, whole = make(self.words(asked), asked)
         if not question.stream:
             await trio.sleep(self.PACE)
-            return relay.take_whole(to_json(events[-1]))
-        for event in events[:-1]:
+            return relay.take_whole(to_json(whole))
+        for event in events:
             await trio.sleep(self.PACE)
             relay.take(ServerSentEvent(to_json(event), "message"))
-        if not answer.closed:
-            relay.finish()
+        relay.end()
 
 
-def demo_usage(words: list[str], asked: JSON) -> list[int]:
+def demo_usage(names: str, words: list[str], asked: JSON) -> JSON:
     prompt = len(to_json(asked)) // 4
-    return [prompt, len(words), prompt + len(words)]
+    return dict(zip(names.split(), (prompt, len(words), prompt + len(words)), strict=True))
 
 
 def demo_chat(words: list[str], asked: JSON) -> Iterator[JSON]:
     """The chunks of a chat completion; last, the whole of it."""
-    base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time())}
-    base |= {"object": "chat.completion.chunk", "model": "demo"}
-    deltas = [{"role": "assistant", "content": ""}, *({"content": w} for w in words), {}]
-    for delta in deltas:
-        ended = None if delta else "stop"
-        choice = {"index": 0, "delta": delta, "finish_reason": ended}
+    base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "object": "chat.completion.chunk",
+            "created": int(time.time()), "model": "demo"}  # fmt: skip
+    for delta in ({"role": "assistant", "content": ""}, *({"content": w} for w in words), {}):
+        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
         yield {**base, "choices": [choice]}
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    usage = dict(zip(names, demo_usage(words, asked), strict=True))
+    usage = demo_usage("prompt_tokens completion_tokens total_tokens", words, asked)
     if (asked.get("stream_options") or {}).get("include_usage"):
         yield {**base, "choices": [], "usage": usage}
     message = {"role": "assistant", "content": "".join(words)}
@@ -4160,8 +3891,7 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
     part = {"type": "output_text", "text": "".join(words), "annotations": []}
     item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
             "status": "completed", "content": [part]}  # fmt: skip
-    names = ("input_tokens", "output_tokens", "total_tokens")
-    usage: JSON = dict(zip(names, demo_usage(words, asked), strict=True))
+    usage = demo_usage("input_tokens output_tokens total_tokens", words, asked)
     usage |= {"input_tokens_details": {"cached_tokens": 0},
               "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
     whole = {
@@ -4176,56 +3906,64 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
 
 
 # ─── HTTP/2 ──────────────────────────────────────────────────────────────────────────
-# Hypercorn speaks it, on our wire, in a nursery of ours; our handlers see its ASGI as
-# one more HttpConnection. HTTP/2 has frames, windows and streams of its own, so here
-# each event wakes a task for each reader, as in the usual design.
+# Hypercorn speaks it, on our wire; to our handlers each stream is one more
+# HttpConnection. A stream has a window and a task of its own, so here each event wakes a
+# task for each reader, as in the usual design.
 
 HTTP2_STREAMS = 100
 GOODBYE = 0.5  # seconds, for a client that may be stuck
 
 
 class Http2Stream:
-    """One request over HTTP/2: ASGI on one side, what a Request needs on the other."""
+    """One request over HTTP/2: Hypercorn tells it what comes, it tells h2 what goes out."""
 
-    def __init__(
-        self, receive: Callable[[], Awaitable[JSON]], send: Callable[[JSON], Awaitable[None]]
-    ) -> None:
-        self._receive = receive
-        self._send = send
-        self._body_ended = False
+    def __init__(self, protocol: Http2, number: int) -> None:
+        self.protocol = protocol
+        self.h2 = protocol.connection
+        self.number = number
         self.rest: bytes | memoryview = b""
+        self.heard = self.answered = False  # all of the request, of the response
+        self.gone = trio.Event()
+        self._body_in, self._body = trio.open_memory_channel[bytes](10)
+
+    async def handle(self, event: object) -> None:
+        """From Hypercorn: a piece of the body, its end, or the end of the stream."""
+        if isinstance(event, Body):
+            with contextlib.suppress(trio.ClosedResourceError):  # we have answered already
+                return await self._body_in.send(event.data)
+        self.heard |= isinstance(event, EndBody)
+        self._body_in.close()
+        if isinstance(event, StreamClosed):
+            self.gone.set()
 
     async def receive(self) -> bytes | None:
-        while not self._body_ended:
-            message = await self._receive()
-            if message["type"] != "http.request":
-                return None
-            self._body_ended = not message.get("more_body")
-            if message["body"]:
-                return bytes(message["body"])
-        return b""
+        async for piece in self._body:
+            if piece:
+                return piece
+        return b"" if self.heard else None
 
     async def disconnected(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        await self.gone.wait()
 
-    async def _head(self, status: int, headers: Mapping[str, str]) -> None:
-        raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items()
-               if k != "connection"]  # fmt: skip
-        raw.append((b"date", http_date(int(time.time())).encode()))
-        await self._send({"type": "http.response.start", "status": status, "headers": raw})
-
-    async def _body(self, body: bytes, more: bool) -> None:
-        message = {"type": "http.response.body", "body": body, "more_body": more}
-        await self._send(message)
-
-    async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        await self._head(status, headers)
-        await self._body(body, False)
+    async def discard(self) -> None:
+        """The end of the stream tells the client to send no more."""
 
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        await self._head(status, headers)
-        await self._body(body, True)
+        pairs = [*headers.items(), ("date", http_date(int(time.time())))]
+        raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in pairs if k != "connection"]
+        self.h2.send_headers(self.number, [(b":status", b"%d" % status), *raw])
+        await self.protocol.flush()
+        await self._write(body)
+
+    async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        await self.start(status, headers, body)
+        await self.end()
+
+    async def end(self, last: bytes = b"") -> None:
+        await self._write(last)
+        self.h2.end_stream(self.number)
+        self.answered = True
+        await self.protocol.flush()
 
     def reader(self, log: EventLog, start: int) -> Reader:
         return Reader(log, self, SSE, start)
@@ -4235,202 +3973,163 @@ class Http2Stream:
         self.rest = data
 
     async def flush(self) -> None:
-        if self.rest:
-            await self._body(bytes(self.rest), True)
-            self.rest = b""
+        await self._write(self.rest)
+        self.rest = b""
 
-    async def end(self, last: bytes = b"") -> None:
-        await self._body(last, False)
+    async def _write(self, data: bytes | memoryview) -> None:
+        """Wait for the client's window, as long as the client takes anything."""
+        data = memoryview(data)
+        while data:
+            with trio.move_on_after(STUCK_TIMEOUT):
+                while (room := self._room()) <= 0:
+                    await self.protocol.news.wait()
+            if room <= 0:
+                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
+            self.h2.send_data(self.number, data[:room])
+            data = data[room:]
+            await self.protocol.flush()
 
-    async def discard(self) -> None:
-        """A body that nobody reads would hold up the other streams."""
-        with trio.move_on_after(LINGER_CLOSE):
-            while await self.receive():
-                pass
+    def _room(self) -> int:
+        if self.gone.is_set():
+            raise trio.BrokenResourceError("the client has left")
+        window = self.h2.local_flow_control_window(self.number)
+        return min(window, self.h2.max_outbound_frame_size)
 
 
 class Http2(H2Protocol):
-    """Hypercorn's HTTP/2, without what lets one stream end or hang the others.
+    """Hypercorn's HTTP/2, with streams of ours in place of its ASGI.
 
-    An exception in here ends the connection, and with it every stream. Hypercorn 0.18
-    raises KeyError for a body whose stream has ended, and UnicodeDecodeError for a head
-    that is not ASCII. It ends all streams at a client's GOAWAY, which only promises no
-    new ones (RFC 9113, section 6.8). And h2 4 ends the connection at the stream that
-    is one too many, where RFC 9113, section 5.1.2, wants that stream refused.
+    Hypercorn 0.18 takes an attempt to send nothing for progress: with a window that
+    stays shut, all of a log would go into its buffers. It raises KeyError for a body
+    whose stream has ended, and ends all streams at a client's GOAWAY, which only
+    promises no new ones (RFC 9113, section 6.8). And h2 4 ends the connection at the
+    stream that is one too many, where RFC 9113, section 5.1.2, wants that one refused.
     """
 
-    leaving = False  # the client has said GOAWAY
+    streams: dict[int, Http2Stream]  # type: ignore[assignment]
+
+    def __init__(
+        self, wire: Wire, handle: Callable[[Request], Awaitable[None]], tasks: TaskGroup
+    ) -> None:
+        asgi: Any = None
+        super().__init__(
+            asgi, Config(), WorkerContext(None), tasks, asgi, True, None, None, self.on_event
+        )
+        self.wire = wire
+        self.handle_request = handle
+        self.sending = trio.Lock()
+        self.leaving = False  # the client has said GOAWAY
+        self.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
+        self.news = trio.Event()  # from the client: there may be more room
+
+    async def on_event(self, event: object) -> None:
+        if isinstance(event, RawData):
+            async with self.sending:  # in h2's order: a head is read after those before it
+                await self.wire.send(event.data)
+        elif isinstance(event, Closed):
+            raise trio.BrokenResourceError("the client has broken the rules of HTTP/2")
+
+    async def run(self, stopped: trio.Event) -> None:
+        """Read until either side has had enough."""
+        most = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: HTTP2_STREAMS}
+        self.connection.local_settings = h2.settings.Settings(client=False, initial_values=most)
+        self.connection.initiate_connection()
+        self.connection.local_settings = h2.settings.Settings(client=False)  # h2 has no limit
+        await self.flush()
+        while self.streams or not (stopped.is_set() or self.leaving):
+            now, data = trio.current_time(), None
+            if now >= self.deadline:
+                return
+            with trio.move_on_at(min(self.deadline, now + LOOK_EVERY)):
+                data = await self.wire.receive()
+            if data == b"":
+                return
+            if data:
+                await self.handle(RawData(data))
+
+    async def goodbye(self) -> None:
+        """GOAWAY (RFC 9113, section 6.8), unless h2 has said it for a broken rule."""
+        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
+            self.connection.close_connection()
+            await self.flush()
+        await self.handle(Closed())
+        async with self.sending:
+            await self.wire.finish()
+
+    async def flush(self) -> None:
+        await self._flush()
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
-            if isinstance(event, h2.events.DataReceived | h2.events.RequestReceived):
-                await self._handle_stream(event)
-            elif isinstance(event, h2.events.ConnectionTerminated):
+            if isinstance(event, h2.events.ConnectionTerminated):
                 self.leaving = True
-                # h2 would send nothing more on any stream.
-                self.connection.state_machine.state = h2.connection.ConnectionState(
-                    h2.connection.ConnectionState.SERVER_OPEN
-                )
+                state = h2.connection.ConnectionState.SERVER_OPEN
+                self.connection.state_machine.state = state  # else h2 would say nothing more
+            elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                size = event.flow_controlled_length  # of the connection's window, too
+                self.connection.acknowledge_received_data(size, event.stream_id)
             # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
             elif not isinstance(event, h2.events.PriorityUpdated):
                 await super()._handle_events([event])
-        await self._flush()
+        await self.flush()
+        self.news.set()
+        self.news = trio.Event()
 
-    async def _handle_stream(
-        self, event: h2.events.DataReceived | h2.events.RequestReceived
-    ) -> None:
-        """Reset what Hypercorn fails on; refuse the stream that is one too many."""
-        number, codes = event.stream_id, h2.errors.ErrorCodes
-        if isinstance(event, h2.events.RequestReceived):
-            head = dict(event.headers or ())
-            method, path = head.get(b":method", b""), head.get(b":path", b"")
-            good = path.isascii() and path and method.isascii() and method != b"CONNECT"
-            if len(self.streams) >= HTTP2_STREAMS:
-                return self._reset(number, codes.REFUSED_STREAM)
-        else:
-            good = number in self.streams
-            if not good:  # the connection's window is shared
-                size = event.flow_controlled_length
-                self.connection.acknowledge_received_data(size, number)
-        if good:
-            await super()._handle_events([event])
-        else:
-            self._reset(number, codes.STREAM_CLOSED)
+    async def _create_stream(self, request: h2.events.RequestReceived) -> None:
+        if len(self.streams) >= HTTP2_STREAMS:
+            return self.reset(request.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+        stream = self.streams[request.stream_id] = Http2Stream(self, request.stream_id)
+        self.deadline = inf
+        self.task_group.spawn(self.serve, stream, request.headers)
 
-    async def stream_send(self, event: Any) -> None:
-        """Wait until the client has taken it, as long as it takes anything.
-
-        Hypercorn 0.18 takes an attempt to send nothing for progress: with a window that
-        stays shut, all of a log would go into its buffer, once for each reader.
-        """
-        if isinstance(event, Body | Data):
-            for n in range(0, len(event.data), 16 * KiB):
-                piece = type(event)(event.stream_id, event.data[n : n + 16 * KiB])
-                await super().stream_send(piece)
-                await self._taken(event.stream_id)
-            return
-        await super().stream_send(event)
-        buffer = self.stream_buffers.get(event.stream_id)
-        if isinstance(event, StreamClosed) and buffer and not buffer.complete:
-            # The app has left off in mid-response: the client must not wait for more.
-            del self.stream_buffers[event.stream_id]
-            self.priority.remove_stream(event.stream_id)
-            self._reset(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
-            await self._flush()
-
-    async def _taken(self, number: int) -> None:
-        left, since = inf, trio.current_time()
-        while buffer := self.stream_buffers.get(number):
-            with trio.move_on_after(LOOK_EVERY):
-                return await buffer.drain()
-            if len(buffer.buffer) < left:
-                left, since = len(buffer.buffer), trio.current_time()
-            elif trio.current_time() - since >= STUCK_TIMEOUT:
-                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
-
-    def _reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
-        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
-            self.connection.reset_stream(number, code)
-
-    async def goodbye(self) -> None:
-        """GOAWAY (RFC 9113, section 6.8)."""
-        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
-            self.connection.close_connection()
-            await self._flush()
-
-
-def asgi_app(handle: Callable[[Request], Awaitable[None]]) -> Any:
-    """Our handler as an application for Hypercorn: what ends one stream stays in it."""
-
-    async def app(scope: JSON, receive: Any, send: Any) -> None:
-        query = b"?" + scope["query_string"] if scope["query_string"] else b""
-        stream = Http2Stream(receive, send)
-        request = Request(
-            stream, scope["method"].encode(), scope["raw_path"] + query,
-            scope["headers"], scope["scheme"], "2",
-        )  # fmt: skip
+    async def serve(self, stream: Http2Stream, headers: list[tuple[bytes, bytes]]) -> None:
+        """One request: whatever goes wrong inside ends this stream and no other."""
+        head = dict(headers)
+        method, path = head[b":method"], head.get(b":path", b"")
+        headers = filter_pseudo_headers(headers)
         try:
-            await handle(request)
-        except* QUIET_ENDS:
-            pass  # this stream's client has gone, or is stuck; the others go on
+            await self.handle_request(Request(stream, method, path, headers, "https", "2"))
+        except* (*QUIET_ENDS, h2.exceptions.ProtocolError):
+            if self.wire.stuck:
+                raise  # then all streams are
         except* Exception:
             logger.exception("a stream failed in a way that nobody thought of")
+        if not (stream.gone.is_set() or (stream.answered and stream.heard)):
+            codes = h2.errors.ErrorCodes  # NO_ERROR: RFC 9113, section 8.1
+            self.reset(stream.number, codes.NO_ERROR if stream.answered else codes.INTERNAL_ERROR)
+        await self._close_stream(stream.number)
+        if not self.streams:
+            self.deadline = trio.current_time() + IDLE_TIMEOUT
+        await self.flush()
 
-    return app
+    def reset(self, number: int, code: h2.errors.ErrorCodes) -> None:
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # the client was first
+            self.connection.reset_stream(number, code)
 
 
 async def serve_http2(
     wire: Wire, handle: Callable[[Request], Awaitable[None]], stopped: trio.Event
 ) -> None:
-    """HTTP/2 on one wire. Hypercorn's own server would keep no deadline for a head."""
-
-    async def send(event: object) -> None:
-        if isinstance(event, RawData):
-            await wire.send(event.data)
-        elif isinstance(event, Closed):
-            raise trio.BrokenResourceError("the HTTP/2 connection has ended")
-
+    """HTTP/2 on one wire: a task for each stream, and this one, which reads for all."""
     async with TaskGroup() as tasks:
-        protocol = Http2(
-            ASGIWrapper(asgi_app(handle)), http2_config(), WorkerContext(None), tasks,
-            ConnectionState(LifespanState({})), True, None, None, send,
-        )  # fmt: skip
-        offered = protocol.connection.local_settings
-        offered[h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL] = 0
-        offered.acknowledge()  # else h2 sends the old value, until that is confirmed
-        await protocol.initiate()
-        offered[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 1 << 30
-        offered.acknowledge()
+        protocol = Http2(wire, handle, tasks)
         try:
-            await read_http2(protocol, wire, stopped)
+            await protocol.run(stopped)
         finally:
             with trio.move_on_after(GOODBYE, shield=True):
                 await protocol.goodbye()
-                await protocol.handle(Closed())
-                await wire.finish()
-
-
-async def read_http2(protocol: Http2, wire: Wire, stopped: trio.Event) -> None:
-    """Until either side has had enough. The first whole head is there in 10 s."""
-    first_head = trio.current_time() + HEAD_TIMEOUT
-    idle_since = inf
-    while not (protocol.idle and (stopped.is_set() or protocol.leaving)):
-        now = trio.current_time()
-        idle_since = min(idle_since, now) if protocol.idle else inf
-        limit = idle_since + IDLE_TIMEOUT if protocol.keep_alive_requests else first_head
-        if now >= limit:
-            return
-        data = None
-        with trio.move_on_at(min(limit, now + LOOK_EVERY)):
-            data = await wire.receive()
-        if data:
-            await protocol.handle(RawData(data))
-        elif data == b"":
-            return
-
-
-def http2_config() -> Config:
-    config = Config()
-    config.errorlog = logger
-    config.include_server_header = False
-    config.include_date_header = False
-    config.h2_max_concurrent_streams = HTTP2_STREAMS
-    config.keep_alive_max_requests = 1 << 62  # it would end the live streams, too
-    return config
 
 
 # ─── More than one process: Redis Streams behind the same logs ───────────────────────
-# Nothing above a log changes. A message for the room is written to a Redis Stream, and
-# each process copies that into its room. An answer is written by the process that asks
-# the upstream, and mirrored into a stream of its own; a process that is asked for
-# somebody else's answer has a copy, whose model reads Redis where others read HTTP.
-# Event n of a log is the same everywhere. An entry that is read twice changes nothing,
-# so a process that has lost touch reads all streams again from their beginning.
+# Nothing above a log changes, and event n is the same everywhere. A message for the room
+# goes into a Redis Stream, which each process copies into its room. An answer is written
+# by the process that asks the upstream, and mirrored into a stream of its own; a process
+# that is asked for it has a copy, whose model reads Redis where others read HTTP. An
+# entry that is read twice changes nothing: after any trouble, all is read again.
 #
-# The processes tell each other their state: their counts, which copies somebody reads,
-# which of these are to be stopped. All of it goes into one stream, once a second and
-# when it changes. A process of which nothing is heard while we hear ourselves five
-# times, a second apart, is gone.
+# The processes tell each other their state, a few times a second: their counts, which
+# copies somebody reads, which of these are to be stopped. A process whose state stays
+# the same is gone.
 #
 # Redis, and any of the others, may be gone at any moment, or stand still and wake up
 # later. So nothing waits for Redis longer than REDIS_TIMEOUT, and a message that its
@@ -4438,9 +4137,8 @@ def http2_config() -> Config:
 #
 #   room           stream of what was said, each entry with its place in the log
 #   room:comings   list: which entries of the room are comings and goings
-#   presence       hash: members in each process
+#   processes      hash: the state of each process, and how many members it has
 #   said:PROCESS   the last batch that it has said
-#   state          stream of states
 #   answer:ID      stream of batches of events; the first entry says who writes it
 #   key:DIGEST     the answer that an Idempotency-Key has started
 #
@@ -4448,15 +4146,12 @@ def http2_config() -> Config:
 # a later id would block them for ever.
 
 PREFIX = "chatstream:2:"
-ROOM, STATE, COMINGS, PRESENCE = (
-    PREFIX + name for name in ("room", "state", "room:comings", "presence")
-)
+ROOM, COMINGS, PROCESSES = PREFIX + "room", PREFIX + "room:comings", PREFIX + "processes"
 ANSWER_PREFIX = PREFIX + "answer:"
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
-REDIS_TIMEOUT, BEAT, BEAT_APART, BEATS_MISSED = 2, 1, 0.8, 4
-WANTS_EVERY, MIRROR_EVERY, REPLY_TAKES = 0.05, 0.02, 0.5
-FOLLOW_BLOCK = 0.1  # seconds; an XREAD under way misses the streams that are added to it
-MIRROR_ANSWERS, MIRROR_EVENTS = 100, 200  # in one round trip
+REDIS_TIMEOUT, BEAT, BEATS_MISSED = 2, 0.25, 16
+FOLLOW_BLOCK = 100  # milliseconds; an XREAD under way misses streams that are added to it
+MIRROR_EVERY, MIRROR_ANSWERS, MIRROR_EVENTS = 0.02, 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
 
 LUA = """
@@ -4468,6 +4163,7 @@ end
 local function last_entry(key, field)
   heal(key, 'stream')
   for _, entry in ipairs(redis.call('XREVRANGE', key, '+', '-', 'COUNT', 5)) do
+    if entry[1]:find('^18446744073709551615') then redis.call('DEL', key) return {} end
     local fields = {}
     for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
     if tonumber(fields[field]) then return fields end
@@ -4477,86 +4173,82 @@ end
 """
 # A command is not taken back when we give up waiting for its reply: a Redis that was
 # frozen would carry it out on waking up, after the sender has been told to say it again.
-# So it comes with a time, on Redis's clock, after which it is void. A batch that is sent
-# again, because we were frozen when the reply came, is not stored again.
+# So it comes with a time, on Redis's clock, after which it is void. That time also
+# names the batch: one that is sent again is not stored again.
 SAY = """
-local room, comings, presence, stored = unpack(KEYS)
-local batch, late, our_name, our_end, our_last, me, here, max, at = unpack(ARGV)
+local room, comings, processes, stored = unpack(KEYS)
+local late, our_name, our_end, our_last, me, here = unpack(ARGV)
 local now = redis.call('TIME')
+if redis.call('GET', stored) == late then return end
 if now[1] + now[2] / 1000000 > tonumber(late) then
   return redis.error_reply('LATE: its sender has been told that it was not stored')
 end
-heal(stored, 'string')
-if redis.call('GET', stored) == batch then return end
-redis.call('SET', stored, batch, 'EX', 3600)
-heal(comings, 'list') heal(presence, 'hash')
-redis.call('HSET', presence, me, here)
+redis.call('SET', stored, late, 'EX', 3600)
+heal(comings, 'list') heal(processes, 'hash')
+redis.call('HSET', processes, 'members:' .. me, here)
 local members = 0
-for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumber(n) or 0) end
+for _, n in ipairs(redis.call('HVALS', processes)) do members = members + (tonumber(n) or 0) end
 local tail = last_entry(room, 'place')
 local name, place, last = tail.room or our_name, (tail.place or -1) + 1, tail.last or -1
 if name == our_name and place < tonumber(our_end) then
   -- Redis has lost what we have heard: go on where no process can have been.
-  place, last = our_end + max, our_last
+  place, last = our_end + 1000, our_last
 end
-for i = 10, #ARGV, 2 do
+for i = 7, #ARGV, 2 do
   local after = last
   if ARGV[i] == 'message' then last = place end
-  local id = redis.call('XADD', room, 'MAXLEN', max, '*', 'room', name, 'place', place,
-    'after', after, 'last', last, 'members', members, 'at', at, 'said', ARGV[i + 1])
+  local id = redis.call('XADD', room, 'MAXLEN', 1000, '*', 'room', name, 'place', place,
+    'after', after, 'last', last, 'members', members, 'said', ARGV[i + 1])
   if last ~= place and redis.call('RPUSH', comings, id) > 50 then
     redis.call('XDEL', room, redis.call('LPOP', comings))
   end
   place = place + 1
 end
 """
-# The next events of some answers. A batch is stored once, also if it is sent twice
-# because the first reply was lost. Returns for each answer the place up to which it is
-# stored, from where the next batch has to go on; -1 if another process has ended it.
+# The next events of some answers. Returns for each the place up to which it is stored,
+# from where the next batch has to go on: the reply to one that was stored may be lost.
+# -1 is an answer that has ended, whoever has written its end.
 MIRROR = """
-local results = {}
+local results, keep, unheard = {}, ARGV[#ARGV - 1], ARGV[#ARGV]
 for k, key in ipairs(KEYS) do
-  local head, base, from, to, events, ending, keep = unpack(ARGV, k * 7 - 6, k * 7)
+  local head, base, from, to, events, ending = unpack(ARGV, k * 6 - 5, k * 6)
   local tail = last_entry(key, 'to')
   local stored, ended = tail.to or base, tail['end'] or ''
   if not tail.to then redis.call('XADD', key, '*', 'head', head, 'to', base) end
-  if ended ~= '' and (ended ~= ending or stored ~= to) then
-    stored = -1
-  elseif ended == '' and stored == from and (from ~= to or ending ~= '') then
+  if ended == '' and stored == from and (from ~= to or ending ~= '') then
     redis.call('XADD', key, '*', 'from', from, 'to', to, 'events', events, 'end', ending)
-    stored = to
+    stored, ended = to, ending
   end
-  redis.call('EXPIRE', key, keep)
-  results[k] = tonumber(stored)
+  redis.call('EXPIRE', key, ended == '' and unheard or keep)
+  results[k] = ended == '' and tonumber(stored) or -1
 end
 return results
 """
 TELL = """
 local me, members, state = unpack(ARGV)
 heal(KEYS[1], 'hash')
-for i = 2, #KEYS do heal(KEYS[i], 'stream') end
-redis.call('HSET', KEYS[1], me, members)
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state)
-return redis.call('TIME')
+for i = 2, #KEYS do last_entry(KEYS[i]) end
+redis.call('HSET', KEYS[1], me, state, 'members:' .. me, members)
+return {redis.call('TIME'), redis.call('HGETALL', KEYS[1])}
 """
 
 
+@dataclasses.dataclass
 class Neighbour:
     """Another process, as far as we have heard of it."""
 
-    def __init__(self) -> None:
-        self.missed = 0  # beats of ours since its last word
-        self.counts: Counter[str] = Counter()
-        self.reads: set[str] = set()  # answers
+    state: str = ""
+    silent: int = 0  # beats of ours since it was another
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    reads: set[Answer] = dataclasses.field(default_factory=set)  # of ours
 
 
 class Batch(list[Said]):
     """What goes into the room in one round trip."""
 
-    stored = False
-
-    def fields(self) -> list[str]:
-        return [field for said in self for field in (said.type, to_json(said))]
+    def __init__(self) -> None:
+        self.stored = False
+        self.ended = trio.Event()  # it is stored, or never will be
 
 
 class Elsewhere(Model):
@@ -4591,109 +4283,108 @@ class Cluster:
 
         self.app = app
         self.me = secrets.token_hex(8)
-        self.redis: coredis.Redis[str] = coredis.Redis.from_url(
-            url, decode_responses=True, connect_timeout=1, stream_timeout=2 * REDIS_TIMEOUT
-        )
-        self.trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError)
-        scripts = (self.redis.register_script(LUA + text) for text in (SAY, MIRROR, TELL))
-        self.say_script, self.mirror_script, self.tell_script = scripts
+        once = coredis.retry.NoRetryPolicy()
+        limits: JSON = {"connect_timeout": 1, "stream_timeout": REDIS_TIMEOUT, "retry_policy": once}
+        self.redis: coredis.Redis[str]
+        self.redis = coredis.Redis.from_url(url, decode_responses=True, **limits)
+        self.scripts: dict[str, Any] = {
+            text: self.redis.register_script(LUA + text) for text in (SAY, MIRROR, TELL)
+        }
+        self.trouble = (coredis.exceptions.RedisError, OSError)
+        self.if_new = coredis.PureToken.NX
         # What we have heard
-        self.read = {ROOM: "0-0", STATE: "0-0"}  # the last entry of each stream
+        self.read = {ROOM: ""}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
         self.neighbours: dict[str, Neighbour] = {}
-        self.warned: set[str] = set()  # of these streams
-        self.beaten = -inf  # when we heard a beat of our own
         self.offset = 0.0  # Redis's time less ours, in seconds
+        self.caught_up = trio.Event()
+        self.warned: set[str] = set()  # of these streams
         # What we have to say
         self.batch = Batch()
         self.saying = trio.Lock()
         self.mirrored: dict[Answer, int] = {}  # how many of their events are stored
         self.stops: set[str] = set()  # copies that somebody here wants stopped
-        self.leaving = False
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Everything that this process does for the others, and they for it."""
         async with self.redis, trio.open_nursery() as nursery:
-            with contextlib.suppress(*self.trouble):
-                await self.tell()
-                while await self.follow_once():  # what was said before the first client comes
-                    pass
-            for task in (self.follow, self.beat, self.mirror):
-                nursery.start_soon(self.for_ever, task)
+            nursery.start_soon(self.keep_in_touch)
+            with trio.move_on_after(REDIS_TIMEOUT):  # or begin without it
+                await self.caught_up.wait()  # with what was said before the first client comes
             task_status.started()
 
-    async def for_ever(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Again after each trouble with Redis, with back-off."""
-        wait, last = 0.1, ""
+    async def keep_in_touch(self) -> None:
+        """Again after each trouble, and from the beginning: Redis may have lost everything."""
+        reason = ""
         while True:
-            started = trio.current_time()
+            by_id = self.app.answers.by_id
+            self.mirrored = {a: a.start for a in self.mirrored if a.name in by_id}
+            self.read = dict.fromkeys(self.read, "0-0")
             try:
-                await task()
-            except Exception as error:
-                if (reason := why(error)) != last:
-                    logger.warning("redis: %s: %s", task.__name__, reason)
-                last = reason
-            wait = 0.1 if trio.current_time() - started > 5 else min(wait * 2, 2)
-            await trio.sleep(wait * random.uniform(0.5, 1))
+                await self.tell()  # and so heal what we read
+                async with trio.open_nursery() as nursery:
+                    for task in (self.beat, self.follow, self.mirror):
+                        nursery.start_soon(task)
+            except* Exception as group:
+                if reason != (reason := why(group)):
+                    logger.warning("redis: %s", reason)
+            await trio.sleep(random.uniform(0.1, 2))
 
     async def goodbye(self) -> None:
-        """The last events of our answers, for those who read them elsewhere."""
-        self.leaving = True
-        with contextlib.suppress(*self.trouble), trio.fail_after(0.5):
-            while self.mirrored:
-                await self.mirror_news()
-            await self.tell()
+        """Until the last events of our answers are stored, for those who read them elsewhere."""
+        with trio.move_on_after(0.5):
+            while self.mirrored:  # noqa: ASYNC110
+                await trio.sleep(MIRROR_EVERY)
 
     # ── the room ──
 
     async def store(self, said: Said) -> None:
         """Say it to all processes. Raises Problem if it could not be stored.
 
-        All that waits while a round trip is under way goes in the next one: whoever of
-        them has the lock first takes the others along.
+        All that is said while a round trip is under way goes in the next one.
         """
         batch = self.batch
         batch.append(said)
-        with trio.CancelScope(shield=True):  # said is said; it takes two timeouts at most
-            async with self.saying:
-                if batch is self.batch:
+        with trio.CancelScope(shield=True):  # said is said, and its sender hears of a failure
+            if len(batch) > 1:
+                await batch.ended.wait()
+            else:
+                async with self.saying:
                     self.batch = Batch()
                     await self.say(batch)
+                batch.ended.set()
         if not batch.stored:
             away = "the room cannot store messages at the moment: say it again later"
             raise Problem(503, away, "server_error", code="not_stored")
 
     async def say(self, batch: Batch) -> None:
-        keys = [ROOM, COMINGS, PRESENCE, f"{PREFIX}said:{self.me}"]
-        began = sent = trio.current_time()
-        while not batch.stored:
-            args = [began, *self.context(sent), *batch.fields()]
-            with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT + REPLY_TAKES):
-                await self.say_script(keys, args)
+        """Twice, if need be: the reply may be lost, or have come while we stood still."""
+        room, late = self.app.room, self.offset + trio.current_time() + REDIS_TIMEOUT
+        keys = [ROOM, COMINGS, PROCESSES, f"{PREFIX}said:{self.me}"]
+        args = [late, room.name, room.end, self.last, self.me, room.here]
+        for said in batch:
+            args += [said.type, to_json((int(time.time() * 1000), said))]
+        for _ in range(2):
+            with contextlib.suppress(*self.trouble):
+                await self.scripts[SAY](keys, args)
                 batch.stored = True
-            last, sent = sent, trio.current_time()
-            if sent < last + REDIS_TIMEOUT + 2 * REPLY_TAKES:
-                break  # else we have stood still, and may have missed the reply
-
-    def context(self, sent: float) -> list[str | int | float]:
-        room, late = self.app.room, self.offset + sent + REDIS_TIMEOUT
-        return [late, room.name, room.end, self.last, self.me, room.here, ROOM_EVENTS, now_ms()]
+                return
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
-        room, said = self.app.room, Said(*from_json(entry["said"]))
-        place, at, last = int(entry["place"]), int(entry["at"]), int(entry["last"])
+        room, (at, said) = self.app.room, from_json(entry["said"])
+        numbers = (int(entry[name]) for name in ("place", "after", "last", "members"))
+        place, after, last, members = numbers
         known = entry["room"] == room.name
         if known and place < room.end:
             return
-        room.elsewhere = int(entry["members"]) - room.here
-        if not known or int(entry["after"]) > self.last:  # we are new; or messages between are lost
+        if not known or after > self.last:  # we are new; or messages between are lost
             room.name = entry["room"]
             room.skip_to(place)
             for reader in room.readers:
                 reader.rewind(place - 1)  # so that each is told of a gap
-        self.last = last
-        room.add(said, at, place)
+        self.last, room.elsewhere = last, members - room.here
+        room.add(Said(*said), at, place)
 
     # ── our answers, for others ──
 
@@ -4701,127 +4392,106 @@ class Cluster:
         """Before a client learns an answer's name: let every process find it."""
         if answer not in self.mirrored and not answer.model.writer:
             self.mirrored[answer] = 0
-            with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
+            with contextlib.suppress(*self.trouble):
                 await self.mirror_some([answer])
 
     async def mirror(self) -> None:
         """Our answers into their streams, many in one round trip."""
-        for answer in list(self.mirrored):  # while Redis was away, some were forgotten
-            if answer.name not in self.app.answers.by_id:
-                del self.mirrored[answer]
-        looked = -inf
+        of_all = True
         while True:
-            stood_still = trio.current_time() > looked + BEAT  # has somebody ended ours?
             looked = trio.current_time()
-            await self.mirror_news(stood_still)
-            await trio.sleep(MIRROR_EVERY)
-
-    async def mirror_news(self, of_all: bool = False) -> None:
-        news = [a for a, stored in self.mirrored.items() if of_all or stored < a.end or a.closed]
-        for first in range(0, len(news), MIRROR_ANSWERS):
-            with trio.fail_after(REDIS_TIMEOUT):
+            news = [a for a, n in self.mirrored.items() if of_all or n < a.end or a.closed]
+            for first in range(0, len(news), MIRROR_ANSWERS):
                 await self.mirror_some(news[first : first + MIRROR_ANSWERS])
+            await trio.sleep(MIRROR_EVERY)
+            of_all = trio.current_time() > looked + 1  # we stood still: has one been ended?
 
     async def mirror_some(self, answers: list[Answer]) -> None:
-        """What is new of these; the end of an answer goes with its last events."""
-        ends: list[tuple[int, bool]] = []
-        args: list[str | int] = []
-        for answer in answers:
-            start = self.mirrored.get(answer, answer.end)
-            end = min(answer.end, start + MIRROR_EVENTS)
-            ended = answer.closed and end == answer.end
-            ends.append((end, ended))
-            args += self.entry(answer, start, end, ended)
-        results: Any = await self.mirror_script([ANSWER_PREFIX + a.name for a in answers], args)
-        for answer, (end, ended), result in zip(answers, ends, results, strict=True):
-            self.mirrored[answer] = int(result)
-            if int(result) < 0:
-                gone = "the server that wrote this answer was silent for too long"
-                self.app.answers.stop(answer, upstream_problem(gone))
-            if int(result) < 0 or (ended and int(result) >= end):
+        keys = [ANSWER_PREFIX + answer.name for answer in answers]
+        args = [arg for answer in answers for arg in self.news(answer)]
+        args += [int(self.app.settings.keep) + 1, UNHEARD_EXPIRES]
+        results = await self.scripts[MIRROR](keys, args)
+        for answer, stored in zip(answers, map(int, results), strict=True):
+            self.mirrored[answer] = stored
+            if stored < 0:
                 del self.mirrored[answer]
+                gone = "the server that wrote this answer was silent for too long"
+                self.app.answers.stop(answer, upstream_problem(gone))  # if it goes on here
 
-    def entry(self, answer: Answer, start: int, end: int, ended: bool) -> list[str | int]:
-        """The arguments of MIRROR."""
-        question, problem = answer.question, answer.problem
-        head = {
-            "writer": answer.model.writer or self.me, "api": APIS.index(question.api),
-            "stream": question.stream, "model": question.model,
-            "polled": question.polled, "digest": question.digest,
-        }  # fmt: skip
-        events = [(event.type, event.data) for event in map(answer.__getitem__, range(start, end))]
-        ending = to_json(problem and [problem.status, problem.error]) if ended else ""
-        keep = int(self.app.settings.keep) + 1 if ended else UNHEARD_EXPIRES
-        return [to_json(head), answer.start, start, end, to_json(events), ending, keep]
+    def news(self, answer: Answer) -> list[str | int]:
+        """The end of an answer goes with its last events."""
+        asked, problem, ending = answer.question, answer.problem, ""
+        writer, api = answer.model.writer or self.me, APIS.index(asked.api)
+        head = [writer, api, asked.stream, asked.model, asked.polled, asked.digest]
+        start = self.mirrored.get(answer, answer.end)
+        end = min(answer.end, start + MIRROR_EVENTS)
+        events = [answer[place][:2] for place in range(start, end)]
+        if answer.closed and end == answer.end:
+            ending = to_json(problem and {"status": problem.status, **problem.error})
+        return [to_json(head), answer.start, start, end, to_json(events), ending]
 
     # ── others' answers, for us ──
 
+    @contextlib.contextmanager
+    def must_know(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except self.trouble:
+            unknown, retry = f"{what} cannot be known now: try again", {"retry-after": "2"}
+            raise Problem(503, unknown, "server_error", headers=retry) from None
+
     async def find(self, name: str) -> Answer | None:
         """Another process's answer, copied from now on. Raises Problem 503."""
-        key = ANSWER_PREFIX + name
-        try:
-            with trio.fail_after(REDIS_TIMEOUT):
-                entries: Any = await self.redis.xrange(key) or ()
-        except self.trouble:
-            raise cannot_know("this answer cannot be found at the moment") from None
-        answers = self.app.answers
+        key, answers = ANSWER_PREFIX + name, self.app.answers
+        with self.must_know("whether there is this answer"):
+            entries: Any = await self.redis.xrange(key) or ()
         if name in answers.by_id:
             return answers.by_id[name]  # somebody else asked at the same moment
-        heads = (entry.field_values.get("head") for entry in entries)
+        heads = (e.field_values["head"] for e in entries if "head" in e.field_values)
         try:
-            head = from_json(next(filter(None, heads)))
-            writer = str(head.pop("writer"))
-            question = Question(APIS[head.pop("api")], b"", **head)
-        except (StopIteration, KeyError, ValueError, TypeError, IndexError):
+            writer, api, stream, model, polled, digest = from_json(next(heads, ""))
+            question = Question(APIS[api], b"", stream, model, polled=polled, digest=digest)
+        except (ValueError, TypeError, IndexError):
             return None
         copy = answers.begin(self.app.writers, Elsewhere(self, writer), question, name)
         copy.accepted.set()
         self.neighbours.setdefault(writer, Neighbour())
-        self.read[key] = str(entries[-1].identifier)
-        for entry in entries:
-            self.hear(key, entry.identifier, entry.field_values)
+        self.read[key] = ""
+        self.hear_entries(key, entries)
         return copy
 
-    def hear_answer(self, copy: Answer, entry: Mapping[str, str]) -> None:
+    def hear_answer(self, key: str, entry: Mapping[str, str]) -> None:
         """A batch of its events, of which we may have some already."""
-        if "head" in entry or copy.closed:
+        copy = self.app.answers.by_id.get(key.removeprefix(ANSWER_PREFIX))
+        if copy is None or copy.closed or "head" in entry:
             return
         events, start = from_json(entry["events"]), int(entry["from"])
         if start > copy.end:
             copy.skip_to(start)  # what Redis has lost, readers are told of by a gap
-        for type, data in events[copy.end - start :]:
+        for data, type in events[copy.end - start :]:
             copy.append(data, type)
         if entry["end"]:
             if problem := from_json(entry["end"]):
-                status, error = problem
-                copy.problem = Problem(status, error["message"], error["type"])
-                copy.problem.error = error
+                copy.problem = Problem(**problem)
             copy.close()
 
     async def claim_key(self, question: Question) -> tuple[Answer | None, str]:
         """The answer that this Idempotency-Key has started in another process, if any;
         else the name under which it may be started here. Raises Problem."""
-        from coredis.tokens import PureToken
-
         key, name = f"{PREFIX}key:{question.key}", secrets.token_hex(16)
-        try:
-            with trio.fail_after(REDIS_TIMEOUT):
-                claim = functools.partial(self.redis.set, key, name, ex=UNHEARD_EXPIRES)
-                if await claim(condition=PureToken.NX):
-                    return None, name
-                claimed = str(await self.redis.get(key))
+        claim = functools.partial(self.redis.set, key, name, ex=UNHEARD_EXPIRES)
+        with self.must_know("whether this was asked before"):
+            if claimed := await claim(condition=self.if_new, get=True):
                 for _ in range(20):  # it may not have been announced yet
-                    if answer := await self.find(claimed):
-                        return answer, claimed
+                    if answer := await self.find(str(claimed)):
+                        return answer, answer.name
                     await trio.sleep(0.05)
                 await claim()  # it is forgotten
-                return None, name
-        except self.trouble:
-            raise cannot_know("whether this was asked before cannot be known now") from None
+        return None, name
 
     async def free_key(self, question: Question) -> None:
         """The question was refused: it may be asked again."""
-        with contextlib.suppress(*self.trouble), trio.fail_after(REDIS_TIMEOUT):
+        with contextlib.suppress(*self.trouble):
             await self.redis.delete([f"{PREFIX}key:{question.key}"])
 
     # ── what the processes tell each other ──
@@ -4829,196 +4499,108 @@ class Cluster:
     def counts_of_others(self) -> Counter[str]:
         return sum((n.counts for n in self.neighbours.values()), Counter())
 
-    async def beat(self) -> None:
-        """Our state, once a second and when somebody begins or ceases to want something."""
-        while True:
-            told, due = self.wants(), trio.current_time() + BEAT
-            await self.tell()
-            await self.bury_the_dead()
-            while self.wants() == told and trio.current_time() < due:  # noqa: ASYNC110
-                await trio.sleep(WANTS_EVERY)
-
-    def wants(self) -> JSON:
-        """Of other processes' answers: which are read here, which are to be stopped."""
+    async def tell(self) -> dict[str, str]:
+        """All that the others need to know of us. Returns what they have told."""
         copies = [answer for answer in self.app.answers.open() if answer.model.writer]
         reads = [copy.name for copy in copies if copy.attendants]
-        return {"reads": reads, "stops": sorted(self.stops)}
-
-    async def tell(self) -> None:
-        """All that the others need to know of us."""
         counts = self.app.counts()
-        state = to_json({"counts": counts, "leaving": self.leaving, **self.wants()})
-        args: list[str | int] = [self.me, counts["members"], state]
-        with trio.fail_after(REDIS_TIMEOUT):
-            now: Any = await self.tell_script([PRESENCE, STATE, *self.read], args)
-        self.offset = int(now[0]) + int(now[1]) / 1e6 - trio.current_time()
+        state = to_json([trio.current_time(), counts, reads, sorted(self.stops)])
+        args = [self.me, counts["members"], state]
+        (seconds, micros), told = await self.scripts[TELL]([PROCESSES, *self.read], args)
+        self.offset = int(seconds) + int(micros) / 1e6 - trio.current_time()
+        return dict(zip(told[::2], told[1::2], strict=True))
 
-    def hear_state(self, entry: Mapping[str, str]) -> None:
-        if entry["from"] == self.me:
-            return self.hear_beat()
-        state = from_json(entry["state"])
-        neighbour = self.neighbours.setdefault(entry["from"], Neighbour())
-        neighbour.missed = BEATS_MISSED + 1 if state["leaving"] else 0
-        neighbour.counts = Counter(state["counts"])
-        self.set_reads(neighbour, set(state["reads"]))
-        for name in state["stops"]:
-            if answer := self.ours(name):
-                self.app.answers.stop(answer, stopped())
+    async def beat(self) -> None:
+        """Tell, and hear the others. One that is silent while we and Redis live is gone."""
+        while True:
+            told = await self.tell()
+            names = {name for name in told if ":" not in str(name)} | self.neighbours.keys()
+            for name in names - {self.me}:
+                neighbour = self.neighbours.setdefault(name, Neighbour())
+                neighbour.silent += 1
+                if told.get(name, neighbour.state) != neighbour.state:
+                    neighbour.silent, neighbour.state = 0, told[name]
+                    self.hear(PROCESSES, self.hear_state, [neighbour])
+                elif neighbour.silent > BEATS_MISSED:
+                    await self.bury(name, told.get(f"members:{name}", "0"))
+            await trio.sleep(BEAT)
 
-    def hear_beat(self) -> None:
-        """Our own. What was said while Redis stood still comes at once, and counts once."""
-        if trio.current_time() > self.beaten + BEAT_APART:
-            self.beaten = trio.current_time()
-            for neighbour in self.neighbours.values():
-                neighbour.missed += 1
+    def hear_state(self, neighbour: Neighbour) -> None:
+        _, counts, reads, stops = from_json(neighbour.state)
+        by_id, counts = self.app.answers.by_id, Counter(counts)
+        ours = {by_id[name] for name in by_id.keys() & reads if not by_id[name].model.writer}
+        for answer in ours - neighbour.reads:
+            answer.attend()
+        for answer in neighbour.reads - ours:
+            answer.leave()
+        neighbour.counts, neighbour.reads = counts, ours
+        # It waits for the end of one that has ended: Redis has lost it.
+        self.mirrored = {answer: 0 for answer in ours if answer.closed} | self.mirrored
+        for name in by_id.keys() & stops:
+            self.app.answers.stop(by_id[name], stopped())
 
-    def set_reads(self, neighbour: Neighbour, reads: set[str]) -> None:
-        """Which answers it reads: what is ours of these has an attendant more."""
-        for name in reads ^ neighbour.reads:
-            if answer := self.ours(name):
-                (answer.attend if name in reads else answer.leave)()
-        neighbour.reads = reads
-
-    def ours(self, name: str) -> Answer | None:
-        answer = self.app.answers.by_id.get(name)
-        return answer if answer and not answer.model.writer else None
-
-    async def bury_the_dead(self) -> None:
+    async def bury(self, name: str, members: str) -> None:
         """What a process that is gone has left: readers, answers, members."""
-        for name, neighbour in list(self.neighbours.items()):
-            if neighbour.missed > BEATS_MISSED:
-                self.set_reads(neighbour, set())
-                for answer in self.app.answers.open():
-                    if answer.model.writer == name:
-                        self.bury(answer)
-                await self.bury_members(name)
-                del self.neighbours[name]
-
-    def bury(self, copy: Answer) -> None:
-        """Its writer is gone: we write its end, for all who read that stream."""
-        self.mirrored[copy] = copy.end
-        copy.finish(upstream_problem("the server that wrote this answer is gone"))
-
-    async def bury_members(self, name: str) -> None:
-        with trio.fail_after(REDIS_TIMEOUT):
-            members = await self.redis.hget(PRESENCE, name)
-            ours = await self.redis.hdel(PRESENCE, [name])  # and no other process's to tell
-        if ours and members not in (None, "0"):
+        while reads := self.neighbours[name].reads:
+            reads.pop().leave()
+        for copy in self.app.answers.open():
+            if copy.model.writer == name:  # we write its end, for all who read it
+                self.mirrored[copy] = copy.end
+                copy.finish(upstream_problem("the server that wrote this answer is gone"))
+        first = await self.redis.hdel(PROCESSES, [name, f"members:{name}"])
+        if first and members != "0":  # no other process tells it
             with contextlib.suppress(Problem):
                 await self.store(Said("left", f"{members} members"))
+        del self.neighbours[name]
 
     async def follow(self) -> None:
         """The one task that copies: every stream that we read, into its log."""
-        self.read = dict.fromkeys(self.read, "0-0")  # Redis may have begun anew
         while True:
-            await self.follow_once(int(FOLLOW_BLOCK * 1000))
-
-    async def follow_once(self, block: int | None = None) -> bool:
-        with trio.fail_after(REDIS_TIMEOUT):
+            block = FOLLOW_BLOCK if self.caught_up.is_set() else None
             news: Any = await self.redis.xread(self.read, count=500, block=block)
-        for key, entries in (news or {}).items():
-            if key in self.read:
-                self.read[key] = entries[-1].identifier
-            for entry in entries:
-                self.hear(key, entry.identifier, entry.field_values)
-        return bool(news)
+            for key, entries in (news or {}).items():
+                self.hear_entries(key, entries)
+            if not news:
+                self.caught_up.set()
 
-    def hear(self, key: str, identifier: str, entry: Mapping[str, str]) -> None:
+    def hear_entries(self, key: str, entries: Any) -> None:
+        if key in self.read:
+            last = entries[-1].identifier
+            self.read[key] = "0-0" if last.startswith("18446744073709551615") else last
+        take = self.hear_room if key == ROOM else functools.partial(self.hear_answer, key)
+        self.hear(key, take, (entry.field_values for entry in entries))
+
+    def hear(self, key: str, take: Callable[[Any], None], told: Iterable[Any]) -> None:
         """What is foreign or broken is skipped: it must not end what we do."""
-        try:
-            if key == ROOM:
-                self.hear_room(entry)
-            elif key == STATE:
-                self.hear_state(entry)
-            elif copy := self.app.answers.by_id.get(key.removeprefix(ANSWER_PREFIX)):
-                self.hear_answer(copy, entry)
-        except Exception as error:  # whatever somebody has written there
-            if key not in self.warned:
-                self.warned.add(key)
-                logger.warning("redis: entry %s of %s is not ours: %r", identifier, key, error)
-
-
-def cannot_know(what: str) -> Problem:
-    retry = {"retry-after": "2"}
-    return Problem(503, f"{what}: try again", "server_error", headers=retry)
+        for one in told:
+            try:
+                take(one)
+            except Exception as error:  # whatever somebody has written there
+                if key not in self.warned:
+                    self.warned.add(key)
+                    logger.warning("redis: something in %s is not ours: %r", key, error)
 
 
 # ─── Flags ───────────────────────────────────────────────────────────────────────────
-# Each flag stands once, in Settings: its default, how it is read, its help. Each can
-# also be given as an environment variable, CHATSTREAM_PORT and so on; a flag wins.
+# Each flag stands once, in Settings: its default, the form of its value, its help. Each
+# can also be given as an environment variable, CHATSTREAM_PORT and so on; a flag wins.
+
+ANY, WORD = ("(?s).*", "text"), (r"(?s)(\S.*)?", "text")  # as it is; without space around it
+PORT = "[0-9]{1,5}", "a port"
+COUNT = "[1-9][0-9]{0,2}", "a number from 1 to 999"
+NUMBER = r"[0-9]{0,9}\.?[0-9]{1,9}", "a number of 0 or more"
+LEVEL = "debug|info|warning|error", "debug, info, warning or error"
+ORIGIN = r"null|https?://[^/?#\s*@]+/?", "an origin, such as https://my.site"
+REDIS = "((rediss?|unix)://.*)?", "a URL, such as redis://host:6379"
 
 
 class UsageError(Exception):
     """The operator asked for something that cannot be: one line, exit code 2."""
 
 
-def to_text(text: str) -> str:
-    return text.strip()
-
-
-def to_port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError(f"{text!r} is not a port: 0 to 65535")
-    return int(text)
-
-
-def to_workers(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
-        raise ValueError(f"{text!r} is not a number of processes: 1 to 256")
-    return int(text)
-
-
-def to_number(text: str) -> float:
-    """Seconds, or a rate."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < inf:
-        raise ValueError(f"{text!r} must be a number of 0 or more")
-    return number
-
-
-def to_origin(text: str) -> str:
-    text = text.strip().rstrip("/").lower()
-    if text != "null" and not re.fullmatch(r"https?://[^/?#\s*@]+", text):
-        raise ValueError(f"{text!r} is not an origin, such as https://my.site")
-    return text
-
-
-def to_level(text: str) -> str:
-    if text not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"{text!r} is not one of debug, info, warning, error")
-    return text
-
-
-def to_base_url(text: str) -> str:
-    """`http://host:port/v1[?query]`; a bare host gets its /v1."""
-    text = text.strip()
-    if not text:
-        return ""
-    shown = "this" if set(text) & set("@?") else repr(text)  # it may have a key inside
-    wrong = f"{shown} is not a base URL, such as http://host:port/v1"
-    if not (text.isascii() and text.isprintable() and " " not in text):
-        raise ValueError(f"{wrong}: it has characters that cannot be sent")
-    try:
-        parts = urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError(wrong)
-    if parts.username or parts.password:
-        raise ValueError(f"{wrong}: a key belongs into OPENAI_API_KEY")
-    path = parts.path.rstrip("/") or ("" if parts.query else "/v1")
-    return f"{parts.scheme}://{parts.netloc}{path}" + (f"?{parts.query}" if parts.query else "")
-
-
-def flag(
-    default: Any, read: Callable[[str], Any], help: str, metavar: str = "", env: str = ""
-) -> Any:
+def flag(default: Any, form: tuple[str, str], help: str, metavar: str = "", env: str = "") -> Any:
     """A field of Settings that is a flag. A tuple as its default: it may be repeated."""
-    about = {"read": read, "help": help, "metavar": metavar or None, "env": env}
+    about = {"form": form, "help": help, "metavar": metavar or None, "env": env}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -5026,30 +4608,23 @@ def flag(
 class Settings:
     """What the flags say. Times in seconds."""
 
-    host: str = flag("localhost", to_text, "address to listen on")
-    port: int = flag(4001, to_port, "of the pages and of HTTP; 0 means any free one")
-    room_port: int = flag(8888, to_port, "of the room; both ports serve everything")
-    upstream: str = flag(
-        "", to_base_url, "base URL of an OpenAI-compatible model", "URL", "OPENAI_BASE_URL"
-    )
-    model: tuple[str, ...] = flag(
-        (), to_text, "a model that one may ask, the first is the default; without: any",
-        "NAME", "OPENAI_MODEL",
-    )  # fmt: skip
-    patience: float = flag(600, to_number, "how long the model may be silent", "S")
-    allow_origin: tuple[str, ...] = flag(
-        (), to_origin, "pages of this origin may ask and speak; null: from disk", "ORIGIN"
-    )
-    linger: float = flag(60, to_number, "how long an answer goes on unread", "S")
-    keep: float = flag(600, to_number, "how long an ended answer is kept", "S")
-    grace: float = flag(5, to_number, "how long answers may go on at a stop", "S")
-    room_rate: float = flag(20, to_number, "messages a second of one member; 0 means no limit", "N")
-    room_suffix: str = flag("--返回数据", str, "behind each message", "TEXT")
-    redis: str = flag("", to_text, "share room and answers over this Redis", "URL")
-    workers: int = flag(1, to_workers, "processes on the same sockets; needs --redis", "N")
-    certfile: str = flag("", to_text, "PEM, with --keyfile: HTTPS and WSS", "FILE")
-    keyfile: str = flag("", to_text, "PEM", "FILE")
-    log_level: str = flag("info", to_level, "debug, info, warning or error", "LEVEL")
+    host: str = flag("localhost", WORD, "address to listen on")
+    port: int = flag(4001, PORT, "of the pages and of HTTP; 0 means any free one")
+    room_port: int = flag(8888, PORT, "of the room; both ports serve everything")
+    upstream: str = flag("", WORD, "of an OpenAI-compatible model", "BASE_URL", "OPENAI_BASE_URL")
+    model: tuple[str, ...] = flag((), WORD, "one that may be asked", "NAME", "OPENAI_MODEL")
+    patience: float = flag(600, NUMBER, "how long the model may be silent", "S")
+    allow_origin: tuple[str, ...] = flag((), ORIGIN, "whose pages may ask; null: from disk")
+    linger: float = flag(60, NUMBER, "how long an answer goes on unread", "S")
+    keep: float = flag(600, NUMBER, "how long an ended answer is kept", "S")
+    grace: float = flag(5, NUMBER, "how long answers may go on at a stop", "S")
+    room_rate: float = flag(20, NUMBER, "messages a second of one member; 0 means no limit", "N")
+    room_suffix: str = flag("--返回数据", ANY, "behind each message", "TEXT")
+    redis: str = flag("", REDIS, "share room and answers over this Redis", "URL")
+    workers: int = flag(1, COUNT, "processes on the same sockets; needs --redis", "N")
+    certfile: str = flag("", WORD, "PEM, with --keyfile: HTTPS and WSS", "FILE")
+    keyfile: str = flag("", WORD, "PEM", "FILE")
+    log_level: str = flag("info", LEVEL, "debug, info, warning or error", "LEVEL")
     # Never a flag: a command line can be read by everybody on the machine.
     api_key: str = dataclasses.field(default="", repr=False)
     token: str = dataclasses.field(default="", repr=False)
@@ -5068,62 +4643,75 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
     """Flags, then environment, then defaults. Raises UsageError."""
     parser = Parser(prog="chatstream", description=__doc__.partition("\n")[0])
-    fields = [f for f in dataclasses.fields(Settings) if "read" in f.metadata]
-    for field in fields:
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            action="append" if isinstance(field.default, tuple) else "store",
-            metavar=field.metadata["metavar"],
-            help=field.metadata["help"],
-        )
+    flags = {f"--{f.name.replace('_', '-')}": f for f in dataclasses.fields(Settings) if f.metadata}
+    for name, field in flags.items():
+        about = field.metadata
+        parser.add_argument(name, action="append", help=about["help"], metavar=about["metavar"])
     given = vars(parser.parse_args(argv))
     settings: JSON = {}
-    for field in fields:
-        texts, source = given_texts(field, given, environ)
-        read = field.metadata["read"]
-        try:
-            values = tuple(read(text) for text in texts)
-        except ValueError as error:
-            raise UsageError(f"{source}: {error}") from None
-        if isinstance(field.default, tuple):
-            settings[field.name] = tuple(value for value in values if value)
-        elif values:
-            settings[field.name] = values[0]
+    for name, field in flags.items():
+        many, found = isinstance(field.default, tuple), {name: given[field.name]}
+        for variable in (f"CHATSTREAM_{field.name.upper()}", field.metadata["env"]):
+            if text := environ.get(variable):
+                found[variable] = text.split(",") if many else [text]
+        source, texts = next((pair for pair in found.items() if pair[1]), ("", []))
+        values = [read_value(field, text, source) for text in texts]
+        if values:
+            settings[field.name] = tuple(filter(None, values)) if many else values[-1]
     return complete(settings, environ)
 
 
-def given_texts(
-    field: dataclasses.Field[Any], given: Mapping[str, Any], environ: Mapping[str, str]
-) -> tuple[list[str], str]:
-    """What was given for a flag, and where."""
-    name = field.name.upper()
-    if (value := given[field.name]) is not None:
-        texts = value if isinstance(value, list) else [value]
-        return texts, f"--{field.name.replace('_', '-')}"
-    for variable in (f"CHATSTREAM_{name}", field.metadata["env"]):
-        if text := environ.get(variable):
-            many = isinstance(field.default, tuple)
-            return (text.split(",") if many else [text]), variable
-    return [], ""
+def read_value(field: dataclasses.Field[Any], text: str, source: str) -> Any:
+    form, wanted = field.metadata["form"]
+    text = text if form is ANY[0] else text.strip()
+    if not re.fullmatch(form, text):
+        shown = "it" if "@" in text else repr(text)  # there may be a password inside
+        raise UsageError(f"{source}: {shown} is not {wanted}")
+    return {"int": int, "float": float}.get(str(field.type), str)(text)
 
 
 def complete(settings: JSON, environ: Mapping[str, str]) -> Settings:
     """What is not a flag, and what must fit together. Raises UsageError."""
     for name, variable in (("api_key", "OPENAI_API_KEY"), ("token", "CHATSTREAM_TOKEN")):
-        secret = environ.get(variable, "").strip()
-        if not (secret.isascii() and secret.isprintable()):
+        settings[name] = environ.get(variable, "").strip()
+        if not (settings[name].isascii() and settings[name].isprintable()):
             raise UsageError(f"{variable} has characters that cannot be sent")
-        settings[name] = secret
-    if bool(settings.get("certfile")) != bool(settings.get("keyfile")):
+    settings["upstream"] = base_url(settings.get("upstream", ""))
+    settings["proxy"] = find_proxy(settings["upstream"], environ)
+    origins = settings.get("allow_origin", ())
+    settings["allow_origin"] = tuple(origin.rstrip("/").lower() for origin in origins)
+    made = Settings(**settings)
+    if (port := max(made.port, made.room_port)) > 65535:
+        raise UsageError(f"{port} is not a port: 0 to 65535")
+    if bool(made.certfile) != bool(made.keyfile):
         raise UsageError("--certfile and --keyfile go together")
-    if settings.get("workers", 1) > 1:
-        if not settings.get("redis"):
-            raise UsageError("--workers needs --redis, where they share their logs")
-        if not hasattr(os, "fork"):
-            raise UsageError("--workers does not work on this system: start one process")
-    if upstream := settings.get("upstream"):
-        settings["proxy"] = find_proxy(upstream, environ)
-    return Settings(**settings)
+    if made.workers > 1 and not made.redis:
+        raise UsageError("--workers needs --redis, where they share their logs")
+    if made.workers > 1 and not hasattr(os, "fork"):
+        raise UsageError("--workers does not work on this system: start one process")
+    return made
+
+
+def split_url(url: str, *schemes: str) -> SplitResult | None:
+    """Its parts, if it has one of these schemes, and a host."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in schemes and parts.hostname and parts.port != 0
+    except ValueError:
+        return None
+    return parts if good else None
+
+
+def base_url(text: str) -> str:
+    """`http://host:port/v1[?query]`; a bare host gets its /v1. Raises UsageError."""
+    parts = split_url(text, "http", "https")
+    if not text:
+        return ""
+    if not parts or "@" in parts.netloc or not re.fullmatch("[!-~]+", text):
+        wanted = "a base URL in ASCII, such as http://host:port/v1, with no key in it"
+        raise UsageError(f"--upstream or OPENAI_BASE_URL must be {wanted}")
+    path = parts.path.rstrip("/") or ("" if parts.query else "/v1")
+    return parts._replace(path=path, fragment="").geturl()
 
 
 def find_proxy(url: str, environ: Mapping[str, str]) -> str:
@@ -5131,27 +4719,19 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
 
     Raises UsageError if there is one that cannot be used.
     """
-    import urllib.request  # slow to load, and only needed here
-
     parts = urlsplit(url)
-    lower = {k.lower(): v.strip() for k, v in environ.items() if v.strip()}
     name = f"{parts.scheme}_proxy"
-    proxy = lower.get(name, "")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    exempt = {"no": lower.get("no_proxy", "")}
-    if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
-        f"{parts.hostname}:{port}", exempt
-    ):
+    lower = {k.lower(): v.strip() for k, v in environ.items() if v.strip()}
+    if name not in lower:
         return ""
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
-    try:
-        parsed = urlsplit(proxy)
-        good = parsed.scheme == "http" and bool(parsed.hostname) and parsed.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        name = name.upper()
-        raise UsageError(f"{name} must be an http:// proxy; NO_PROXY exempts a host")
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # it is slow
+
+    host = f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+    if proxy_bypass_environment(host, {"no": lower.get("no_proxy", "")}):
+        return ""
+    proxy = lower[name] if "://" in lower[name] else f"http://{lower[name]}"
+    if not split_url(proxy, "http"):
+        raise UsageError(f"{name.upper()} must be an http:// proxy; NO_PROXY exempts a host")
     return proxy
 
 
@@ -5159,7 +4739,6 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
 # All that can be wrong with flags, ports, certificate and Redis is found before the
 # first client is served, and told in one line.
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLIENT_VANISHED = 20  # seconds without TCP acknowledgement
 GC_THRESHOLD = 20_000  # new objects; the default of 700 looks for cycles all the time
 
@@ -5184,52 +4763,42 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Listening sockets on every address of a host, with one port number for all.
 
     Browsers and Node may try ::1 first for localhost. An address that this machine
-    lacks is skipped. Raises UsageError.
+    lacks is skipped, one that is taken is an error. Raises UsageError.
     """
-    host = host.strip("[]")
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)  # fmt: skip
-    except (OSError, UnicodeError):
-        raise UsageError(f"cannot listen on {host}:{port}: no such host") from None
+    host, reason = host.strip("[]"), "no such host"
     listeners: list[socket.socket] = []
-    lacking: OSError | None = None
-    for family, address in dict.fromkeys((f[0], f[4][0]) for f in found):
-        number = listeners[0].getsockname()[1] if listeners else port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        found = []
+    for family, address in dict.fromkeys((f[0], str(f[4][0])) for f in found):
+        dual = address == "::" and socket.has_dualstack_ipv6()
+        place = (address, port)
         try:
-            listeners.append(listen_on(family, str(address), number))
+            listener = socket.create_server(place, family=family, backlog=4096, dualstack_ipv6=dual)
         except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                reason = error.strerror or str(error)
-                raise UsageError(f"cannot listen on {host}:{number}: {reason}") from None
-            lacking = error
+            reason = error.strerror or str(error)
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                continue
+            listeners.clear()
+            break
+        listener.setblocking(False)
+        watch_for_life(listener, CLIENT_VANISHED)  # each connection inherits it
+        listeners.append(listener)
+        port = listener.getsockname()[1]
     if not listeners:
-        reason = (lacking and lacking.strerror) or "no such host"
         raise UsageError(f"cannot listen on {host}:{port}: {reason}")
     return listeners
-
-
-def listen_on(family: int, address: str, port: int) -> socket.socket:
-    dual = address == "::" and socket.has_dualstack_ipv6()
-    listener = socket.create_server(
-        (address, port), family=family, backlog=4096, dualstack_ipv6=dual
-    )
-    listener.setblocking(False)
-    watch_for_life(listener, CLIENT_VANISHED)  # each connection inherits it
-    return listener
 
 
 def raise_file_limit() -> None:
     """Each connection is a file: take as many as the system gives."""
     if resource is None:
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in ((65536, max(hard, 65536)), (hard, hard)):
-        try:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in ((hard, hard), (65536, max(hard, 65536))):
+        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-            break
-        except (ValueError, OSError):
-            continue
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 10240:
         logger.warning("this system lets us have %d connections (see ulimit -n)", soft - 50)
@@ -5241,19 +4810,13 @@ async def check_redis(url: str) -> None:
         import coredis
     except ImportError:
         raise UsageError("--redis needs coredis: pip install 'chatstream[redis]'") from None
-    if not re.match("(rediss?|unix)://", url):
-        raise UsageError("--redis needs a URL, such as redis://host:6379")
-    reason = ""
-    trouble = (coredis.exceptions.RedisError, trio.TooSlowError, OSError, ValueError)
     try:
         with trio.fail_after(5):
             async with coredis.Redis.from_url(url, connect_timeout=3) as redis:
                 await redis.ping()
-    except* trouble as group:  # coredis has a nursery of its own
-        reason = why(group)
-    if reason:
+    except Exception as error:  # mostly in a group: coredis has a nursery of its own
         where = url.rpartition("@")[2].removeprefix("redis://")
-        raise UsageError(f"cannot reach Redis at {where}: {reason}")
+        raise UsageError(f"cannot reach Redis at {where}: {why(error)}") from None
 
 
 def start_line(settings: Settings, http: socket.socket, ws: socket.socket) -> str:
@@ -5265,110 +4828,91 @@ def start_line(settings: Settings, http: socket.socket, ws: socket.socket) -> st
     return f"chatstream: http{s}://{host}:{http_port}  ws{s}://{host}:{ws_port}  model: {model}"
 
 
-def on_signals(call: Callable[[], None]) -> None:
-    """Call this in Trio's loop at each SIGINT and SIGTERM, until the loop has ended."""
-    token = trio.lowlevel.current_trio_token()
-
-    def handle(*_: object) -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            token.run_sync_soon(call)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, handle)
+async def heed_signals(
+    stop: Callable[[], object], at_once: Callable[[], object], task_status: trio.TaskStatus[None]
+) -> None:
+    """The first SIGINT or SIGTERM means: stop. Another one: at once."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            stop()
+            stop = at_once
 
 
 async def serve(
-    settings: Settings,
-    tls: ssl.SSLContext | None,
-    http: list[socket.socket],
-    ws: list[socket.socket],
-    ready: Callable[[], object],
-    parent: int | None = None,
+    settings: Settings, tls: ssl.SSLContext | None, listeners: list[socket.socket], start: str
 ) -> int:
     """Serve on these sockets until a signal; a second one stops at once.
 
-    `parent` is a pipe that ends with the process that started us, and us with it.
+    A worker has no start line to print, and a pipe as stdin that ends with its parent.
     """
     gc.freeze()  # what is imported stays: no collection needs to look at it again
     gc.set_threshold(GC_THRESHOLD)
     stop = trio.Event()
-    ports = {sock.getsockname()[1] for sock in (*http, *ws)}
-    server = Server(App(settings, ports), tls)
+    server = Server(App(settings, {sock.getsockname()[1] for sock in listeners}), tls)
 
-    async def watch(pipe: int) -> None:
-        await trio.lowlevel.wait_readable(pipe)
+    async def end_with_parent() -> None:
+        await trio.lowlevel.wait_readable(0)
         stop.set()
 
+    def ready() -> None:
+        if start:
+            print(start, flush=True)
+
     async with trio.open_nursery() as nursery:
-
-        def stop_now() -> None:
-            if stop.is_set():
-                logger.warning("stopping at once")
-                nursery.cancel_scope.cancel()
-            stop.set()
-
-        on_signals(stop_now)
-        if parent is not None:
-            nursery.start_soon(watch, parent)
-        await server.serve([*http, *ws], stop, ready)
+        await nursery.start(heed_signals, stop.set, nursery.cancel_scope.cancel)
+        if not start:
+            nursery.start_soon(end_with_parent)
+        await server.serve(listeners, stop, ready)
         nursery.cancel_scope.cancel()
     return 0
 
 
-class Supervisor:
+async def supervise(
+    settings: Settings, argv: list[str], listeners: list[socket.socket], start: str
+) -> int:
     """N processes on the same sockets: one that dies is replaced, a stop goes to all.
 
     They share the listening sockets, opened once: the kernel gives each new connection
-    to one of them, so no port is ever closed while a worker is replaced. Each watches a
-    pipe, its stdin, that ends with this process.
+    to one of them, so no port is ever closed while a worker is replaced.
     """
+    at_once = trio.Event()
 
-    def __init__(self, settings: Settings, argv: list[str], fds: list[list[int]]) -> None:
-        self.settings = settings
-        self.start_worker = functools.partial(
-            trio.run_process,
-            [sys.executable, str(Path(__file__).resolve()), *argv],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "CHATSTREAM_LISTENERS": json.dumps(fds)},
-            pass_fds=[fd for pair in fds for fd in pair],
-            process_group=0,  # Ctrl-C is for this process, which passes it on
-            check=False,
-            deliver_cancel=kill,
-        )
-        self.stopping = False
-        self.alive: set[trio.Process] = set()
+    async def stop(worker: trio.Process) -> None:
+        """What is still there in the end, perhaps frozen, is killed."""
+        worker.terminate()
+        with trio.move_on_after(settings.grace + 2.5):
+            await at_once.wait()
+        worker.kill()
 
-    async def run(self, start: str) -> int:
-        async with trio.open_nursery() as nursery:
-            on_signals(functools.partial(self.stop, nursery.cancel_scope))
-            for _ in range(self.settings.workers):
-                nursery.start_soon(self.keep_one)
-            print(start, flush=True)
-        return 0
+    fds = [sock.fileno() for sock in listeners]
+    start_worker = functools.partial(
+        trio.run_process,
+        [sys.executable, __file__, *argv],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "CHATSTREAM_LISTENERS": json.dumps(fds)},
+        pass_fds=fds,
+        process_group=0,  # Ctrl-C is for this process, which passes it on
+        check=False,
+        deliver_cancel=stop,
+    )
 
-    def stop(self, scope: trio.CancelScope) -> None:
-        """Passed on to all. What is still there in the end, perhaps frozen, is killed."""
-        self.stopping = True
-        scope.deadline = trio.current_time() + self.settings.grace + 2.5
-        for process in self.alive:
-            process.terminate()
-
-    async def keep_one(self) -> None:
-        while not self.stopping:
+    async def keep_one() -> None:
+        while True:
             started = trio.current_time()
             async with trio.open_nursery() as nursery:
-                process = await nursery.start(self.start_worker)
-                self.alive.add(process)
-                if self.stopping:
-                    process.terminate()
-            self.alive.discard(process)
-            if not self.stopping:
-                logger.error("a worker died (%d) and is replaced", process.returncode)
-                await trio.sleep_until(started + 1)  # one that cannot live: not in a hurry
+                worker = await nursery.start(start_worker)
+            logger.error("a worker died (%d) and is replaced", worker.returncode)
+            await trio.sleep_until(started + 1)  # one that cannot live: not in a hurry
 
-
-async def kill(process: trio.Process) -> None:
-    process.kill()
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as workers:
+            await nursery.start(heed_signals, workers.cancel_scope.cancel, at_once.set)
+            for _ in range(settings.workers):
+                workers.start_soon(keep_one)
+            print(start, flush=True)
+        nursery.cancel_scope.cancel()
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -5376,10 +4920,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         settings = parse_flags(argv, os.environ)
-        logging.basicConfig(
-            level=settings.log_level.upper(), stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(message)s",
-        )  # fmt: skip
+        form = "%(asctime)s %(levelname)s %(message)s"
+        logging.basicConfig(level=settings.log_level.upper(), format=form)
         for noisy in ("trio-websocket", "hpack"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         # A connection that it loses is a traceback to coredis, and one line to us.
@@ -5387,18 +4929,15 @@ def main(argv: list[str] | None = None) -> int:
         raise_file_limit()
         tls = tls_context(settings)
         if inherited := os.environ.pop("CHATSTREAM_LISTENERS", ""):
-            shared = [[socket.socket(fileno=fd) for fd in fds]
-                      for fds in json.loads(inherited)]  # fmt: skip
-            return trio.run(serve, settings, tls, shared[0], shared[1], bool, 0)
+            listeners = [socket.socket(fileno=fd) for fd in json.loads(inherited)]
+            return trio.run(serve, settings, tls, listeners, "")
         http, ws = (listen(settings.host, n) for n in (settings.port, settings.room_port))
         if settings.redis:
             trio.run(check_redis, settings.redis)
         start = start_line(settings, http[0], ws[0])
         if settings.workers > 1:
-            fds = [[sock.fileno() for sock in socks] for socks in (http, ws)]
-            return trio.run(Supervisor(settings, argv, fds).run, start)
-        ready = functools.partial(print, start, flush=True)
-        return trio.run(serve, settings, tls, http, ws, ready)
+            return trio.run(supervise, settings, argv, [*http, *ws], start)
+        return trio.run(serve, settings, tls, [*http, *ws], start)
     except UsageError as error:
         print(f"chatstream: {error}", file=sys.stderr)
         return 2

@@ -4,9 +4,10 @@ import json
 from contextlib import suppress
 from urllib.parse import quote_from_bytes
 
+import h11
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kit import (
     CHAT,
@@ -87,6 +88,80 @@ def test_an_event_that_is_too_large_is_a_value_error(data, limit):
         for byte in data:
             for event in parser.feed(bytes([byte])):
                 assert len(event.data) <= limit
+
+
+GOOD_CHUNKS = st.builds(
+    lambda zeros, data, more: b"%b%X%b\r\n%b\r\n" % (zeros, len(data), more, data),
+    st.sampled_from([b"", b"0", b"000"]),
+    st.binary(min_size=1, max_size=20) | st.just(b"long" * 80),
+    st.sampled_from([b"", b" ", b";", b";a=b", b';a="b;c" ; d', b";\xe4\t"]),
+)
+TRAILERS = st.lists(st.sampled_from([b"X-Sum: 1\r\n", b"a:\r\n", b"b_c: d;e: f\r\n"]), max_size=2)
+LAST_CHUNKS = st.builds(
+    lambda size, trailers: b"%b\r\n%b\r\n" % (size, b"".join(trailers)),
+    st.sampled_from([b"0", b"000", b"0;c", b"0 "]),
+    TRAILERS,
+)
+ODD = b"\r\n,\n,\r,5,0,g,-1,0x5,+5,1_0,;,: ,a: b,\r\n0\r\n,fffffffffffffffffffff".split(b",")
+ODDITIES = st.sampled_from([*ODD, b" ", b""]) | st.binary(max_size=4)
+ODD_CHUNKS = st.lists(GOOD_CHUNKS | LAST_CHUNKS | ODDITIES, max_size=6).map(b"".join)
+
+
+def body_by_h11(head, pieces):
+    """What a body carries, and what is behind it; None where it is not whole."""
+    conn, carried = h11.Connection(h11.CLIENT), b""
+    conn.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+    conn.receive_data(head)
+    assert isinstance(conn.next_event(), h11.Response)
+    with suppress(h11.RemoteProtocolError):
+        for piece in filter(None, pieces):
+            conn.receive_data(piece)
+            while isinstance(event := conn.next_event(), h11.Data):
+                carried += event.data
+    whole = conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+    return carried, conn.trailing_data[0] if whole else None
+
+
+def body_by_us(head, pieces):
+    conn, carried = h11.Connection(h11.CLIENT), []
+    conn.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+    conn.receive_data(head)
+    exchange = chatstream.Exchange(None, trio.CancelScope())
+    exchange.begin(conn.next_event(), b"")
+    with suppress(h11.RemoteProtocolError):
+        for n, piece in enumerate(pieces):
+            exchange.feed(piece, carried.append)
+            if exchange.done:
+                return b"".join(carried), exchange.rest + b"".join(pieces[n + 1 :])
+    return b"".join(carried), None
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@fuzz(500)
+@given(st.lists(GOOD_CHUNKS, max_size=5), LAST_CHUNKS, st.binary(max_size=9), CUTS)
+def test_chunks_are_read_as_h11_reads_them(chunks, last, behind, cuts):
+    pieces = cut(b"".join(chunks) + last + behind, cuts)
+    ours = body_by_us(CHUNKED, pieces)
+    assert ours == body_by_h11(CHUNKED, pieces)
+    assert ours[1] == behind
+
+
+@fuzz(1000)
+@given(ODD_CHUNKS, CUTS)
+def test_chunks_that_h11_refuses_are_refused(data, cuts):
+    pieces = cut(data, cuts)
+    ours, theirs = body_by_us(CHUNKED, pieces), body_by_h11(CHUNKED, pieces)
+    assert ours[0] == theirs[0]
+    assert ours == theirs or ours[1] is None  # its trailers may end with a lone LF
+
+
+@fuzz(100)
+@given(st.binary(max_size=30), st.integers(1, 30), CUTS)
+def test_a_body_with_a_length_is_read_as_h11_reads_it(data, length, cuts):
+    head, pieces = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length, cut(data, cuts)
+    assert body_by_us(head, pieces) == body_by_h11(head, pieces)
 
 
 @st.composite
@@ -195,20 +270,35 @@ TYPES = st.sampled_from(KINDS.split())
 CHUNKS = st.fixed_dictionaries(
     {},
     optional={
-        "type": TYPES,
+        "type": TYPES | JSON,
         "choices": st.lists(st.dictionaries(WORDS, JSON, max_size=4), max_size=2),
-        "response": st.dictionaries(WORDS, JSON, max_size=4),
-        "sequence_number": JSON,
+        "response": JSON | st.dictionaries(WORDS, JSON, max_size=4),
+        "response_id": JSON,
+        "sequence_number": JSON | st.integers(-1, 9),
+        "item": JSON,
         "error": JSON,
         "content": JSON,
         "usage": JSON,
     },
 )
 SAID = st.lists(st.tuples(TYPES, CHUNKS | JSON), max_size=5)
+ENDS_WITHOUT_IT = [("response.completed", {})]
+UNNAMED = [("message", {"response": {}}), ("response.created", {"response": {"id": "resp_1"}})]
+ODD_IDS = [("response.created", {"response": {"id": {"a": 1}}}), ("x", {"response_id": 5})]
+ODD_NUMBERS = [("x", {"sequence_number": n}) for n in (7, 7, 3, True, -1, 10**20, "8", None)]
+TWO_LINES = [("message", {"type": "response.completed\n\ndata: [DONE]", "response": {}})]
+NO_ITEM = [("response.output_item.done", {}), ("response.output_item.done", {"item": 5})]
 
 
 @fuzz(400)
 @given(st.sampled_from(APIS), SAID)
+@example(chatstream.RESPONSES, ENDS_WITHOUT_IT)
+@example(chatstream.RESPONSES, UNNAMED)
+@example(chatstream.RESPONSES, ODD_IDS)
+@example(chatstream.RESPONSES, ODD_NUMBERS)
+@example(chatstream.RESPONSES, TWO_LINES)
+@example(chatstream.MESSAGES, TWO_LINES)
+@example(chatstream.RESPONSES, NO_ITEM)
 def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(api, said):
     def take(relay):
         for type, chunk in said:
@@ -222,6 +312,7 @@ def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(api, said):
 @fuzz(400)
 @given(st.sampled_from(APIS), st.booleans(), CHUNKS | JSON)
 def test_a_whole_answer_of_any_shape_is_one_or_an_upstream_error(api, streamed, said):
+    streamed = streamed or api is chatstream.CHAT_PAGE  # which always is
     make_an_answer(api, streamed, lambda relay: relay.take_whole(chatstream.to_json(said)))
 
 
@@ -238,13 +329,27 @@ def make_an_answer(api, streamed, take):
             problem = caught
         assert problem is None or problem.error["message"]
         answer.finish(problem)
-        answer.frames(chatstream.SSE, 0)
+        events = [answer[place] for place in range(answer.end)]
+        read = SSEParser().feed(answer.frames(chatstream.SSE, 0)[0])
+        assert [tuple(event) for event in read] == [(e.data, e.type) for e in events]
         if problem is None and not streamed:
             json.loads(api.whole(answer))
         if api is chatstream.RESPONSES:
-            json.loads(chatstream.to_json(chatstream.response_now(answer)))
+            assert_retrievable(answer, [json.loads(event.data) for event in events])
+            items = chatstream.response_now(answer)["output"] if problem else []
+            assert all(isinstance(item, dict) for item in items)
 
     trio.run(relay)
+
+
+def assert_retrievable(answer, told):
+    """By whatever id it was given in its events, and after whatever number."""
+    now = json.loads(chatstream.to_json(chatstream.response_now(answer)))
+    ids = [event["response"]["id"] for event in told if isinstance(event.get("response"), dict)]
+    ids += [event["response_id"] for event in told if "response_id" in event]
+    assert set(ids) <= {now["id"]}
+    for place, event in enumerate(told):
+        assert chatstream.place_of_sequence(answer, event["sequence_number"]) == place + 1
 
 
 @fuzz(300)

@@ -19,7 +19,8 @@ RENDER = """async ([text, step, finished]) => {
     markdown.append(text.slice(at, at + step));
     if (step < text.length) markdown.draw(Infinity);
   }
-  if (finished) await markdown.finish();
+  if (finished) markdown.finish();
+  if (finished) markdown.draw(Infinity);
   else await frame().then(frame);
   const copy = root.cloneNode(true);
   root.remove();
@@ -217,13 +218,15 @@ WORK = """(text) => {
   const root = document.createElement('div');
   document.getElementById('log').append(root);
   const markdown = new Markdown(root);
+  const changes = new MutationObserver(() => {});
+  changes.observe(root, { childList: true, subtree: true });
   const work = [];
   for (let at = 0; at < text.length; at += 200) {
-    const kept = new Set(root.children);
     markdown.append(text.slice(at, at + 200));
     markdown.draw(Infinity);
-    const drawn = [...root.children].filter((child) => !kept.has(child));
-    work.push(drawn.reduce((sum, child) => sum + child.textContent.length, 0));
+    const nodes = new Set(changes.takeRecords().flatMap(({ addedNodes }) => [...addedNodes]));
+    const added = [...nodes].filter((node) => !nodes.has(node.parentNode));
+    work.push(added.reduce((sum, { textContent }) => sum + textContent.length, 0));
   }
   root.remove();
   return Math.max(...work);

@@ -42,9 +42,17 @@ def test_no_word_is_missing_in_either_language(profile, demo):
         english, chinese = versions
         assert bool(english) == bool(chinese), key
         assert re.findall(r"\{\d\}", english) == sorted(re.findall(r"\{\d\}", chinese))
-    source = "".join(path.read_text() for path in WWW.iterdir())
-    used = set(re.findall(r'(?:say\(|data-(?:say|label|placeholder)=)"([^"]+)"', source))
-    assert used <= set(words)
+    source = "".join(path.read_text() for path in WWW.glob("*.js"))
+    assert set(re.findall(r'say\("([^"]+)"', source)) <= set(words)
+    html = (WWW / "index.html").read_text()
+    tags = re.findall(r"<[^/!][^>]*>", html)
+    for english, chinese in [("aria-label=", "data-zh-label="), ("placeholder=", "data-zh-hint=")]:
+        assert all((english in tag) == (chinese in tag) for tag in tags)
+    untranslated = re.findall(r"<(?![^>]*data-zh)[^>]*>([^<>]*[a-z][^<>]*)<", html)
+    assert untranslated == ["chatstream", "chatstream", JAVASCRIPT]
+
+
+JAVASCRIPT = "This page is its scripts: it needs JavaScript."
 
 
 def test_nothing_is_wider_than_a_narrow_screen(chromium, demo):

@@ -11,7 +11,6 @@ from wsproto.frame_protocol import FrameProtocol
 
 from chatstream import (
     SSE,
-    WS_CLOCK,
     Event,
     EventLog,
     SSEParser,
@@ -20,9 +19,8 @@ from chatstream import (
     frame_ws,
     frame_ws_json,
     frame_ws_plain,
+    gap,
     http_chunk,
-    sse_gap,
-    ws_gap,
 )
 
 # Nothing here is judged by the clock, so that a busy machine breaks no test.
@@ -140,7 +138,7 @@ def test_an_event_without_end_is_refused(stream):
     for size in (1, 7, 1000):
         parser = SSEParser(max_bytes=100)
         pieces = [stream[n : n + size] for n in range(0, len(stream), size)]
-        with pytest.raises(ValueError, match="100 bytes"):
+        with pytest.raises(ValueError, match="an event of more than"):
             deque(map(parser.feed, pieces))
 
 
@@ -186,8 +184,9 @@ def test_an_event_as_sse(place, event, frame):
 
 
 def test_a_gap_is_an_event_without_an_id():
-    assert parsed(sse_gap(17)) == [('{"missed": 17}', "gap")]
-    assert ids(sse_gap(17)) == []
+    block = frame_sse("log", None, gap(17))
+    assert parsed(block) == [('{"missed": 17}', "gap")]
+    assert ids(block) == []
 
 
 def test_a_keep_alive_is_one_comment_line():
@@ -337,6 +336,7 @@ def test_an_event_for_a_plain_member(event, frame):
     assert frame_ws_plain("--返回数据", "room-ab12", 4, event) == frame
 
 
-def test_a_gap_over_a_websocket_is_a_message_without_an_id():
-    assert json.loads(payload_of(ws_gap(17))) == {"type": "gap", "missed": 17}
-    assert payload_of(WS_CLOCK.gap(17)) == payload_of(ws_gap(17))
+@pytest.mark.parametrize("name", ["room-ab12", "clock"])
+def test_a_gap_over_a_websocket_is_a_message_without_an_id(name):
+    frame = frame_ws_json(name, None, gap(17))
+    assert json.loads(payload_of(frame)) == {"type": "gap", "missed": 17}

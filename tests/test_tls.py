@@ -184,6 +184,41 @@ async def test_the_thousand_and_first_request_ends_no_stream(secure):
         await lives(client, clock)
 
 
+async def test_the_stream_that_is_one_too_many_is_refused_alone(secure):
+    """Its client may ask again (RFC 9113, section 8.7), and all others go on."""
+    async with unharmed(secure), http2(secure.http) as client:
+        clocks = [await client.ask("/clock") for _ in range(100)]
+        for _ in range(3):
+            # (h2 would keep to the limit that it was told.)
+            client.conn.remote_settings.update({3: 1000})
+            client.conn.remote_settings.acknowledge()
+            number = await client.ask("/time")
+            await client.until(lambda number=number: number in client.resets)
+            assert client.resets.pop(number) == 7, "REFUSED_STREAM"
+        for clock in clocks:
+            await client.body_has(clock, b"data:")
+        client.conn.reset_stream(clocks.pop())
+        await client.flush()
+        assert (await client.whole(await client.ask("/time")))[0] == 200
+        assert not client.resets
+
+
+async def test_a_client_that_says_goodbye_reads_on_to_the_end(serve, certificate, upstream):
+    """It promises to ask nothing new, and no more (RFC 9113, section 6.8)."""
+    server = serve(*certificate, env={"OPENAI_BASE_URL": upstream.url})
+    body = json.dumps(asking(upstream.script(*answer("Hel", 0.5, "lo")))).encode()
+    async with unharmed(server), http2(server.http) as client:
+        number = await client.ask(CHAT, "POST", body)
+        await client.body_has(number, b"Hel")
+        await client.raw(serialized(frames.GoAwayFrame, 0, last_stream_id=0, error_code=0))
+        status, said = await client.whole(number)
+        assert status == 200
+        assert b"data: [DONE]" in said
+        with trio.fail_after(PATIENCE):
+            while not client.closed:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+
+
 async def lives(client, number):
     """This stream goes on."""
     so_far = len(client.bodies[number])
@@ -444,6 +479,7 @@ async def test_a_client_that_only_listens_is_no_idle_one(serve, certificate):
         with trio.fail_after(70 if FULL else PATIENCE):  # but now it is one
             while not client.closed:  # noqa: ASYNC110
                 await trio.sleep(0.1)
+        assert client.goaway == 0
 
 
 # -------------------------------------------------------------------- stuck readers
@@ -607,4 +643,5 @@ async def test_a_stop_tells_everybody_over_tls_too(serve, certificate, upstream)
         assert b"[DONE]" not in body
         assert await close_code(member) == 1001
         assert await server.exit_code(began + 1 + 3 - time.monotonic()) == 0
+        assert client.goaway == 0
     assert_no_fault(server.log())

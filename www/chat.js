@@ -8,7 +8,6 @@
 
 {
   const ASK = "chatgptApi/chatgpt_qa_stream";
-  const PROGRESS = `chatstream.progress ${SERVER.origin}${SERVER.pathname}`; // of answers under way
   const DRAFT = "chatstream.draft"; // what is in the field, and whether it has the focus
   const MODEL = "chatstream.model"; // the one that was chosen
   const AT_ONCE = 100; // ms after a connection opens: what comes then was missed before
@@ -16,14 +15,16 @@
   const question = $("question");
   const log = $("log");
   const turns = new Map(); // a message's key -> its Turn
-  const runs = new Map(); // an answer's key -> what this tab is reading of it
-  const FROM_THE_START = { content: "", reasoning: "", events: 0, caught: 0, first: null, last: "" };
-  const ACTS = { again, regenerate: again, edit };
+  const { reading } = conversation;
   let editing = null; // the question that is being edited
   let restore = null; // brings back the conversation that was cleared
   let watched = null; // the Turn of an answer that was opened by its address
 
   // ------------------------------------------------------------ asking and following
+
+  const newAnswer = (fields) => ({
+    role: "assistant", content: "", state: "waiting", last: "", events: 0, caught: 0, ...fields,
+  });
 
   function ask(content) {
     const at = Date.now() + Math.random(); // of two tabs in the same moment, too, one is first
@@ -32,8 +33,7 @@
   }
 
   function begin(at) {
-    const model = $("model").value || server.model;
-    const answer = { role: "assistant", content: "", state: "waiting", model, at };
+    const answer = newAnswer({ at, model: $("model").value || server.model });
     conversation.add(answer);
     restore = null;
     sync();
@@ -50,102 +50,89 @@
     const model = $("model").value ? { model: answer.model } : {};
     const headers = { "Content-Type": "application/json", "Idempotency-Key": answer.key };
     const body = JSON.stringify({ messages, ...model });
-    follow(answer, turns.get(answer.key), address(ASK), { method: "POST", headers, body });
+    follow(turns.get(answer.key), ASK, { method: "POST", headers, body });
   }
 
-  function follow(answer, turn, url, options) {
-    const run = { answer, turn, now: "connecting" };
-    runs.set(answer.key, run);
-    run.stream = SSE.open(url, {
+  function follow(turn, path, options) {
+    reading.set(turn.message.key, turn);
+    turn.stream = SSE.open(address(path), {
       ...options,
-      fetch: wire.fetch("wire-chat"),
-      onbytes: wire.recorder("wire-chat"),
-      onopen: (response) => opened(run, response),
-      onevent: (event) => isRead(run) && receive(run, event),
-      onstate: (now, detail) => changed(run, now, detail),
+      ...wire.tap("wire-chat"),
+      onopen: (response) => opened(turn, response),
+      onevent: (event) => isRead(turn) && receive(turn, event),
+      onstate: (now, detail) => changed(turn, now, detail),
     });
     refresh();
   }
 
-  const isRead = (run) => runs.get(run.answer.key) === run;
+  const isRead = (turn) => reading.get(turn.message.key) === turn;
 
   /* From here on the answer is known by its id: a connection that breaks is made again
      as a reader of it, not as another question. */
-  function opened(run, response) {
-    const { answer } = run;
-    const id = answer.id ?? response.headers.get("X-Answer-Id");
-    if (run.stopped) return giveUp(run, id);
-    if (!answer.id && id) {
-      answer.id = id;
+  function opened(turn, response) {
+    const { message } = turn;
+    const id = message.id ?? response.headers.get("X-Answer-Id");
+    if (turn.isStopped) return giveUp(turn, id);
+    if (!message.id && id) {
+      message.id = id;
       conversation.save();
     }
-    run.resumed = answer.events ? Date.now() : 0;
+    turn.resumed = message.events ? Date.now() : 0;
     return id && { url: address(`answers/${id}`) };
   }
 
-  function receive(run, event) {
-    const { answer, turn } = run;
-    if (event.data === "[DONE]") return end(run, "done");
-    const { content, reasoning, finish_reason: finish, error } = JSON.parse(event.data);
-    if (error) return fail(run, error);
-    if (finish) answer.finish = finish;
-    if (reasoning) {
-      answer.reasoning = (answer.reasoning ?? "") + reasoning;
-      turn.reason(reasoning);
-    }
-    if (content) {
-      answer.content += content;
-      turn.append(content);
-    }
-    if (content || reasoning) count(run);
-  }
-
-  function count({ answer, resumed }) {
-    answer.latest = Date.now() - answer.at;
-    answer.first ??= answer.latest;
-    answer.events = (answer.events ?? 0) + 1;
-    if (resumed && Date.now() - resumed < AT_ONCE) answer.caught = (answer.caught ?? 0) + 1;
-    answer.state = "receiving";
-    if (answer.events === 1) refresh();
+  function receive(turn, { data, lastEventId }) {
+    const { message } = turn;
+    if (data === "[DONE]") return end(turn, "done");
+    const { content, reasoning, finish_reason: finish, error } = JSON.parse(data);
+    if (error) return fail(turn, error);
+    message.last = lastEventId;
+    if (finish) message.finish = finish;
+    if (!content && !reasoning) return;
+    message.latest = Date.now() - message.at;
+    message.first ??= message.latest;
+    message.events += 1;
+    message.state = "receiving";
+    if (turn.resumed && Date.now() - turn.resumed < AT_ONCE) message.caught += 1;
+    turn.take(content, reasoning);
+    if (message.events === 1) refresh();
   }
 
   const TROUBLE = { abandoned: "trouble-abandoned", server_stopping: "trouble-stopping" };
 
-  function fail(run, error) {
-    if (error.type === "stopped") end(run, "stopped");
-    else end(run, "failed", say(TROUBLE[error.type] ?? "trouble-failed", error.message));
+  function fail(turn, { type, message }) {
+    if (type === "stopped") end(turn, "stopped");
+    else end(turn, "failed", say(TROUBLE[type] ?? "trouble-failed", message));
   }
 
-  function changed(run, now, detail) {
+  function changed(turn, now, detail) {
     wire.state("wire-chat", now, detail);
-    if (!isRead(run)) return;
-    run.now = now;
-    if (now === "closed") return refused(run, detail);
-    run.turn.connection(now, detail?.wait);
+    if (!isRead(turn)) return;
+    turn.now = now;
+    if (now === "closed") return refused(turn, detail);
+    turn.connection(now, detail?.wait);
     refresh();
   }
 
   /* The stream has ended without the answer's own last word. */
-  function refused(run, failure) {
-    const { status, reason } = failure;
-    if (status === 204) return end(run, "done");
+  function refused(turn, { status, reason }) {
+    if (status === 204) return end(turn, "done");
     if (status === 401) askForToken();
-    if (status === 404 && run.answer.id) return end(run, "failed", say("trouble-lost"));
-    if (status) return end(run, "failed", say("trouble-refused", status, reason));
-    setTimeout(() => isRead(run) && unreachable(run)); // a page that is left is gone by then
+    if (status === 404 && turn.message.id) return end(turn, "failed", say("trouble-lost"));
+    if (status) return end(turn, "failed", say("trouble-refused", status, reason));
+    setTimeout(() => { // a page that is left is gone by then
+      if (!isRead(turn)) return;
+      server.look();
+      end(turn, "failed", say("trouble-network", SERVER.host));
+    });
   }
 
-  function unreachable(run) {
-    server.look();
-    end(run, "failed", say("trouble-network", SERVER.host));
-  }
-
-  async function end(run, state, trouble) {
-    const { answer, turn } = run;
-    runs.delete(answer.key);
-    Object.assign(answer, { state, trouble, took: Date.now() - answer.at });
-    answer.model ??= server.model;
-    if (!run.stopped) run.stream.done();
+  async function end(turn, state, trouble) {
+    const { message } = turn;
+    reading.delete(message.key);
+    Object.assign(message, { state, trouble, took: Date.now() - message.at });
+    message.model ??= server.model;
+    if (!turn.isStopped) turn.stream.done();
     if (turn !== watched) conversation.save();
     const drawn = turn.end();
     refresh();
@@ -156,25 +143,27 @@
   /* Before the response has come, nobody knows the answer's id: then the request stays
      open until it does. */
   function stop() {
-    for (const run of [...runs.values()]) {
-      if (run.turn === watched) continue;
-      const { id } = run.answer;
-      run.stopped = !id;
-      end(run, "stopped");
-      if (id) giveUp(run, id);
+    for (const turn of running()) {
+      const { id } = turn.message;
+      turn.isStopped = !id;
+      end(turn, "stopped");
+      if (id) giveUp(turn, id);
     }
     question.focus();
   }
 
   /* If this gets lost too: the server does not go on for long when nobody reads. */
-  function giveUp(run, id) {
-    run.stream.close();
-    wire.fetch("wire-chat")(address(`answers/${id}`), { method: "DELETE" }).catch(() => {});
+  function giveUp(turn, id) {
+    turn.stream.close();
+    wire.tap("wire-chat").fetch(address(`answers/${id}`), { method: "DELETE" }).catch(() => {});
   }
 
-  const isBusy = () => [...runs.values()].some(({ turn }) => turn !== watched);
+  const running = () => [...reading.values()].filter((turn) => turn !== watched);
+  const isBusy = () => running().length > 0;
 
   // -------------------------------------------------------------- the last turn again
+
+  const acts = { again, regenerate: again, edit };
 
   function again(answer) {
     if (isBusy() || answer !== conversation.messages.at(-1)) return;
@@ -184,34 +173,19 @@
   }
 
   function edit(asked) {
-    if (isBusy()) return;
-    editing = asked;
-    put(asked.content);
-    refresh();
+    if (!isBusy()) put(asked.content, asked);
   }
 
-  function put(text) {
+  /* Into the field, in place of what was there. */
+  function put(text, edited = null) {
+    editing = edited;
     question.value = text;
     question.focus();
     fit();
-  }
-
-  function stopEditing() {
-    editing = null;
-    put("");
     refresh();
   }
 
   // -------------------------------------------------------- reloads and other tabs
-
-  function saveProgress() {
-    const entries = [...runs.values()].filter(({ answer }) => answer.id).map((run) => {
-      const { content, reasoning, events, first, latest, caught } = run.answer;
-      const last = run.stream.lastEventId;
-      return [run.answer.key, { content, reasoning, events, first, latest, caught, last }];
-    });
-    if (entries.length) store.set(PROGRESS, Object.fromEntries(entries));
-  }
 
   /* What the page shows becomes what was said: at first, and when another tab has asked,
      ended or cleared. What we are reading ourselves we know best. */
@@ -219,40 +193,32 @@
     const { messages } = conversation;
     const keys = new Set(messages.map(({ key }) => key));
     for (const key of turns.keys()) if (!keys.has(key)) drop(key);
-    const progress = store.get(PROGRESS) ?? {};
     messages.forEach((message, n) => {
-      if (isStale(message)) drop(message.key);
-      if (!turns.has(message.key)) {
-        if (isUnderWay(message)) Object.assign(message, FROM_THE_START, progress[message.key]);
-        turns.set(message.key, new Turn(message, ACTS));
-      }
-      const { article } = turns.get(message.key);
+      const { key } = message;
+      // Another tab has read an answer to its end, of which this one has read nothing.
+      if (turns.get(key)?.isGrowing && !isUnderWay(message) && !reading.has(key)) drop(key);
+      if (!turns.has(key)) turns.set(key, new Turn(message, acts));
+      const { article } = turns.get(key);
       if (log.children[n] !== article) log.insertBefore(article, log.children[n] ?? null);
       article.classList.toggle("latest", n >= messages.length - 2);
     });
     refresh();
   }
 
-  /* Another tab has read an answer to its end, of which this one has read nothing. */
-  function isStale(message) {
-    const { key } = message;
-    return turns.get(key)?.isGrowing && !isUnderWay(message) && !runs.has(key);
-  }
-
   function drop(key) {
-    const run = runs.get(key);
-    runs.delete(key);
-    run?.stream.close();
-    turns.get(key).article.remove();
+    const turn = turns.get(key);
     turns.delete(key);
+    reading.delete(key);
+    turn.stream?.close();
+    turn.article.remove();
   }
 
   /* `atStart`: what has no id yet, no tab may be left that is asking it. */
   function resume(atStart = false) {
     for (const answer of conversation.messages.filter(isUnderWay)) {
       const { id, key, last } = answer;
-      if (runs.has(key)) continue;
-      if (id) follow(answer, turns.get(key), address(`answers/${id}`), { lastEventId: last });
+      if (reading.has(key)) continue;
+      if (id) follow(turns.get(key), `answers/${id}`, { lastEventId: last });
       else if (atStart) send(answer);
     }
   }
@@ -261,53 +227,51 @@
   function watch() {
     const [, id] = /^#answer\/([\w.-]+)$/.exec(location.hash) ?? [];
     if (watched?.message.id === id) return;
-    if (watched) runs.get(watched.message.key)?.stream.close();
-    if (watched) runs.delete(watched.message.key);
+    reading.delete(watched?.message.key);
+    watched?.stream.close();
     watched = null;
-    $("watched").replaceChildren();
     if (id) {
-      const answer = { role: "assistant", content: "", state: "waiting", id };
-      Object.assign(answer, { key: `watched ${id}`, at: Date.now(), isWatched: true, model: "" });
-      watched = new Turn(answer, {});
-      $("watched").append(watched.article);
-      follow(answer, watched, address(`answers/${id}`));
+      const fields = { id, key: `watched ${id}`, at: Date.now(), isWatched: true, model: "" };
+      watched = new Turn(newAnswer(fields), {});
+      follow(watched, `answers/${id}`);
     }
+    $("watched").replaceChildren(...(watched ? [watched.article] : []));
     refresh();
   }
 
   // -------------------------------------------------------------------------- state
 
-  /* What stands under the field, and which buttons there are. */
+  /* What stands under the field, and what there is to see. */
   function refresh() {
     const isEmpty = conversation.messages.length === 0;
-    const isRunning = isBusy();
-    $("watch").hidden = !watched;
-    log.hidden = $("ask").hidden = Boolean(watched);
-    $("welcome").hidden = !isEmpty || Boolean(watched);
-    $("chat-title").classList.toggle("unseen", !isEmpty || Boolean(watched));
-    $("fresh").disabled = isEmpty || Boolean(watched);
-    $("undo").hidden = !restore || Boolean(watched);
-    $("editing").hidden = !editing;
-    $("send").hidden = isRunning;
-    $("stop").hidden = !isRunning;
-    log.classList.toggle("busy", isRunning);
+    const hidden = {
+      "watch": !watched,
+      "log": watched,
+      "ask": watched,
+      "welcome": !isEmpty || watched,
+      "fresh": isEmpty || watched,
+      "undo": !restore || watched,
+      "editing": !editing,
+      "send": isBusy(),
+      "stop": !isBusy(),
+      "cut-chat": reading.size === 0 && !network.left,
+    };
+    for (const [id, isHidden] of Object.entries(hidden)) $(id).hidden = Boolean(isHidden);
+    $("chat-title").classList.toggle("unseen", $("welcome").hidden);
+    log.classList.toggle("busy", isBusy());
     $("chat-state").textContent = words();
-    $("cut-chat").hidden = runs.size === 0 && !network.left;
     stick();
   }
 
   function words() {
-    const run = [...runs.values()].at(-1);
-    if (!run) {
-      if (restore) return say("cleared");
-      if (server.models.length > 1) return say("chat-choose");
-      if (server.model) return say("chat-ready", server.model);
-      return server.isLookedFor ? say("chat-none", SERVER.host) : say("chat-hello");
-    }
-    const { answer, now } = run;
-    if (now === "waiting") return say("chat-lost");
-    if (now === "connecting" && answer.id) return say("chat-resuming");
-    return say(answer.events ? "chat-receiving" : "chat-waiting");
+    const turn = [...reading.values()].at(-1);
+    if (turn?.now === "waiting") return say("chat-lost");
+    if (turn?.now === "connecting" && turn.message.id) return say("chat-resuming");
+    if (turn) return say(turn.message.events ? "chat-receiving" : "chat-waiting");
+    if (restore) return say("cleared");
+    if (server.models.length > 1) return say("chat-choose");
+    if (server.model) return say("chat-ready", server.model);
+    return server.isLookedFor ? say("chat-none", SERVER.host) : say("chat-hello");
   }
 
   const server = {
@@ -315,36 +279,30 @@
     models: [],
     isLookedFor: false,
 
-    async look(attempt = 0) {
+    async look(failures = 0) {
       clearTimeout(this.timer);
       Object.assign(this, { model: null, models: [] });
       try {
         ({ model: this.model } = await (await network.fetch(address("healthz"))).json());
-        this.models = await listModels();
+        const response = await network.fetch(address("v1/models"));
+        if (response.ok) this.models = (await response.json()).data.map(({ id }) => id);
       } catch {
-        this.timer = setTimeout(() => this.look(attempt + 1), SSE.jitter(attempt));
+        this.timer = setTimeout(() => this.look(failures + 1), SSE.jitter(failures));
       }
       this.isLookedFor = true;
-      offerModels(this.models);
+      this.offerModels();
       refresh();
     },
+
+    offerModels() {
+      const isChoice = this.models.length > 1;
+      const options = this.models.map((name) => element("option", { value: name }, name));
+      const chosen = store.get(MODEL);
+      $("model").hidden = !isChoice;
+      $("model").replaceChildren(...(isChoice ? options : []));
+      $("model").value = this.models.includes(chosen) ? chosen : this.model;
+    },
   };
-
-  async function listModels() {
-    const response = await network.fetch(address("v1/models"));
-    if (!response.ok) return [];
-    return (await response.json()).data.map(({ id }) => id);
-  }
-
-  function offerModels(models) {
-    const chosen = store.get(MODEL);
-    const select = $("model");
-    select.hidden = models.length < 2;
-    select.replaceChildren();
-    if (select.hidden) return;
-    select.append(...models.map((name) => element("option", { value: name }, name)));
-    select.value = models.includes(chosen) ? chosen : server.model;
-  }
 
   // ------------------------------------------------------------------------- input
 
@@ -354,10 +312,8 @@
     if (!text) return;
     if (isBusy()) return void ($("chat-state").textContent = say("chat-busy"));
     const { messages } = conversation;
-    const from = editing ? messages.indexOf(editing) : -1;
-    editing = null;
+    if (messages.includes(editing)) conversation.drop(messages.slice(messages.indexOf(editing)));
     put("");
-    if (from >= 0) conversation.drop(messages.slice(from));
     ask(text);
   });
 
@@ -370,7 +326,7 @@
 
   addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing || shown !== "chat") return;
-    if (editing) stopEditing();
+    if (editing) put("");
     else if (isBusy()) stop();
   });
 
@@ -382,7 +338,6 @@
     stop();
     restore = conversation.clear();
     sync();
-    question.focus();
   });
 
   $("undo").addEventListener("click", () => {
@@ -393,7 +348,7 @@
     question.focus();
   });
 
-  $("cancel").addEventListener("click", stopEditing);
+  $("cancel").addEventListener("click", () => put(""));
   $("model").addEventListener("change", ({ target }) => store.set(MODEL, target.value));
 
   function fit() {
@@ -404,17 +359,21 @@
 
   question.addEventListener("input", fit);
 
-  for (const key of ["example-1", "example-2", "example-3"]) {
-    const button = element("button", { type: "button" }, say(key));
+  for (const button of $("examples").querySelectorAll("button")) {
     button.addEventListener("click", () => {
       question.focus();
-      if (!isBusy()) ask(say(key));
+      if (!isBusy()) ask(button.textContent);
     });
-    $("examples").append(element("li", {}, button));
   }
 
-  /* A reload keeps what was being written, and the place to write it. */
-  function saveDraft() {
+  /* A reload keeps what has come of an answer, what was being written, and the place to
+     write it. */
+  function saveProgress() {
+    if (reading.size) conversation.save();
+  }
+
+  function leave() {
+    saveProgress();
     const draft = { text: question.value, focused: document.activeElement === question };
     store.set(DRAFT, draft, "sessionStorage");
   }
@@ -428,10 +387,12 @@
 
   views.chat.grows = () => conversation.messages.length > 0;
   network.controls($("cut-chat"), refresh);
-  conversation.reading = runs;
-  conversation.onchange = () => (sync(), resume());
+  conversation.listen(() => {
+    sync();
+    resume();
+  });
   addEventListener("hashchange", watch);
-  addEventListener("pagehide", () => (saveProgress(), saveDraft()));
+  addEventListener("pagehide", leave);
   setInterval(saveProgress, 1000);
   addEventListener("DOMContentLoaded", () => {
     sync();

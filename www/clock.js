@@ -9,24 +9,29 @@
   const LATE = 1500; // ms after its second: not delivered but caught up
   const CLUMPS = 3; // within half a minute are no accident
   const EVERY = 1000; // ms: between two ticks, and on average between two polls
+  const { NAMES } = picture;
 
   // --------------------------------------------------------- what was seen of each way
 
   class Way {
-    constructor() {
-      Object.assign(this, { state: "connecting", connections: 0, requests: 0 });
-      Object.assign(this, { sent: 0, received: 0, seen: 0, late: 0 });
-      this.first = this.last = null; // seconds
-      this.latest = 0; // ms: when the last tick came ...
-      this.together = false; // ... and whether it came with the one before
-      this.clumps = []; // ms: when two or more came at once
-      this.arrivals = new Map(); // second -> {at, delay, late}, ms
-      this.spans = []; // {from, to}: when a connection was open
-      this.calls = []; // {from, to, failed}: questions, and when their answers came
-    }
+    state = "connecting";
+    connections = 0;
+    requests = 0;
+    sent = 0; // bytes
+    received = 0;
+    seen = 0; // ticks
+    late = 0;
+    first = null; // seconds
+    last = null;
+    latest = 0; // ms: when the last tick came ...
+    together = false; // ... and whether it came with the one before
+    clumps = []; // ms: when two or more came at once
+    arrivals = new Map(); // second -> {at, delay, late}, ms
+    spans = []; // {from, to}: when a connection was open
+    calls = []; // {from, to, failed}: questions, and when their answers came
 
-    /* `tick` is {id, data}; the number in a clock's id is its second. */
-    arrived({ id }) {
+    /* The number in the id of a tick is its second. */
+    arrived(id) {
       const second = Number(id.split("-").at(-1));
       if (this.arrivals.has(second)) return; // asked for twice within its second
       const at = Date.now();
@@ -47,49 +52,43 @@
     lookForClump(at) {
       const settled = at - (this.spans.at(-1)?.from ?? at) > 3000;
       const together = at - this.latest < 300 && !document.hidden && at - drawnAt < 1000;
-      if (settled && together && !this.together) this.clumps.push(at);
-      if (this.clumps.length > CLUMPS) this.clumps.shift();
+      if (settled && together && !this.together) remember(this.clumps, at, CLUMPS);
       this.together = together;
       this.latest = at;
     }
 
     opened() {
       this.connections += 1;
-      this.spans.push({ from: Date.now(), to: null });
-      if (this.spans.length > REMEMBERED) this.spans.shift();
+      remember(this.spans, { from: Date.now(), to: null });
     }
 
     /* Whatever it was, it is not open now. */
-    changed(state) {
-      this.state = state;
-      const span = this.spans.at(-1);
-      if (span && state !== "open") span.to ??= Date.now();
+    changed(state, detail) {
+      Object.assign(this, { state, detail });
+      if (state !== "open" && this.spans.length) this.spans.at(-1).to ??= Date.now();
     }
 
-    asked(call) {
-      this.calls.push(call);
-      if (this.calls.length > REMEMBERED) this.calls.shift();
+    delays(arrivals = [...this.arrivals.values()]) {
+      return arrivals.map(({ delay }) => delay - skew());
     }
-
-    get delays() { return this.delaysOf([...this.arrivals.values()]); }
 
     /* What was caught up on says how long the cut was, not how quick the way is. */
-    get prompt() { return this.delaysOf([...this.arrivals.values()].filter(({ late }) => !late)); }
-
-    delaysOf(arrivals) { return arrivals.map(({ delay }) => delay - skew()); }
+    get prompt() { return this.delays([...this.arrivals.values()].filter(({ late }) => !late)); }
 
     /* Of the seconds between the first and the last that it has told. */
     get missed() { return this.first ? this.last - this.first + 1 - this.seen : 0; }
 
     get cost() { return (this.sent + this.received) / (this.seen || 1); }
 
-    /* The newest second that the server must have told by now. */
-    get newest() { return secondNow(); }
-
     get verdict() {
       if (this.missed) return say("picture-lost", this.missed);
       return this.late ? say("picture-late", this.late) : say("picture-none");
     }
+  }
+
+  function remember(list, item, size = REMEMBERED) {
+    list.push(item);
+    if (list.length > size) list.shift();
   }
 
   /* The clocks of two machines differ. If even the fastest tick is early, or a second late,
@@ -104,37 +103,46 @@
   let cuts = []; // {from, to}
   let gaps = 0; // what the server itself said that we missed
   let drawnAt = 0; // ms: a page that was asleep has ticks in a clump, too
-  let running = null; // what has to be stopped when the view is left
+  let running = null; // the three ways, while the view is shown
+  let drawing = 0;
 
   // ------------------------------------------------------------------ the three ways
 
   function poll() {
     const way = ways.polling;
     const url = address("time");
-    const ask = wire.fetch("wire-polling", counted(way));
+    const { fetch: ask } = wire.tap("wire-polling", counted(way));
     let timer = 0;
-    let stopped = false;
     let slot = 0; // the server's second in which we asked last
     async function once() {
       slot = Math.max(slot + 1, secondNow());
       const call = { from: Date.now() };
+      const controller = new AbortController(); // AbortSignal.timeout() is younger
+      const limit = setTimeout(() => controller.abort(), 5000);
       try {
-        const response = await ask(url, { cache: "no-store", signal: timeout(5000) });
+        const response = await ask(url, { cache: "no-store", signal: controller.signal });
         const text = await response.text();
         way.received += heads.response(response) + text.length;
         wire.record("wire-polling", "in", text);
-        way.arrived(JSON.parse(text));
+        way.arrived(JSON.parse(text).id);
         way.state = "idle";
       } catch {
         call.failed = true;
         way.state = "failed";
       }
-      way.asked({ ...call, to: Date.now() });
-      if (!stopped) timer = setTimeout(once, untilAfter(slot));
+      clearTimeout(limit);
+      remember(way.calls, { ...call, to: Date.now() });
+      if (timer) timer = setTimeout(once, untilAfter(slot));
     }
     timer = setTimeout(once, EVERY * (1 + Math.random())); // then the offset is known
     const stopCounting = countConnections(way, url);
-    return () => ((stopped = true), clearTimeout(timer), stopCounting());
+    return {
+      close() {
+        clearTimeout(timer);
+        timer = 0;
+        stopCounting();
+      },
+    };
   }
 
   /* Once in each of the server's seconds, at a moment of it that is drawn anew: a poll does
@@ -145,13 +153,6 @@
   }
 
   const secondNow = () => Math.floor((Date.now() - offset()) / EVERY);
-
-  /* AbortSignal.timeout(), for browsers that lack it. */
-  function timeout(ms) {
-    const controller = new AbortController();
-    setTimeout(() => controller.abort(), ms);
-    return controller.signal;
-  }
 
   /* A browser keeps a connection for its next request; whether it did, it tells in the
      timing of the request. The first one may be left over from the page's own files. */
@@ -169,29 +170,26 @@
 
   function stream() {
     const way = ways.stream;
-    const url = address("clock");
-    const recorder = wire.recorder("wire-stream");
-    const opened = SSE.open(url, {
-      fetch: wire.fetch("wire-stream", counted(way)),
+    const tap = wire.tap("wire-stream", counted(way));
+    return SSE.open(address("clock"), {
+      fetch: tap.fetch,
       onopen(response) {
         way.opened();
         way.received += heads.response(response);
       },
       onbytes(bytes) {
         way.received += heads.chunk(bytes.length);
-        recorder(bytes);
+        tap.onbytes(bytes);
       },
-      onevent(event) {
-        if (event.type === "gap") gaps += JSON.parse(event.data).missed;
-        else if (event.type === "message") way.arrived({ id: event.lastEventId, data: event.data });
+      onevent({ type, data, lastEventId }) {
+        if (type === "gap") gaps += JSON.parse(data).missed;
+        else if (type === "message") way.arrived(lastEventId);
       },
       onstate(state, detail) {
-        way.changed(state);
-        way.detail = detail;
+        way.changed(state, detail);
         wire.state("wire-stream", state, detail);
       },
     });
-    return opened;
   }
 
   function socket() {
@@ -201,18 +199,21 @@
       url: () => socketAddress("clock", { after: last }),
       make(url) {
         wire.record("wire-socket", "out", `GET ${url}\nUpgrade: websocket`, "request");
-        return countedSocket(way, url);
+        const made = network.socket(url); // or it throws: nothing was sent
+        way.requests += 1;
+        way.sent += heads.handshake(url);
+        return made;
       },
       onmessage(text) {
         way.received += heads.frame(new TextEncoder().encode(text).length);
         wire.record("wire-socket", "in", text);
-        const { id, data } = JSON.parse(text);
+        const { id } = JSON.parse(text);
         if (!id) return; // a gap
         last = id;
-        way.arrived({ id, data });
+        way.arrived(id);
       },
       onstate(state, detail) {
-        way.changed(state);
+        way.changed(state, detail);
         if (state === "open") {
           way.opened();
           way.received += heads.handshakeAnswer;
@@ -231,13 +232,6 @@
     return network.fetch(url, init);
   };
 
-  function countedSocket(way, url) {
-    const made = network.socket(url);
-    way.requests += 1;
-    way.sent += heads.handshake(url);
-    return made;
-  }
-
   // ------------------------------------------------------------------------ drawing
 
   const clock = (second) => (second ? time.format(second * 1000) : "–");
@@ -248,7 +242,7 @@
   const ROWS = {
     "row-says": (way) => clock(way.last),
     "row-state": (way) => say(`state-${way.state}`),
-    "row-delay": (way) => milliseconds(way.delays.at(-1)),
+    "row-delay": (way) => milliseconds(way.delays().at(-1)),
     "row-median": (way) => milliseconds(median(way.prompt)),
     "row-seen": (way) => way.seen,
     "row-late": (way) => way.late,
@@ -261,49 +255,37 @@
   };
   const cells = {}; // "row-says polling" -> its element
 
+  /* On a narrow screen its rows are grids: with roles, it stays a table when it is read. */
   function drawTable() {
-    const names = Object.keys(makeWays());
-    const corner = element("td");
-    const titles = names.map((name) => element("th", { scope: "col" }, say(name)));
+    const titles = NAMES.map((name) => cell("th", say(name), "columnheader"));
     const rows = [...TOLD, ...Object.keys(ROWS)].map((row) => {
-      const label = element("th", { scope: "row" }, say(row));
-      const values = names.map((name) => (cells[`${row} ${name}`] = element("td")));
-      return element("tr", { className: row }, label, ...values);
+      const values = NAMES.map((name) => {
+        const said = TOLD.includes(row) ? say(`${row}-${name}`) : "";
+        return (cells[`${row} ${name}`] = cell("td", said));
+      });
+      const label = cell("th", say(row), "rowheader");
+      return element("tr", { role: "row", className: row }, label, ...values);
     });
+    const head = element("tr", { role: "row" }, cell("td", ""), ...titles);
     $("ways").append(
-      element("thead", {}, element("tr", {}, corner, ...titles)),
-      element("tbody", {}, ...rows),
+      element("thead", { role: "rowgroup" }, head), element("tbody", { role: "rowgroup" }, ...rows),
     );
-    keepRoles($("ways"));
-    for (const row of TOLD) {
-      for (const name of names) cells[`${row} ${name}`].textContent = say(`${row}-${name}`);
-    }
   }
 
-  /* On a narrow screen its rows are grids: said aloud, it stays a table. */
-  function keepRoles(table) {
-    const roles = {
-      "thead, tbody": "rowgroup", "tr": "row", "td": "cell",
-      "thead th": "columnheader", "tbody th": "rowheader",
-    };
-    table.setAttribute("role", "table");
-    for (const [which, role] of Object.entries(roles)) {
-      for (const part of table.querySelectorAll(which)) part.setAttribute("role", role);
-    }
-  }
+  const cell = (tag, text, role = "cell") => element(tag, { role }, text);
 
   function draw() {
     const now = Date.now();
     drawFace(ways.stream);
-    for (const [name, way] of Object.entries(ways)) {
+    for (const name of NAMES) {
       for (const [row, value] of Object.entries(ROWS)) {
-        write(cells[`${row} ${name}`], String(value(way)));
+        write(cells[`${row} ${name}`], String(value(ways[name])));
       }
     }
     const left = Math.ceil(network.left / 1000);
     const cutSays = left ? say("picture-cutting", left) : "";
     const tickAt = (second) => second * 1000 + skew();
-    picture.draw({ ways, cuts, tickAt, cutSays }, now);
+    picture.draw({ ways, cuts, tickAt, cutSays, newest: secondNow() }, now);
     write($("picture-words"), sentence());
     $("clumps").hidden = !isHeldBack(now);
     drawnAt = now;
@@ -345,11 +327,6 @@
     return clumped || (silent && !network.left);
   }
 
-  /* Only what has changed, so that a screen reader or a selection is left in peace. */
-  function write(element, text) {
-    if (element.textContent !== text) element.textContent = text;
-  }
-
   /* Once, when all is back; the live sentence itself would never stop talking. */
   function cutChanged() {
     if (!running) return;
@@ -361,10 +338,6 @@
 
   // -------------------------------------------------------------- coming and going
 
-  const makeWays = () => ({
-    polling: new Way(), stream: new Way(), socket: new Way(),
-  });
-
   function frame() {
     if (!running) return;
     picture.move(Date.now());
@@ -373,21 +346,18 @@
 
   views.clock = {
     enter() {
-      ways = makeWays(); // each visit measures anew
+      ways = { polling: new Way(), stream: new Way(), socket: new Way() }; // measured anew
       cuts = network.left ? [{ from: Date.now(), to: null }] : [];
       gaps = 0;
       fastest = Infinity;
-      running = {};
-      Object.assign(running, { stopPolling: poll(), stream: stream(), socket: socket() });
-      running.timer = setInterval(draw, 200);
+      running = [poll(), stream(), socket()];
+      drawing = setInterval(draw, 200);
       draw();
       frame();
     },
     leave() {
-      running.stopPolling();
-      running.stream.close();
-      running.socket.close();
-      clearInterval(running.timer);
+      for (const way of running) way.close();
+      clearInterval(drawing);
       running = null;
     },
   };

@@ -8,32 +8,32 @@
    keys. A message that was taken out is remembered as such, else another tab's copy would
    bring it back. Of two conversations, the one that was begun later counts. */
 
-const UNDER_WAY = ["waiting", "receiving"];
-const isUnderWay = ({ state }) => UNDER_WAY.includes(state);
+const isUnderWay = ({ state }) => ["waiting", "receiving"].includes(state);
 
 const conversation = (() => {
   const NAME = `chatstream.conversation ${SERVER.origin}${SERVER.pathname}`;
-  let held = begin();
+  const reading = new Map(); // key -> Turn: the answers that this tab itself reads
+  let held = join(begin(0), store.get(NAME));
 
-  function begin() {
-    return { begun: 0, messages: [], dropped: [] };
+  function begin(begun) {
+    return { begun, messages: [], dropped: [] };
   }
 
   function join(ours, theirs) {
     if (!theirs?.messages || theirs.begun < ours.begun) return ours;
     if (theirs.begun > ours.begun) return theirs;
     const dropped = [...new Set([...ours.dropped, ...theirs.dropped])];
-    const found = new Map(theirs.messages.map((message) => [message.key, message]));
-    const messages = ours.messages.map((message) => further(message, found.get(message.key)));
-    const known = new Set(messages.map(({ key }) => key));
-    messages.push(...theirs.messages.filter(({ key }) => !known.has(key)));
-    messages.sort((one, other) => one.at - other.at);
-    return { ...ours, dropped, messages: messages.filter(({ key }) => !dropped.includes(key)) };
+    const joined = new Map(theirs.messages.map((message) => [message.key, message]));
+    for (const message of ours.messages) {
+      joined.set(message.key, further(message, joined.get(message.key)));
+    }
+    const messages = [...joined.values()].filter(({ key }) => !dropped.includes(key));
+    return { ...ours, dropped, messages: messages.sort((one, other) => one.at - other.at) };
   }
 
   /* Our own copy, unless we only wait and theirs knows more. */
   function further(ours, theirs) {
-    if (!theirs || !isUnderWay(ours) || self.reading.has(ours.key)) return ours;
+    if (!theirs || !isUnderWay(ours) || reading.has(ours.key)) return ours;
     if (!isUnderWay(theirs)) return Object.assign(ours, theirs);
     return Object.assign(ours, { id: ours.id ?? theirs.id });
   }
@@ -45,9 +45,9 @@ const conversation = (() => {
 
   /* Only then do we say it again: else two tabs would answer each other for ever. */
   function isBehind(theirs) {
-    const known = new Set(theirs?.messages?.map((message) => message.key));
+    const known = new Set(theirs?.messages?.map(({ key }) => key));
     return held.begun > theirs?.begun || held.dropped.length > theirs?.dropped.length
-      || held.messages.some((message) => !known.has(message.key));
+      || held.messages.some(({ key }) => !known.has(key));
   }
 
   function replace(other) {
@@ -55,29 +55,18 @@ const conversation = (() => {
     store.set(NAME, held);
   }
 
-  addEventListener("storage", ({ key }) => {
-    if (key !== NAME && key !== null) return;
-    const theirs = key ? store.get(NAME) : { ...begin(), begun: Date.now() };
-    held = join(held, theirs);
-    if (key && isBehind(theirs)) store.set(NAME, held);
-    self.onchange();
-  });
-
-  const self = {
-    reading: new Map(), // the keys of answers that this tab itself reads
-    onchange() {},
+  return {
+    reading,
     get messages() { return held.messages; },
     save,
     add(message) {
       const key = `${Date.now()}-${Math.random().toString(36).slice(2)}`;
       held.messages.push(Object.assign(message, { key }));
       save();
-      return message;
     },
     drop(messages) {
-      const keys = messages.map(({ key }) => key);
-      held.dropped.push(...keys);
-      held.messages = held.messages.filter(({ key }) => !keys.includes(key));
+      held.dropped.push(...messages.map(({ key }) => key));
+      held.messages = held.messages.filter((message) => !messages.includes(message));
       save();
     },
     /* Begins anew; returns what takes that back. */
@@ -86,7 +75,15 @@ const conversation = (() => {
       replace(begin());
       return () => replace(before);
     },
+    /* Calls `heard()` when another tab has said something. */
+    listen(heard) {
+      addEventListener("storage", ({ key }) => {
+        if (key !== NAME && key !== null) return;
+        const theirs = key ? store.get(NAME) : begin(Date.now());
+        held = join(held, theirs);
+        if (key && isBehind(theirs)) store.set(NAME, held);
+        heard();
+      });
+    },
   };
-  held = join(held, store.get(NAME));
-  return self;
 })();

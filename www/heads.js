@@ -8,56 +8,46 @@ const heads = (() => {
   const size = (lines) => lines.reduce((sum, line) => sum + line.length + 2, 2);
   const written = (headers) => [...headers].map((pair) => pair.join(": "));
 
-  const ORIGIN = location.protocol === "file:" ? "null" : location.origin;
+  const ORIGIN = `Origin: ${location.protocol === "file:" ? "null" : location.origin}`;
 
-  function request(url, extra = {}) {
-    const { pathname, search, host, origin } = new URL(url);
-    const own = origin === location.origin;
-    return size([
-      `GET ${pathname}${search} HTTP/1.1`, `Host: ${host}`, "Connection: keep-alive",
-      ...UNCACHED, ...browser(), ...hints(),
-      `Sec-Fetch-Site: ${own ? "same-origin" : "cross-site"}`,
-      "Sec-Fetch-Mode: cors", "Sec-Fetch-Dest: empty",
-      ...(own ? [] : [`Origin: ${ORIGIN}`]),
-      ...written(Object.entries({ Accept: "*/*", ...extra })),
-    ]);
-  }
+  const HANDSHAKE = [
+    ORIGIN, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+    `Sec-WebSocket-Key: ${"x".repeat(24)}`,
+    "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
+  ];
 
-  function handshake(url) {
+  function common(url) {
     const { pathname, search, host } = new URL(url);
-    return size([
-      `GET ${pathname}${search} HTTP/1.1`, `Host: ${host}`, "Connection: Upgrade",
-      ...UNCACHED, ...browser(), `Origin: ${ORIGIN}`, "Upgrade: websocket",
-      "Sec-WebSocket-Version: 13", `Sec-WebSocket-Key: ${"x".repeat(24)}`,
-      "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
-    ]);
-  }
-
-  const UNCACHED = ["Pragma: no-cache", "Cache-Control: no-cache"];
-
-  function browser() {
     const [first, ...others] = navigator.languages;
     const ranked = others.map((language, i) => `,${language};q=0.${9 - i}`);
     return [
+      `GET ${pathname}${search} HTTP/1.1`, `Host: ${host}`,
+      "Pragma: no-cache", "Cache-Control: no-cache",
       `User-Agent: ${navigator.userAgent}`, "Accept-Encoding: gzip, deflate, br, zstd",
       `Accept-Language: ${first}${ranked.join("")}`,
     ];
   }
 
-  /* Chromium's client hints. */
-  function hints() {
-    const data = navigator.userAgentData;
-    if (!data) return [];
-    const brands = data.brands.map(({ brand, version }) => `"${brand}";v="${version}"`);
+  function fetched(url, extra) {
+    const own = new URL(url).origin === location.origin;
     return [
-      `sec-ch-ua: ${brands.join(", ")}`, "sec-ch-ua-mobile: ?0",
-      `sec-ch-ua-platform: "${data.platform}"`,
+      "Connection: keep-alive", `Sec-Fetch-Site: ${own ? "same-origin" : "cross-site"}`,
+      "Sec-Fetch-Mode: cors", "Sec-Fetch-Dest: empty", ...(own ? [] : [ORIGIN]), ...hints(),
+      ...written(Object.entries({ Accept: "*/*", ...extra })),
     ];
   }
 
+  /* Chromium's client hints. */
+  function hints() {
+    const { brands = [], platform } = navigator.userAgentData ?? {};
+    if (!platform) return [];
+    const named = brands.map(({ brand, version }) => `"${brand}";v="${version}"`).join(", ");
+    return [`sec-ch-ua: ${named}`, "sec-ch-ua-mobile: ?0", `sec-ch-ua-platform: "${platform}"`];
+  }
+
   return {
-    request,
-    handshake,
+    request: (url, extra = {}) => size([...common(url), ...fetched(url, extra)]),
+    handshake: (url) => size([...common(url), ...HANDSHAKE]),
     handshakeAnswer: 129, // 101, Upgrade, Connection, Sec-WebSocket-Accept
     response: ({ status, headers }) => size([`HTTP/1.1 ${status} `, ...written(headers)]),
     chunk: (length) => length + length.toString(16).length + 4,

@@ -5,7 +5,7 @@
      network.fetch(url, init)        fetch(), which breaks with a cut and fails during one
      network.socket(url, protocols)  new WebSocket(), likewise (it throws during a cut)
      network.cut(seconds)            cut it; the second call replaces the first
-     network.refusal()               why the server lets this page do nothing: its words,
+     network.refusal(signal)         why the server lets this page do nothing: its words,
                                      or "" if it does let it or is not there
      network.left                    ms until it is back; 0 while it is there
      network.controls(place, onchange)   fills `place` with the buttons and what they did;
@@ -17,7 +17,7 @@
 const network = (() => {
   const SECONDS = [5, 20, 70];
   const sockets = new Set();
-  const places = []; // {state, onchange} of each group of buttons
+  const places = []; // {words, count, onchange} of each group of buttons
   let cutter = new AbortController();
   let timer = 0;
   let until = 0;
@@ -33,23 +33,22 @@ const network = (() => {
   function either(...signals) {
     const both = new AbortController();
     for (const signal of signals) {
-      if (!signal) continue;
       const pass = () => both.abort(signal.reason);
-      if (signal.aborted) pass();
-      else signal.addEventListener("abort", pass, { signal: both.signal });
+      if (signal?.aborted) pass();
+      signal?.addEventListener("abort", pass, { signal: both.signal });
     }
     return both.signal;
   }
 
   /* It answers a reader of an answer that nobody has: with 404, if it is for this page to
      ask. An origin that is not may not read the refusal either, but may read healthz. */
-  async function refusal() {
+  async function refusal(signal) {
     try {
-      const response = await cuttableFetch(address("answers/0"));
+      const response = await cuttableFetch(address("answers/0"), { signal });
       const refused = [401, 403, 421].includes(response.status);
       return refused ? new SSE.Refused(response, await response.text()).reason : "";
     } catch {
-      const isThere = await cuttableFetch(address("healthz")).catch(() => null);
+      const isThere = await cuttableFetch(address("healthz"), { signal }).catch(() => null);
       return isThere ? say("refused-origin", SERVER.host) : "";
     }
   }
@@ -69,35 +68,36 @@ const network = (() => {
     cutter.abort(broken());
     cutter = new AbortController();
     for (const socket of sockets) socket.close();
-    dispatchEvent(new Event("offline"));
-    tell(true);
+    changed("offline", "cut-left");
   }
 
   function tick() {
-    if (Date.now() < until) return tell(false);
+    if (Date.now() < until) return countDown();
     clearInterval(timer);
     timer = until = 0;
-    dispatchEvent(new Event("online"));
-    tell(true);
+    changed("online", "cut-over");
   }
 
-  /* The countdown is for the eye: a screen reader hears of the cut and of its end. */
-  function tell(changed) {
-    for (const { words, count, onchange } of places) {
-      if (changed) words.textContent = say(timer ? "cut-left" : "cut-over");
-      count.textContent = timer ? say("cut-count", Math.ceil((until - Date.now()) / 1000)) : "";
-      if (changed) onchange();
+  function changed(event, key) {
+    dispatchEvent(new Event(event));
+    countDown();
+    for (const { words, onchange } of places) {
+      words.textContent = say(key);
+      onchange();
     }
   }
 
-  function controls(place, onchange = () => {}) {
+  /* It is for the eye: a screen reader hears of the cut and of its end. */
+  function countDown() {
+    const left = Math.ceil((until - Date.now()) / 1000);
+    for (const { count } of places) count.textContent = timer ? say("cut-count", left) : "";
+  }
+
+  function controls(place, onchange) {
     const label = element("span", { id: `${place.id}-label` }, say("cut"));
-    const words = element("span");
-    words.setAttribute("role", "status");
+    const words = element("span", { role: "status" });
     const count = element("span", { className: "count" });
-    place.setAttribute("role", "group");
     place.setAttribute("aria-labelledby", label.id);
-    place.classList.add("tools");
     place.append(label, ...SECONDS.map(button), words, count);
     places.push({ words, count, onchange });
   }
@@ -110,7 +110,7 @@ const network = (() => {
   }
 
   return {
-    fetch: cuttableFetch, socket, refusal, cut, controls, either,
+    fetch: cuttableFetch, socket, refusal, cut, controls,
     get left() { return Math.max(0, until - Date.now()); },
   };
 })();

@@ -3,30 +3,30 @@
 /* What every part of the page uses: where the server is, elements, views, announcements. */
 
 const $ = (id) => document.getElementById(id);
-const query = new URLSearchParams(location.search);
 
-/* Served by chatstream, the page talks to where it came from; opened from disk, to the
-   default address. `?server=` names another one. */
+/* Served by chatstream, the page talks to where it came from; opened from disk, or with a
+   `?server=` that is not an address, to the default one. */
 const SERVER = (() => {
   const given = query.get("server");
+  const isServed = location.protocol.startsWith("http");
   try {
     if (given) return new URL(given.includes("://") ? given : `http://${given}`);
   } catch {
-    // not an address: the default, whose name then shows in what the page says
+    // the default's name then shows in what the page says
   }
-  const served = location.protocol.startsWith("http");
-  return new URL(served ? new URL(".", location.href) : "http://localhost:4001/");
+  return new URL(isServed ? new URL(".", location.href) : "http://localhost:4001/");
 })();
 
 const address = (path) => new URL(path, SERVER).href;
-const socketAddress = (path, parameters = {}) => {
+
+function socketAddress(path, parameters) {
   const url = new URL(path, SERVER);
   url.protocol = SERVER.protocol.replace("http", "ws");
   for (const [name, value] of Object.entries(parameters)) {
     if (value) url.searchParams.set(name, value);
   }
   return url.href;
-};
+}
 
 /* element("p", {className: "note"}, "text", child): text is only ever text. */
 function element(tag, properties = {}, ...children) {
@@ -41,6 +41,11 @@ function announce(text) {
   const line = element("p", {}, text.slice(0, 5000));
   $("announcer").append(line);
   setTimeout(() => line.remove(), 5000);
+}
+
+/* Only what has changed, so that a screen reader or a selection is left in peace. */
+function write(part, text) {
+  if (part.textContent !== text) part.textContent = text;
 }
 
 /* Storage can be full, or forbidden: then the page forgets, and works. */
@@ -79,6 +84,7 @@ let atEnd = true;
 const places = {}; // where each view was left
 
 const pageEnd = () => document.documentElement.scrollHeight - innerHeight;
+const grows = () => Boolean(views[shown]?.grows?.());
 
 function toEnd() {
   atEnd = true;
@@ -86,17 +92,13 @@ function toEnd() {
 }
 
 function stick() {
-  if (atEnd && views[shown]?.grows?.()) window.scrollTo(0, pageEnd());
-  offerJump();
-}
-
-function offerJump() {
-  $("jump").hidden = atEnd || !views[shown]?.grows?.();
+  if (atEnd && grows()) window.scrollTo(0, pageEnd());
+  $("jump").hidden = atEnd || !grows();
 }
 
 function look() {
   atEnd = pageEnd() - scrollY < 40;
-  offerJump();
+  $("jump").hidden = atEnd || !grows();
 }
 
 addEventListener("scroll", look, { passive: true });
@@ -107,48 +109,45 @@ function show() {
   const [wanted] = location.hash.slice(1).split("/"); // #answer/<id> is the chat's to read
   const name = Object.hasOwn(views, wanted) ? wanted : "chat";
   if (name === shown) return;
-  const before = shown;
-  if (before) places[before] = { atEnd, top: scrollY };
-  shown = name;
+  if (shown) places[shown] = { atEnd, top: scrollY };
   for (const part of document.querySelectorAll("[data-view]")) {
     part.classList.toggle("elsewhere", part.dataset.view !== name);
   }
-  for (const link of document.querySelectorAll("nav a[href^='#']")) {
-    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+  for (const link of document.querySelectorAll("nav a")) {
+    const isShown = link.hash === `#${name}`;
+    link.ariaCurrent = isShown ? "page" : null;
+    if (isShown) document.title = `${link.textContent} · chatstream`;
   }
-  document.title = `${say(name)} · chatstream`;
-  if (before) views[before].leave?.();
+  views[shown]?.leave?.();
+  shown = name;
   views[name].enter?.();
-  const place = places[name];
-  window.scrollTo(0, place?.atEnd ? pageEnd() : place?.top ?? 0);
+  const { atEnd: wasAtEnd, top = 0 } = places[name] ?? {};
+  window.scrollTo(0, wasAtEnd ? pageEnd() : top);
   look();
 }
 
 function translate() {
   document.documentElement.lang = LANGUAGE;
-  for (const part of document.querySelectorAll("[data-say]")) {
-    part.textContent = say(part.dataset.say);
-  }
-  for (const part of document.querySelectorAll("[data-label]")) {
-    part.setAttribute("aria-label", say(part.dataset.label));
-  }
-  for (const part of document.querySelectorAll("[data-placeholder]")) {
-    part.placeholder = say(part.dataset.placeholder);
-  }
+  if (!IS_CHINESE) return;
+  const all = (selector) => document.querySelectorAll(selector);
+  for (const part of all("[data-zh]")) part.textContent = part.dataset.zh;
+  for (const part of all("[data-zh-label]")) part.ariaLabel = part.dataset.zhLabel;
+  for (const part of all("[data-zh-hint]")) part.placeholder = part.dataset.zhHint;
 }
 
 /* The other language is another address of the same page: a reload, which an answer under
    way survives as it survives any other. */
 function linkOtherLanguage() {
-  const other = LANGUAGE === "zh-CN" ? "en" : "zh";
-  const link = $("language");
+  const other = IS_CHINESE ? "en" : "zh";
   query.set("lang", other);
-  link.href = `?${query}${location.hash}`;
-  link.lang = link.hreflang = other;
+  const href = `?${query}${location.hash}`;
+  Object.assign($("language"), { href, lang: other, hreflang: other });
 }
 
 translate();
 linkOtherLanguage();
-addEventListener("hashchange", () => (show(), linkOtherLanguage()));
+addEventListener("hashchange", () => {
+  show();
+  linkOtherLanguage();
+});
 addEventListener("DOMContentLoaded", show); // after all deferred scripts

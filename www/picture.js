@@ -27,7 +27,7 @@ const picture = (() => {
   const svg = make("svg", { role: "img" });
   const verdicts = {}; // "polling" -> its text
   const parts = {}; // "drop" -> its path, for all three lanes
-  let sheet, viewport, times, labels, cutWords;
+  let sheet, viewport, times, cutWords;
   let origin = 0; // ms: x is 0 there
   let [width, unit] = [0, 1]; // of the sheet's window; px of a length of 1
 
@@ -38,18 +38,16 @@ const picture = (() => {
     return made;
   }
 
-  const text = (className, x, y, ...said) => make("text", { class: className, x, y }, ...said);
+  const text = (className, x, y, said = "") => make("text", { class: className, x, y }, said);
 
   function build(place) {
-    const hatch = make("pattern", {
-      id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse",
-      patternTransform: "rotate(45)",
-    }, make("path", { d: "M0 0h6v6h-6z", class: "hatch-ground" }),
-    make("path", { d: "M0 0v6", class: "hatch-stroke" }));
+    const square = { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse" };
+    const hatch = make("pattern", { ...square, patternTransform: "rotate(45)" },
+      make("path", { d: "M0 0h6v6h-6z", class: "hatch-ground" }),
+      make("path", { d: "M0 0v6", class: "hatch-stroke" }));
     for (const part of PARTS) parts[part] = make("path", { class: part });
     times = make("g");
-    labels = make("g");
-    sheet = make("g", {}, ...Object.values(parts), times, labels);
+    sheet = make("g", {}, ...Object.values(parts), times);
     viewport = make("svg", { x: GUTTER }, sheet); // what has not happened yet is clipped
     svg.append(make("defs", {}, hatch), viewport, cutWords = text("cut-words", 0, TOP - 5));
     NAMES.forEach((name, lane) => {
@@ -64,9 +62,9 @@ const picture = (() => {
     place.prepend(svg);
   }
 
-  /* `ways`: name -> a Way of clock.js; `cuts`: [{from, to}], in ms of
-     this page's clock, in which the server's second begins at tickAt(second). */
-  function draw({ ways, cuts, tickAt, cutSays }, now) {
+  /* `ways`: name -> a Way of clock.js; `cuts`: [{from, to}], in ms of this page's clock, in
+     which the server's second begins at tickAt(second); `newest`: the last second to tell. */
+  function draw({ ways, cuts, tickAt, cutSays, newest }, now) {
     measure();
     if (now - origin > 600000) origin = now; // small numbers, whatever the date
     const since = now - ((width + SECOND) / SECOND) * 1000;
@@ -79,16 +77,17 @@ const picture = (() => {
       for (const { from, to } of way.spans) d.bar += box(from, to ?? until, up, down);
       for (const y of [up, down]) d.line += `M${x(since)} ${y}H${x(until)}`;
       for (const call of way.calls) d.call += zigzag(call, up, down);
-      const ticks = secondsOf(way).filter((second) => tickAt(second) >= since);
-      for (const second of ticks) {
+      const asked = way.calls.length > 0;
+      const first = Math.max(way.first ?? Infinity, newest - 60);
+      for (let second = first; second <= newest; second += 1) {
         const [at, tick] = [way.arrivals.get(second)?.at, x(tickAt(second))];
-        if (at === undefined) {
-          if (now - tickAt(second) > 1000) d.untold += dot(tick, up); // before, it may still come
-          continue;
+        if (tickAt(second) < since) continue;
+        if (at) {
+          d.told += dot(tick, up) + dot(x(at) + (asked ? SLANT : 0), down);
+          if (!asked) d.drop += `M${tick} ${up}L${x(at)} ${down}`;
+        } else if (now - tickAt(second) > 1000) { // before, it may still come
+          d.untold += dot(tick, up);
         }
-        const asked = way.calls.length > 0;
-        d.told += dot(tick, up) + dot(x(at) + (asked ? SLANT : 0), down);
-        if (!asked) d.drop += `M${tick} ${up}L${x(at)} ${down}`;
       }
       write(verdicts[name], way.verdict);
       set(verdicts[name], "class", way.missed ? "verdict lost" : "verdict");
@@ -102,12 +101,6 @@ const picture = (() => {
     move(now);
   }
 
-  /* Those of the last minute that there were since the first one that was told. */
-  function secondsOf({ first, newest }) {
-    if (first === null) return [];
-    const from = Math.max(first, newest - 60);
-    return Array.from({ length: Math.max(0, newest - from + 1) }, (_, n) => from + n);
-  }
   const x = (at) => Math.round((at - origin) / 100 * SECOND) / 10;
   const dot = (left, top) => `M${left} ${top}h0`;
   const box = (from, to, top, bottom) => `M${x(from)} ${top}H${x(to)}V${bottom}H${x(from)}z`;
@@ -120,12 +113,14 @@ const picture = (() => {
   }
 
   function label(since, now, cuts) {
-    const first = Math.ceil(since / 5000);
-    const fives = Array.from({ length: Math.floor(now / 5000) - first + 1 }, (_, n) => first + n);
-    times.replaceChildren(...fives.map((five) => text("time", x(five * 5000), BOTTOM - 6,
-      time.format(five * 5000))));
-    labels.replaceChildren(...cuts.filter(({ to }) => to).map(({ from, to }) => text("time",
-      x((from + to) / 2), TOP - 5, say("picture-cut", Math.round((to - from) / 1000)))));
+    times.replaceChildren();
+    for (let five = Math.ceil(since / 5000) * 5000; five <= now; five += 5000) {
+      times.append(text("time", x(five), BOTTOM - 6, time.format(five)));
+    }
+    for (const { from, to } of cuts.filter((cut) => cut.to)) {
+      const seconds = Math.round((to - from) / 1000);
+      times.append(text("time", x((from + to) / 2), TOP - 5, say("picture-cut", seconds)));
+    }
   }
 
   function measure() {
@@ -147,13 +142,9 @@ const picture = (() => {
     set(sheet, "transform", `translate(${left / unit / devicePixelRatio})`);
   }
 
-  function write(part, words) {
-    if (part.textContent !== words) part.textContent = words;
-  }
-
   function set(part, name, value) {
     if (part.getAttribute(name) !== String(value)) part.setAttribute(name, value);
   }
 
-  return { build, draw, move };
+  return { NAMES, build, draw, move };
 })();

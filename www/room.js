@@ -10,8 +10,8 @@
 {
   const NAME = "chatstream.name"; // in localStorage, unless a tab uses it
   const SEAT = "chatstream.seat"; // of a tab, over a reload: {tab, name}
-  const PROTOCOL = "chatstream.v1";
   const KEPT = 500; // messages on the page
+  const NAMED = 20; // of those who are here
   const HISTORY = 1500; // ms in which what arrives is old: shown, not read aloud
 
   const talk = $("talk");
@@ -33,19 +33,14 @@
     return value;
   }
 
-  function putBack() {
-    store.set(SEAT, { tab, name }, "sessionStorage");
-    if (name) store.set(NAME, name);
-  }
-
   function join(as) {
     name = as;
     store.set(NAME, null);
-    talk.setAttribute("aria-live", "off");
-    setTimeout(() => talk.setAttribute("aria-live", "polite"), HISTORY);
+    talk.ariaLive = "off";
+    setTimeout(() => (talk.ariaLive = "polite"), HISTORY);
     socket = Socket.open({
       url: () => socketAddress("room", { name, after: last }),
-      protocols: [PROTOCOL],
+      protocols: ["chatstream.v1"],
       onmessage: hear,
       onstate: changed,
     });
@@ -53,16 +48,14 @@
   }
 
   function leave() {
-    socket.close();
-    socket = null;
-    last = "";
     store.set(NAME, name);
-    name = "";
+    socket.close();
+    last = "";
     pending.clear();
-    talk.replaceChildren();
     present.clear();
+    talk.replaceChildren();
     showPresent(0);
-    refresh();
+    out("");
     $("name").focus();
   }
 
@@ -73,47 +66,49 @@
     if (event.name) present.add(event.name);
     if (event.type === "left") present.delete(event.name);
     if ("members" in event) showPresent(event.members);
-    const shown = RENDER[event.type]?.(event);
-    if (!shown) return; // a heartbeat, or something newer than this page
+    HEARD[event.type]?.(event); // else a heartbeat, or something newer than this page
+  }
+
+  const HEARD = {
+    message(event) {
+      delivered(event.key);
+      const who = element("strong", { dir: "auto" }, event.name);
+      const at = new Date(event.at);
+      const when = element("time", { dateTime: at.toISOString() }, time.format(at));
+      const isOwn = event.key?.startsWith(`${tab}-`);
+      show(message(isOwn ? "own" : "", event.text, who, " ", when));
+    },
+    joined: (event) => note("joined", event.name),
+    left: (event) => note("left", event.name),
+    gap: (event) => note("room-gap", event.missed),
+    error(event) {
+      const key = event.key ?? pending.keys().next().value;
+      if (pending.has(key)) giveBack(event.error.message, [key]);
+    },
+  };
+
+  function message(className, text, ...head) {
+    const said = element("p", { className: "said", dir: "auto" }, text);
+    return element("article", { className }, element("p", { className: "who" }, ...head), said);
+  }
+
+  const note = (...words) => show(element("p", { className: "note", dir: "auto" }, say(...words)));
+
+  function show(shown) {
     talk.append(shown);
     if (talk.children.length > KEPT) talk.firstChild.remove();
     stick();
   }
 
-  const RENDER = {
-    message(event) {
-      delivered(event.key);
-      return message(event);
-    },
-    joined: (event) => note(say("joined", event.name)),
-    left: (event) => note(say("left", event.name)),
-    gap: (event) => note(say("room-gap", event.missed)),
-    error(event) {
-      const key = event.key ?? pending.keys().next().value;
-      giveBack(event.error.message, [key].filter((known) => pending.has(known)));
-    },
-  };
-
-  function message({ name: from, text, at, key = "" }) {
-    const who = element("strong", { dir: "auto" }, from);
-    const head = element("p", { className: "who" }, who, " ", when(at));
-    const said = element("p", { className: "said", dir: "auto" }, text);
-    return element("article", { className: key.startsWith(`${tab}-`) ? "own" : "" }, head, said);
-  }
-
-  const when = (at) =>
-    element("time", { dateTime: new Date(at).toISOString() }, time.format(at));
-
-  const note = (text) => element("p", { className: "note", dir: "auto" }, text);
-
   /* The server counts; the names are those we have heard, and some left unheard. */
   function showPresent(count) {
-    const names = [...present].slice(0, 20).join(LANGUAGE === "en" ? ", " : "、");
-    const others = count - Math.min(present.size, 20);
-    const all = others ? say("here-more", names, others) : names;
-    const known = names && present.size <= count ? all : count;
+    const names = [...present].slice(0, NAMED);
+    const listed = names.join(IS_CHINESE ? "、" : ", ");
+    const others = count - names.length;
+    const all = others ? say("here-more", listed, others) : listed;
+    const isKnown = listed && present.size <= count;
     $("members").hidden = !count;
-    $("members").textContent = say("here", known);
+    $("members").textContent = say("here", isKnown ? all : count);
   }
 
   // ------------------------------------------------------------- what we say ourselves
@@ -123,9 +118,7 @@
     const frame = JSON.stringify({ text, key });
     wire.record("wire-room", "out", frame);
     socket.send(frame);
-    const article = element("article", { className: "own pending" },
-      element("p", { className: "who" }, say("pending")),
-      element("p", { className: "said", dir: "auto" }, text));
+    const article = message("own pending", text, say("pending"));
     pending.set(key, { text, article });
     talk.append(article);
     toEnd();
@@ -134,13 +127,11 @@
   function delivered(key) {
     pending.get(key)?.article.remove();
     pending.delete(key);
-    const text = returned.get(key);
+    if (field.value === returned.get(key)) field.value = "";
     returned.delete(key);
-    if (text && field.value === text) field.value = "";
   }
 
   function giveBack(reason, keys = [...pending.keys()]) {
-    if (!keys.length) return;
     for (const key of keys) {
       const { text, article } = pending.get(key);
       article.remove();
@@ -148,8 +139,7 @@
       returned.set(key, text);
       field.value = [text, field.value].filter(Boolean).join(" ");
     }
-    talk.append(note(say("room-returned", reason)));
-    stick();
+    if (keys.length) note("room-returned", reason);
   }
 
   // -------------------------------------------------------------------------- state
@@ -158,22 +148,19 @@
     wire.state("wire-room", state, detail);
     $("room-state").textContent = say(`room-${state}`);
     if (state === "waiting") giveBack(say("room-cut"));
-    if (state === "closed" && detail) refused(detail);
+    if (state === "closed" && detail) out(say("room-refused", detail.reason)); // for good
   }
 
-  /* For good: it would be the same the next time. */
-  function refused({ reason }) {
+  function out(why) {
     socket = null;
     name = "";
-    $("room-state").textContent = say("room-refused", reason);
+    $("room-state").textContent = why;
     refresh();
   }
 
   function refresh() {
-    $("join").hidden = Boolean(socket);
-    $("speak").hidden = !socket;
-    $("leave").hidden = !socket;
-    $("room-lead").hidden = Boolean(socket);
+    $("join").hidden = $("room-lead").hidden = Boolean(socket);
+    $("speak").hidden = $("leave").hidden = !socket;
     stick();
   }
 
@@ -195,7 +182,10 @@
   });
 
   $("leave").addEventListener("click", leave);
-  addEventListener("pagehide", putBack);
+  addEventListener("pagehide", () => {
+    store.set(SEAT, { tab, name }, "sessionStorage");
+    if (name) store.set(NAME, name);
+  });
   addEventListener("pageshow", ({ persisted }) => {
     if (persisted) take(SEAT, "sessionStorage");
   });

@@ -11,25 +11,17 @@
      stream.close();  nothing more is wanted
 
    What onstate() hears:
-     "connecting", {attempt}                 0 is the first
+     "connecting"
      "open", response
-     "waiting", {wait, until, failure}       ms, and the Date.now() of the next attempt
-     "closed", reason                        final: a Refused (with status and reason),
-                                             another Error, or undefined after close()
+     "waiting", {wait}      ms until the next attempt
+     "closed", reason       final: a Refused (with status and reason), another Error, or
+                            undefined after close()
 
    How it keeps a stream alive:
    - A connection that breaks, ends or falls silent is made again and says in
      `Last-Event-ID` where to go on. An answer of 5xx counts as a broken connection.
-   - Packets can vanish without a word. The server says something every 4 s, so 10 s of
-     silence are a cut; a new attempt must bring the response's head within 5 s. Who wakes
-     up, comes online or looks at the page again does not wait: a stream that brought
-     nothing for 5 s is made anew at once.
-   - 204 means that there is nothing more; a 4xx, or anything that is no event stream,
+   - 204 means that there is nothing more; a 4xx, or anything that is not an event stream,
      would be the same the next time. Both are final.
-   - The wait before a new attempt is drawn at random from a range that doubles with each
-     failure ("full jitter"): a thousand readers of a server that went away do not come
-     back at once. Only an event received starts it over; a connection that opens and
-     dies again does not.
    - What is not safe to repeat is not repeated: a POST goes out once. It is sent again
      only with a `Last-Event-ID`, which tells the server what it would continue, or if the
      server has refused it as too busy and said when to come again.
@@ -37,21 +29,23 @@
 
 const SSE = (() => {
   const DEFAULTS = {
-    method: "GET",
-    headers: {},
-    body: undefined,
-    lastEventId: "",
-    fetch: (url, init) => fetch(url, init),
     base: 1000, // ms: the first range of the back-off ...
     cap: 8000, // ... and where it stops doubling
     silence: 10000, // ms without a byte: two of the server's keep-alives
     patience: 5000, // ms in which a new attempt must bring the response's head ...
     stale: 5000, // ... and after which a silent stream is not trusted on waking up
+    method: "GET",
+    headers: {},
+    body: undefined,
+    lastEventId: "",
+    fetch: (url, init) => fetch(url, init),
     onevent() {},
     onstate() {}, // see above
     onopen() {}, // (response); may return {url, method, headers, body} to reconnect with
     onbytes() {}, // (Uint8Array) as it came
   };
+
+  // ------------------------------------------------------------------ reading a stream
 
   /* Text in, in pieces of any size; events out. Sections 9.2.5 and 9.2.6. */
   class Parser {
@@ -60,7 +54,7 @@ const SSE = (() => {
       this.id = lastEventId; // outlives its block, counts only from its blank line
       this.bareId = ""; // of a block whose data has not come
       this.type = "";
-      this.data = []; // joined once: `+=` for each line would copy it all each time
+      this.data = "";
       this.line = "";
       this.afterCR = false;
     }
@@ -68,20 +62,19 @@ const SSE = (() => {
     feed(text) {
       if (text === "") return;
       if (this.afterCR && text[0] === "\n") text = text.slice(1); // a CRLF cut in half
-      this.afterCR = text === "" ? false : text.endsWith("\r");
-      const lines = text.split(/\r\n|\r|\n/);
-      lines[0] = this.line + lines[0];
-      this.line = lines.pop();
-      for (const line of lines) this.take(line);
+      this.afterCR = text.endsWith("\r");
+      const [first, ...more] = text.split(/\r\n|\r|\n/);
+      this.line += first;
+      for (const next of more) {
+        this.take(this.line);
+        this.line = next;
+      }
     }
 
     take(line) {
       if (line === "") return this.dispatch();
-      const colon = line.indexOf(":");
-      if (colon === 0) return; // a comment
-      const field = colon < 0 ? line : line.slice(0, colon);
-      const value = colon < 0 ? "" : line.slice(colon + 1).replace(/^ /, "");
-      if (field === "data") this.data.push(value);
+      const [, field, value] = /^([^:]*):? ?([^]*)$/.exec(line);
+      if (field === "data") this.data += `${value}\n`;
       else if (field === "event") this.type = value;
       else if (field === "id" && !value.includes("\0")) this.named(value);
       else if (field === "retry" && /^[0-9]+$/.test(value)) this.onretry(Number(value));
@@ -89,24 +82,18 @@ const SSE = (() => {
 
     named(id) {
       this.id = id;
-      if (this.data.length === 0) this.bareId = id;
+      if (this.data === "") this.bareId = id;
     }
 
     dispatch() {
-      const { type, data } = this;
-      this.type = "";
-      this.data = [];
-      this.lastEventId = this.id;
-      if (data.length === 0) return; // an empty `data:` line is data, none is not
-      this.onevent({
-        type: type || "message",
-        data: data.join("\n"),
-        lastEventId: this.lastEventId,
-      });
+      const { type, data, id } = this;
+      Object.assign(this, { type: "", data: "", lastEventId: id });
+      if (data === "") return; // an empty `data:` line is data, none is not
+      this.onevent({ type: type || "message", data: data.slice(0, -1), lastEventId: id });
     }
   }
 
-  /* The server's last word: 204, a refusal, or something that is no event stream. */
+  /* The server's last word: 204, a refusal, or something that is not an event stream. */
   class Refused extends Error {
     constructor(response, body) {
       super(`HTTP ${response.status}`);
@@ -126,8 +113,118 @@ const SSE = (() => {
     }
   }
 
-  const jitter = (attempt, base = DEFAULTS.base, cap = DEFAULTS.cap) =>
-    Math.random() * Math.min(cap, base * 2 ** attempt);
+  // ------------------------------------------------------------- keeping a connection
+
+  /* One attempt, which is given up after so many ms without a sign of life: the laptop
+     slept, the NAT forgot the connection, packets vanish without a word. One clock may stand
+     still while a computer sleeps, the other can be set: the later one counts. It looks
+     every second, because timers sleep too. */
+  class Attempt {
+    constructor(patience, silence) {
+      this.controller = new AbortController();
+      this.signal = this.controller.signal;
+      this.silence = silence; // the limit once something was heard
+      this.heard();
+      this.limit = patience;
+      this.look();
+    }
+
+    heard() {
+      this.limit = this.silence;
+      this.clocks = [performance.now(), Date.now()];
+    }
+
+    get quiet() {
+      return Math.max(performance.now() - this.clocks[0], Date.now() - this.clocks[1]);
+    }
+
+    look() {
+      const left = this.limit - this.quiet;
+      if (left <= 0) this.end("silence");
+      else this.timer = setTimeout(() => this.look(), Math.min(left, 1000));
+    }
+
+    end(why) {
+      clearTimeout(this.timer);
+      this.controller.abort(new Error(why));
+    }
+  }
+
+  const REVIVALS = [[window, "online"], [window, "pageshow"], [document, "visibilitychange"]];
+
+  /* The wait before a new attempt is drawn at random from a range that doubles with each
+     failure ("full jitter"): a thousand readers of a server that went away do not come
+     back at once. */
+  const jitter = (failures, base = DEFAULTS.base, cap = DEFAULTS.cap) =>
+    Math.random() * Math.min(cap, base * 2 ** failures);
+
+  /* Makes a connection again and again. `connect(attempt)` makes one, and throws the reason
+     when it has ended. Whoever wakes up, comes online or looks at the page again does not
+     wait. */
+  class Kept {
+    constructor(settings) {
+      this.settings = { ...DEFAULTS, mayRepeat: () => true, ...settings };
+      this.failures = 0; // since something was received: to open alone says nothing
+      this.retry = 0; // ms that the server asked for, on top of which comes the jitter
+      this.isClosed = false;
+      this.isHurried = false; // the next attempt need not wait
+      this.wake = () => {};
+      for (const [target, type] of REVIVALS) target.addEventListener(type, this);
+      this.run();
+    }
+
+    async run() {
+      const { connect, onstate, isFinal, mayRepeat, silence, patience } = this.settings;
+      // A first question may be long, and its line slow; and it cannot be asked again.
+      let limit = mayRepeat() ? silence : 3 * silence;
+      while (!this.isClosed) {
+        onstate("connecting");
+        this.attempt = new Attempt(limit, silence);
+        const failure = await connect(this.attempt).catch((error) => error);
+        this.attempt.end("over"); // lets go of a response that we refused to read, too
+        this.attempt = null;
+        limit = patience;
+        if (!this.isClosed && isFinal(failure)) this.close(failure);
+        if (!this.isClosed) await this.pause(failure);
+      }
+    }
+
+    async pause({ retryAfter = 0 }) {
+      if (!this.isHurried) {
+        const { base, cap, onstate } = this.settings;
+        const wait = Math.max(this.retry, retryAfter) + jitter(this.failures, base, cap);
+        this.failures += 1;
+        onstate("waiting", { wait });
+        await new Promise((resolve) => {
+          this.wake = resolve;
+          setTimeout(resolve, wait);
+        });
+      }
+      this.isHurried = false;
+    }
+
+    handleEvent({ type }) {
+      if (type === "visibilitychange" && document.hidden) return;
+      this.wake();
+      const { stale, mayRepeat } = this.settings;
+      if (!this.attempt || this.attempt.quiet < stale || !mayRepeat()) return;
+      this.isHurried = true;
+      this.attempt.end("silence");
+    }
+
+    /* `grace`: ms in which the other side may still end the connection itself. */
+    close(reason, grace = 0) {
+      if (this.isClosed) return;
+      this.isClosed = true;
+      for (const [target, type] of REVIVALS) target.removeEventListener(type, this);
+      if (grace) setTimeout(() => this.attempt?.end("over"), grace);
+      else this.attempt?.end("over");
+      this.wake();
+      this.settings.onstate("closed", reason);
+    }
+  }
+
+  // ------------------------------------------------------------------ a stream, kept
 
   // Header values are bytes, and ids are UTF-8: fetch wants one character for each byte.
   const bytesOf = (text) => String.fromCharCode(...new TextEncoder().encode(text));
@@ -136,55 +233,21 @@ const SSE = (() => {
     const settings = { ...DEFAULTS, ...options };
     let request = { ...settings, url };
     let { lastEventId } = settings;
-    let retry = 0; // ms that the server asked for, on top of which comes the jitter
-    let attempt = 0; // since the last event
-    let again = false; // this is not the first attempt
-    let closed = false;
-    let atOnce = false; // the next attempt need not wait
-    let connection = new AbortController();
-    let dog = null; // of the connection, while there is one
-    let wake = () => {};
 
-    async function run() {
-      while (!closed) {
-        const failure = await connect().catch((error) => error);
-        if (closed) return;
-        if (isFinal(failure)) return finish(failure);
-        await pause(failure);
-      }
+    async function connect(attempt) {
+      const response = await settings.fetch(request.url, init(attempt.signal));
+      await accept(response);
+      attempt.heard();
+      request = { method: "GET", ...(settings.onopen(response) || request) };
+      settings.onstate("open", response);
+      await read(response.body.getReader(), attempt);
     }
 
-    async function connect() {
-      settings.onstate("connecting", { attempt });
-      connection = new AbortController();
-      dog = watchdog(connection, again ? settings.patience : firstPatience());
-      again = true;
-      try {
-        const response = await settings.fetch(request.url, init());
-        await accept(response);
-        dog.heard();
-        dog.limit = settings.silence;
-        request = { method: "GET", ...(settings.onopen(response) || request) };
-        settings.onstate("open", response);
-        await read(response.body.getReader());
-      } finally {
-        dog.stop();
-        dog = null;
-        connection.abort(); // lets go of a response that we refused to read
-      }
-    }
-
-    /* A question may be long, and its line slow; and it cannot be asked again. */
-    const firstPatience = () => settings.silence * (mayRepeat() ? 1 : 3);
-    const mayRepeat = () => request.method === "GET" || lastEventId !== "";
-
-    function init() {
+    function init(signal) {
       const { method, headers, body } = request;
       const resume = lastEventId && { "Last-Event-ID": bytesOf(lastEventId) };
-      return {
-        method, body, cache: "no-store", signal: connection.signal,
-        headers: { ...headers, Accept: "text/event-stream", ...resume },
-      };
+      const all = { ...headers, Accept: "text/event-stream", ...resume };
+      return { method, body, headers: all, cache: "no-store", signal };
     }
 
     async function accept(response) {
@@ -194,16 +257,16 @@ const SSE = (() => {
       throw new Refused(response, body);
     }
 
-    async function read(reader) {
+    async function read(reader, attempt) {
       const decoder = new TextDecoder(); // drops the one byte order mark that is allowed
-      const parser = new Parser({ onevent, onretry: (ms) => (retry = ms), lastEventId });
+      const parser = new Parser({ onevent, onretry: (ms) => (kept.retry = ms), lastEventId });
       for (;;) {
         const { done, value } = await reader.read();
         if (done) throw new Error("the stream ended");
-        dog.heard();
+        attempt.heard();
         settings.onbytes(value);
         parser.feed(decoder.decode(value, { stream: true }));
-        if (!closed) lastEventId = parser.lastEventId || nameOf(parser);
+        if (!kept.isClosed) lastEventId = parser.lastEventId || nameOf(parser);
       }
     }
 
@@ -213,8 +276,8 @@ const SSE = (() => {
     const nameOf = (parser) => (settings.method === "GET" ? "" : parser.bareId);
 
     function onevent(event) {
-      if (closed) return; // by the event before this one, in the same piece
-      attempt = 0;
+      if (kept.isClosed) return; // by the event before this one, in the same piece
+      kept.failures = 0;
       lastEventId = event.lastEventId;
       try {
         settings.onevent(event);
@@ -223,74 +286,22 @@ const SSE = (() => {
       }
     }
 
+    const mayRepeat = () => request.method === "GET" || lastEventId !== "";
+
     function isFinal(failure) {
       if (!(failure instanceof Refused)) return !mayRepeat();
       if (failure.status < 500 || !failure.mayRepeat) return true;
       const invited = failure.status === 503 && failure.retryAfter !== undefined;
-      return !mayRepeat() && !(invited && attempt < 3);
+      return !mayRepeat() && !(invited && kept.failures < 3);
     }
 
-    function pause(failure) {
-      if (atOnce) return void (atOnce = false);
-      const asked = Math.max(retry, failure.retryAfter ?? 0);
-      const wait = asked + jitter(attempt++, settings.base, settings.cap);
-      settings.onstate("waiting", { wait, until: Date.now() + wait, failure });
-      return new Promise((resolve) => {
-        const timer = setTimeout(resolve, wait);
-        wake = () => (clearTimeout(timer), resolve());
-      });
-    }
-
-    function finish(reason, grace = 0) {
-      closed = true;
-      for (const [target, type] of REVIVALS) target.removeEventListener(type, hurry);
-      const last = connection;
-      if (grace) setTimeout(() => last.abort(), grace);
-      else last.abort();
-      wake();
-      settings.onstate("closed", reason);
-    }
-
-    function hurry({ type }) {
-      if (type === "visibilitychange" && document.hidden) return;
-      wake();
-      if (!dog || dog.quiet() < settings.stale || !mayRepeat()) return;
-      atOnce = true;
-      connection.abort(new Error("silence"));
-    }
-
-    for (const [target, type] of REVIVALS) target.addEventListener(type, hurry);
-    run();
+    const kept = new Kept({ ...settings, connect, isFinal, mayRepeat });
     return {
       get lastEventId() { return lastEventId; },
-      close() { if (!closed) finish(); },
-      done() { if (!closed) finish(undefined, 1000); }, // an abort would look like a failure
-      reconnect() { wake(); }, // now, instead of after the rest of the wait
+      close: () => kept.close(),
+      done: () => kept.close(undefined, 1000), // an abort would look like a failure
     };
   }
 
-  const REVIVALS = [[window, "online"], [window, "pageshow"], [document, "visibilitychange"]];
-
-  /* A connection can be dead without a word: the laptop slept, the NAT forgot it. One clock
-     may stand still while a computer sleeps, the other can be set: the later one counts.
-     It looks every second, because timers sleep too. */
-  function watchdog(connection, limit) {
-    let heard, heardAt;
-    const dog = {
-      limit,
-      heard() { [heard, heardAt] = [performance.now(), Date.now()]; },
-      quiet: () => Math.max(performance.now() - heard, Date.now() - heardAt),
-      stop() { clearTimeout(timer); },
-    };
-    function check() {
-      const left = dog.limit - dog.quiet();
-      if (left <= 0) connection.abort(new Error("silence"));
-      else timer = setTimeout(check, Math.min(left, 1000));
-    }
-    dog.heard();
-    let timer = setTimeout(check, Math.min(limit, 1000));
-    return dog;
-  }
-
-  return { open, Parser, Refused, jitter, watchdog, REVIVALS };
+  return { open, Parser, Refused, Kept, jitter };
 })();

@@ -11,8 +11,6 @@ function askForToken() {
 }
 
 {
-  const field = $("token-field");
-
   /* `/time` is refused for the token only; elsewhere a 401 may be the model's. */
   async function fits(headers = {}) {
     const response = await fetch(address("time"), { method: "HEAD", headers });
@@ -22,17 +20,14 @@ function askForToken() {
 
   $("token").addEventListener("submit", async (event) => {
     event.preventDefault();
-    $("token-state").textContent = "";
-    const token = field.value.trim();
-    if (await fits({ Authorization: `Bearer ${token}` }).catch(() => true)) {
-      const url = new URL(SERVER);
-      url.searchParams.set("token", token);
-      url.hash = location.hash;
-      location.assign(url);
-    } else {
-      $("token-state").textContent = say("token-wrong");
-      field.select();
-    }
+    const token = $("token-field").value.trim();
+    const isRight = await fits({ Authorization: `Bearer ${token}` }).catch(() => true);
+    $("token-state").textContent = isRight ? "" : say("token-wrong");
+    if (!isRight) return $("token-field").select();
+    const url = new URL(SERVER);
+    url.searchParams.set("token", token);
+    url.hash = location.hash;
+    location.assign(url);
   });
 
   fits().then((isOpen) => isOpen || askForToken(), () => {});

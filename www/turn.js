@@ -6,12 +6,11 @@
 class Turn {
   constructor(message, acts) {
     Object.assign(this, { message, acts });
-    this.isQuestion = message.role === "user";
+    const className = message.role === "user" ? "question" : "answer";
     this.body = element("div", { className: "text" });
-    const className = this.isQuestion ? "question" : "answer";
-    this.article = element("article", { className }, this.body);
-    this.article.setAttribute("aria-label", say(this.isQuestion ? "you" : "answer"));
-    if (this.isQuestion) this.drawQuestion();
+    const ariaLabel = say(className === "question" ? "you" : "answer");
+    this.article = element("article", { className, ariaLabel }, this.body);
+    if (className === "question") this.drawQuestion();
     else this.drawAnswer();
   }
 
@@ -22,41 +21,45 @@ class Turn {
   }
 
   drawAnswer() {
-    this.text = new Markdown(this.body, () => this.grown());
     this.numbers = element("span", { className: "stats" });
     this.foot = element("p", { className: "answer-foot" }, this.numbers);
     this.hold = element("p", { className: "hold", hidden: true });
     this.article.append(this.hold, this.foot);
-    this.counted = 0;
-    this.thinking = null;
-    const { reasoning, content } = this.message;
-    if (reasoning) this.reason(reasoning);
-    if (content) this.append(content);
+    this.text = new Markdown(this.body, () => this.grown());
+    this.counted = 0; // ms: when the numbers were last drawn
     this.isGrowing = isUnderWay(this.message);
     this.article.classList.toggle("under-way", this.isGrowing);
+    this.draw(this.message.content, this.message.reasoning);
     if (!this.isGrowing) this.end();
   }
 
   grown() {
-    this.count();
+    if (Date.now() - this.counted > 250) this.count(); // to be read, not to flicker
     stick();
   }
 
-  /* What the model thinks before it speaks, folded away. */
-  reason(text) {
-    if (!this.thinking) {
-      this.summary = element("summary", {}, say("thinking"));
-      this.thinking = element("div", { className: "text" });
-      const details = { className: "thinking" };
-      this.article.prepend(element("details", details, this.summary, this.thinking));
-      this.thoughts = new Markdown(this.thinking, stick);
-    }
-    this.thoughts.append(text);
+  /* More of the answer, or of what the model thinks before it speaks. */
+  take(content = "", reasoning = "") {
+    this.message.content += content;
+    if (reasoning) this.message.reasoning = (this.message.reasoning ?? "") + reasoning;
+    this.draw(content, reasoning);
   }
 
-  append(text) {
+  draw(content, reasoning) {
+    if (reasoning) {
+      this.thoughts ??= this.foldThoughts();
+      this.thoughts.append(reasoning);
+    }
+    if (!content) return;
     if (this.summary) this.summary.textContent = say("thought");
-    this.text.append(text);
+    this.text.append(content);
+  }
+
+  foldThoughts() {
+    const body = element("div", { className: "text" });
+    this.summary = element("summary", {}, say("thinking"));
+    this.article.prepend(element("details", { className: "thinking" }, this.summary, body));
+    return new Markdown(body, stick);
   }
 
   /* The connection: "open", or why nothing comes. */
@@ -65,14 +68,13 @@ class Turn {
     const isOpen = state === "open" || !this.message.id;
     this.article.classList.toggle("on-hold", !isOpen);
     this.hold.hidden = isOpen;
-    if (isOpen) return stick();
     const until = Date.now() + wait;
     const tell = () => {
       const seconds = Math.ceil((until - Date.now()) / 1000);
       this.hold.textContent = seconds > 0 ? say("hold-waiting", seconds) : say("hold-connecting");
     };
     tell();
-    if (state === "waiting") this.countdown = setInterval(tell, 250);
+    if (!isOpen) this.countdown = setInterval(tell, 250);
     stick();
   }
 
@@ -82,7 +84,7 @@ class Turn {
     this.connection("open");
     this.isGrowing = false;
     article.classList.remove("under-way");
-    this.count(true);
+    this.count();
     if (message.trouble) article.append(this.trouble());
     else if (!message.isWatched) foot.append(this.button(this.way()));
     if (message.content) foot.append(copyButton(() => message.content));
@@ -106,7 +108,7 @@ class Turn {
   trouble() {
     const words = element("p", { dir: "auto" }, this.message.trouble);
     const ways = this.message.isWatched ? [] : [this.button("again", "turn")];
-    return element("div", { className: "trouble" }, words, ...ways);
+    return element("div", { className: "trouble box" }, words, ...ways);
   }
 
   /* Those of the last turn only are seen. */
@@ -117,31 +119,25 @@ class Turn {
   }
 
   link() {
-    const { id } = this.message;
-    return element("a", { className: "plain", href: `#answer/${id}`, title: say("link-title") }, say("link"));
+    const href = `#answer/${this.message.id}`;
+    return element("a", { className: "plain", href, title: say("link-title") }, say("link"));
   }
 
-  count(now = false) {
-    if (!now && Date.now() - this.counted < 250) return; // to be read, not to flicker
-    this.counted = Date.now();
-    this.numbers.replaceChildren(...this.summarize());
-  }
-
-  summarize() {
-    const { state, at, first, latest, events, caught, took, finish, model, isWatched } = this.message;
-    const parts = [];
-    const add = (...words) => parts.push(element("span", {}, say(...words)));
-    if (state === "stopped") parts.push(element("strong", {}, say("stopped")));
-    if (finish) parts.push(element("strong", {}, say(finish === "length" ? "cut-short" : "finish", finish)));
-    if (model) parts.push(element("span", { className: "model" }, model));
-    if (!events) return parts;
-    if (isWatched) return [...parts, element("span", {}, say("stats-events", events))];
+  count() {
+    const { state, at, first, latest, events, caught, took, finish, model } = this.message;
+    const isTimed = events && !this.message.isWatched; // else it is not read as it is written
     const writing = (latest - first) / 1000;
-    add("stats-first", decimal(first / 1000, 2));
-    if (events > 1 && writing > 0.1) add("stats-rate", decimal((events - 1) / writing));
-    add("stats-events", events.toLocaleString(LANGUAGE));
-    if (caught) add("stats-caught", caught.toLocaleString(LANGUAGE));
-    add("stats-total", decimal((took ?? Date.now() - at) / 1000));
-    return parts;
+    const parts = [];
+    const add = (text, className = "") => parts.push(element("span", { className }, text));
+    this.counted = Date.now();
+    if (state === "stopped") add(say("stopped"), "fate");
+    if (finish) add(say(finish === "length" ? "cut-short" : "finish", finish), "fate");
+    if (model) add(model, "model");
+    if (isTimed) add(say("stats-first", decimal(first / 1000, 2)));
+    if (isTimed && writing > 0.1) add(say("stats-rate", decimal((events - 1) / writing)));
+    if (events) add(say("stats-events", events.toLocaleString(LANGUAGE)));
+    if (isTimed && caught) add(say("stats-caught", caught.toLocaleString(LANGUAGE)));
+    if (isTimed) add(say("stats-total", decimal((took ?? this.counted - at) / 1000)));
+    this.numbers.replaceChildren(...parts);
   }
 }

@@ -19,11 +19,11 @@ const wire = (() => {
   /* One row: what came "in", what went "out", or a "note" about the connection itself. A
      `head` ("request", "response") stays until the next of its kind. */
   function record(name, direction, text, head = "") {
-    if (!connections.has(name)) connections.set(name, { rows: [], list: null, follows: true });
+    if (!connections.has(name)) connections.set(name, { rows: [], follows: true });
     const { rows } = connections.get(name);
     const before = head && rows.find((row) => row.head === head);
     if (before) before.head = "";
-    rows.push({ at: Date.now(), direction, text: text.slice(0, LONGEST), head, item: null });
+    rows.push({ at: Date.now(), direction, text: text.slice(0, LONGEST), head });
     if (rows.length > KEPT) rows.splice(rows.findIndex((row) => !row.head), 1)[0].item?.remove();
     plan();
   }
@@ -36,69 +36,60 @@ const wire = (() => {
     drawing = 0;
     $("wire-empty").hidden = [...connections.keys()].some((name) => VIEWS[name] === shown);
     for (const [name, connection] of connections) {
-      connection.list ??= section(name, connection);
-      connection.list.parentNode.hidden = VIEWS[name] !== shown;
+      const { rows } = connection;
+      const list = (connection.list ??= makeList(name, connection));
+      list.parentNode.hidden = VIEWS[name] !== shown;
+      for (const row of rows.filter(({ item }) => !item)) list.append((row.item = makeItem(row)));
+      if (connection.follows) list.scrollTop = list.scrollHeight;
     }
-    for (const connection of connections.values()) fill(connection);
   }
 
-  function fill({ rows, list, follows }) {
-    for (const row of rows) {
-      if (!row.item) list.append((row.item = itemOf(row)));
-    }
-    if (follows) list.scrollTop = list.scrollHeight;
-  }
-
-  function section(name, connection) {
-    const list = element("ol", { tabIndex: 0 });
+  function makeList(name, connection) {
+    const list = element("ol", { tabIndex: 0, role: "list", ariaLabel: say(name) });
     list.addEventListener("scroll", () => { // one who reads further up is left there
       const below = list.scrollHeight - list.scrollTop - list.clientHeight;
       if (list.clientHeight) connection.follows = below < 40;
     });
-    list.setAttribute("aria-label", say(name));
-    list.setAttribute("role", "list");
     $("wire-body").append(element("section", {}, element("h2", {}, say(name)), list));
     return list;
   }
 
-  function itemOf({ at, direction, text }) {
-    const mark = element("span", { className: "mark", title: say(`wire-${direction}`) });
-    mark.textContent = MARKS[direction];
-    mark.setAttribute("role", "img");
-    mark.setAttribute("aria-label", say(`wire-${direction}`));
-    return element("li", { className: direction },
-      element("time", {}, time.format(at)), mark, element("pre", {}, text));
-  }
-
-  /* sse.js hands over bytes; a character cut in half is completed by the next piece. */
-  function recorder(name) {
-    const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-    return (bytes) => record(name, "in", decoder.decode(bytes, { stream: true }));
+  function makeItem({ at, direction, text }) {
+    const said = say(`wire-${direction}`);
+    const about = { className: "mark", role: "img", title: said, ariaLabel: said };
+    const mark = element("span", about, MARKS[direction]);
+    const when = element("time", {}, time.format(at));
+    return element("li", { className: direction }, when, mark, element("pre", {}, text));
   }
 
   /* What sse.js and socket.js say of a connection, in the page's words. */
   function state(name, now, detail) {
-    if (now === "waiting") record(name, "note", say("wire-waiting", decimal(detail.wait / 1000)));
-    else if (now === "closed") record(name, "note", say("wire-closed", detail?.message ?? ""));
-    else record(name, "note", say(`wire-${now}`));
+    const wait = now === "waiting" ? decimal(detail.wait / 1000) : "";
+    record(name, "note", say(`wire-${now}`, wait || detail?.message || ""));
   }
 
-  /* fetch() that shows what is asked and the head of what is answered. `through` is the
-     fetch that does it. */
-  function recordedFetch(name, through = network.fetch) {
-    return async (url, init) => {
-      record(name, "out", request(url, init), "request");
-      const response = await through(url, init);
-      const head = [...response.headers].map((pair) => pair.join(": "));
-      record(name, "in", [`HTTP ${response.status}`, ...head].join("\n"), "response");
-      return response;
+  /* Options for SSE.open() that show what is asked, the head of what is answered, and what
+     comes then. `through` is the fetch() that does it. */
+  function tap(name, through = network.fetch) {
+    const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+    return {
+      async fetch(url, init) {
+        record(name, "out", request(url, init), "request");
+        const response = await through(url, init);
+        record(name, "in", `HTTP ${response.status}${lines(response.headers)}`, "response");
+        return response;
+      },
+      /* A character cut in half is completed by the next piece. */
+      onbytes: (bytes) => record(name, "in", decoder.decode(bytes, { stream: true })),
     };
   }
 
-  function request(url, { method = "GET", headers = {}, body = "" } = {}) {
-    const head = Object.entries(headers).map((pair) => pair.join(": "));
+  const lines = (headers) => [...headers].map(([name, value]) => `\n${name}: ${value}`).join("");
+
+  function request(url, { method = "GET", headers = {}, body }) {
     const { pathname, search } = new URL(url);
-    return [`${method} ${pathname}${search}`, ...head, ...(body ? ["", body] : [])].join("\n");
+    const head = `${method} ${pathname}${search}${lines(Object.entries(headers))}`;
+    return body ? `${head}\n\n${body}` : head;
   }
 
   panel.addEventListener("toggle", () => {
@@ -106,5 +97,5 @@ const wire = (() => {
     plan();
   });
   addEventListener("hashchange", plan);
-  return { record, recorder, state, fetch: recordedFetch };
+  return { record, state, tap };
 })();

@@ -1,45 +1,22 @@
 "use strict";
 
-/* Every word on the page, in both languages. `?lang=` decides, else the browser. */
+/* The words of the scripts, in both languages; those of index.html stand there. `?lang=`
+   decides, else the browser. */
 
-const LANGUAGE = (() => {
-  const wanted = new URLSearchParams(location.search).get("lang") || navigator.language;
-  return wanted.toLowerCase().startsWith("zh") ? "zh-CN" : "en";
-})();
+const query = new URLSearchParams(location.search);
+const IS_CHINESE = /^zh/i.test(query.get("lang") || navigator.language);
+const LANGUAGE = IS_CHINESE ? "zh-CN" : "en";
 
 const WORDS = {
-  "views": ["Views", "视图"],
-  "chat": ["Chat", "聊天"],
-  "clock": ["Clock", "时钟"],
-  "room": ["Room", "房间"],
-  "other-language": ["中文", "English"],
-
-  "chat-title": ["An answer, as it is written", "边写边看的回答"],
-  "chat-lead": [
-    "One request, one long response: each token is on your screen as soon as it exists. Reload, or open a second tab: the answer goes on.",
-    "一次请求，一个长响应：每个词元一生成就出现在屏幕上。刷新页面，或再开一个标签页，回答都会继续。",
-  ],
-  "example-1": ["What is a long connection?", "什么是长连接？"],
-  "example-2": ["SSE or WebSocket: which one for what?", "SSE 和 WebSocket 各适合什么场景？"],
-  "example-3": ["How does a reader resume after a cut?", "断线之后，读者如何接着读？"],
-  "conversation": ["Conversation", "对话"],
   "you": ["You", "你"],
   "answer": ["Answer", "回答"],
-  "question": ["Your message", "你的消息"],
-  "question-hint": ["Ask something", "问点什么"],
-  "send": ["Send", "发送"],
-  "stop": ["Stop", "停止"],
-  "jump": ["Jump to latest", "跳到最新"],
-  "fresh": ["New chat", "新对话"],
   "copy": ["Copy", "复制"],
   "again": ["Try again", "重试"],
 
   "chat-hello": ["Looking for the server", "正在寻找服务器"],
   "chat-ready": ["Ready. Model: {0}", "就绪。模型：{0}"],
-  "chat-none": [
-    "No server at {0}. To start one: python chatstream.py",
-    "{0} 上没有服务器。启动方法：python chatstream.py",
-  ],
+  "chat-none": ["No server at {0}. To start one: python chatstream.py",
+    "{0} 上没有服务器。启动方法：python chatstream.py"],
   "chat-waiting": ["Waiting for the first token", "等待第一个词元"],
   "chat-receiving": ["Receiving", "正在接收"],
   "chat-lost": ["Connection lost. Trying again; nothing will be missed", "连接断开，正在重连；不会丢失内容"],
@@ -52,23 +29,14 @@ const WORDS = {
   "answer-stopped": ["Answer stopped: {0}", "回答已停止：{0}"],
   "trouble-failed": ["The answer broke off: {0}", "回答中断：{0}"],
   "trouble-refused": ["The server refused ({0}): {1}", "服务器拒绝了请求（{0}）：{1}"],
-  "trouble-network": [
-    "The server at {0} could not be reached.",
-    "无法连接到服务器 {0}。",
-  ],
+  "trouble-network": ["The server at {0} could not be reached.", "无法连接到服务器 {0}。"],
 
-  "clock-title": ["The server’s clock", "服务器的时钟"],
   "clock-connecting": ["Connecting.", "正在连接。"],
   "clock-open": ["Connected.", "已连接。"],
   "clock-waiting": ["Connection lost, trying again.", "连接断开，正在重连。"],
   "clock-closed": ["Refused: {0}.", "被拒绝：{0}。"],
   "clock-age": ["Last tick {0} s ago.", "上次报时在 {0} 秒前。"],
   "clock-missed": ["{0} missed.", "错过 {0} 次。"],
-  "ways-title": ["Three ways to be told the time", "报时的三种方式"],
-  "ways-lead": [
-    "The same ticks over three kinds of connection. Cut the network: who catches up?",
-    "同样的报时，经由三种连接送达。切断网络，看看谁能补上。",
-  ],
   "cut": ["Cut the network for", "切断网络"],
   "cut-seconds": ["{0} s", "{0} 秒"],
   "cut-left": ["The network is cut.", "网络已切断。"],
@@ -94,39 +62,18 @@ const WORDS = {
   "state-waiting": ["trying again", "正在重试"],
   "state-closed": ["refused", "被拒绝"],
   "state-failed": ["no answer", "无应答"],
-  "legend-told": ["tick that has been told", "已送达的报时"],
-  "legend-untold": ["tick that has not", "未送达的报时"],
-  "legend-bar": ["open connection", "打开的连接"],
-  "legend-cut": ["network cut", "网络切断"],
-  "ways-note": [
-    "Bytes are those of HTTP/1.1 and WebSocket, heads included, without TCP/IP. A page cannot see the heads that its browser sends; they are computed (≈). A delay counts from the full second, by this computer’s clock. The median leaves out what was caught up on after a cut. The short connection asks once in each second, at a random moment.",
-    "字节数按 HTTP/1.1 与 WebSocket 计，含报文头，不含 TCP/IP。页面看不到浏览器发出的报文头，因此为推算值（≈）。延迟从整秒算起，以本机时钟为准。中位数不含断线后补发的报时。短连接每秒询问一次，时刻随机。",
-  ],
 
-  "room-title": ["The room", "房间"],
-  "room-lead": [
-    "Everybody on this page hears what you say. Open a second tab to talk to yourself.",
-    "页面上的每个人都能看到你说的话。再开一个标签页，就可以和自己聊。",
-  ],
-  "talk": ["What is said", "聊天记录"],
-  "name": ["Your name", "你的名字"],
   "guest": ["Guest {0}", "访客{0}"],
-  "join": ["Join", "加入"],
-  "leave": ["Leave", "离开"],
-  "message": ["Your message", "你的消息"],
-  "message-hint": ["Say something", "说点什么"],
-  "members": ["Here now: {0}", "在场人数：{0}"],
   "joined": ["{0} joined", "{0} 加入了"],
   "left": ["{0} left", "{0} 离开了"],
   "room-gap": ["Messages missed: {0}", "错过 {0} 条消息"],
   "room-connecting": ["Connecting", "正在连接"],
   "room-open": ["Connected", "已连接"],
-  "room-waiting": ["Connection lost. Trying again; what is said meanwhile will follow", "连接断开，正在重连；期间的消息会补上"],
+  "room-waiting": ["Connection lost. Trying again; what is said meanwhile will follow",
+    "连接断开，正在重连；期间的消息会补上"],
   "room-closed": ["", ""],
   "room-unsent": ["Not connected, so not sent yet: your text is kept", "未连接，尚未发送：你的文字已保留"],
 
-  "wire": ["On the wire", "线上数据"],
-  "wire-empty": ["Nothing yet.", "还没有数据。"],
   "wire-chat": ["Chat: SSE over fetch", "聊天：经 fetch 的 SSE"],
   "wire-polling": ["Clock: short connections", "时钟：短连接"],
   "wire-stream": ["Clock: SSE", "时钟：SSE"],
@@ -140,7 +87,6 @@ const WORDS = {
   "wire-waiting": ["gone; again in {0} s", "已断开；{0} 秒后重试"],
   "wire-closed": ["closed {0}", "已关闭 {0}"],
 
-  // ---------------------------------------------------- the network, and the clock's picture
   "cut-count": ["Back in {0} s.", "{0} 秒后恢复。"],
   "picture-server": ["server", "服务器"],
   "picture-page": ["page", "页面"],
@@ -150,25 +96,13 @@ const WORDS = {
   "picture-late": ["none lost, {0} caught up", "无丢失，补上 {0} 次"],
   "picture-none": ["none lost", "无丢失"],
   "sees-nothing": ["Measuring.", "正在测量。"],
-  "sees-cut": [
-    "The server’s clock goes on, and nothing reaches the page.",
-    "服务器的时钟照走，但什么也到不了页面。",
-  ],
-  "sees-short": [
-    "Short connections: {0} times the bytes of SSE, up to {1} s late, ticks lost for good: {2}.",
-    "短连接：字节数是 SSE 的 {0} 倍，最多迟到 {1} 秒，永远丢失 {2} 次。",
-  ],
+  "sees-cut": ["The server’s clock goes on, and nothing reaches the page.", "服务器的时钟照走，但什么也到不了页面。"],
+  "sees-short": ["Short connections: {0} times the bytes of SSE, up to {1} s late, ticks lost for good: {2}.",
+    "短连接：字节数是 SSE 的 {0} 倍，最多迟到 {1} 秒，永远丢失 {2} 次。"],
   "sees-none": ["SSE and WebSocket: each tick at once, none lost.", "SSE 与 WebSocket：每次即到，无一丢失。"],
-  "sees-late": [
-    "SSE and WebSocket: none lost, {0} caught up at one instant.",
-    "SSE 与 WebSocket：无一丢失，一次补上 {0} 次。",
-  ],
+  "sees-late": ["SSE and WebSocket: none lost, {0} caught up at one instant.",
+    "SSE 与 WebSocket：无一丢失，一次补上 {0} 次。"],
   "sees-missed": ["Lost by SSE: {0}, by WebSocket: {1}.", "SSE 丢失 {0} 次，WebSocket 丢失 {1} 次。"],
-  "sees-clumps": [
-    "Ticks come in clumps, or not at all: something between you and the server holds the stream back. It may be a proxy that buffers or compresses.",
-    "报时成堆到达，或者根本不来：你与服务器之间有东西扣住了数据流，可能是会缓冲或压缩的代理。",
-  ],
-  "numbers": ["The numbers, and what to take when", "具体数字，以及何时用哪种"],
   "row-speaks": ["Who speaks", "谁说话"],
   "row-speaks-polling": ["The page asks, the server answers once", "页面问一次，服务器答一次"],
   "row-speaks-stream": ["The server", "服务器"],
@@ -181,26 +115,20 @@ const WORDS = {
   "row-use-polling": ["Now and then a question", "偶尔问一次"],
   "row-use-stream": ["Answers, news, progress: a server that tells", "回答、消息、进度：服务器单向推送"],
   "row-use-socket": ["Rooms, games: both tell", "聊天室、游戏：双向对话"],
-  "refused-origin": [
-    "{0} is not for pages from here. Its --allow-origin says which are.",
-    "{0} 不接受来自这里的页面。启动参数 --allow-origin 决定接受哪些。",
-  ],
+  "refused-origin": ["{0} is not for pages from here. Its --allow-origin says which are.",
+    "{0} 不接受来自这里的页面。启动参数 --allow-origin 决定接受哪些。"],
 
-  // The chat's turns and the room's members.
   "copied": ["Copied", "已复制"],
   "table": ["Table", "表格"],
   "regenerate": ["Ask again", "重新回答"],
   "edit": ["Edit", "编辑"],
-  "editing": ["Editing your question. Sending it replaces what came after it.", "正在编辑问题：发送后，其后的内容会被替换。"],
-  "cancel": ["Cancel", "取消"],
   "cleared": ["Conversation cleared", "对话已清空"],
-  "undo": ["Bring it back", "恢复对话"],
-  "model": ["Model", "模型"],
   "thinking": ["Thinking…", "思考中…"],
   "thought": ["Thoughts", "思考过程"],
   "link": ["Link", "链接"],
   "link-title": ["This answer’s own address: open it on another screen", "这个回答自己的地址：可在另一块屏幕上打开"],
-  "hold-waiting": ["On hold: the connection is gone. Next try in {0} s; nothing will be missed.", "已暂停：连接中断，{0} 秒后重试；不会丢失内容。"],
+  "hold-waiting": ["On hold: the connection is gone. Next try in {0} s; nothing will be missed.",
+    "已暂停：连接中断，{0} 秒后重试；不会丢失内容。"],
   "hold-connecting": ["On hold: connecting again. Nothing will be missed.", "已暂停：正在重连；不会丢失内容。"],
   "chat-choose": ["Ready", "就绪"],
   "chat-busy": ["An answer is under way: stop it, or wait for its end", "回答尚未结束：请先停止，或等它写完"],
@@ -209,32 +137,22 @@ const WORDS = {
   "stats-caught": ["{0} caught up", "其中补上 {0} 个"],
   "cut-short": ["Cut short by the model’s limit", "因模型的长度上限而截断"],
   "finish": ["Ended by the model: {0}", "模型中止：{0}"],
-  "trouble-abandoned": [
-    "The server stopped this answer, because nobody had read it for a while. What had come is kept.",
-    "一段时间无人读取，服务器停止了这个回答。已收到的内容保留在此。",
-  ],
-  "trouble-stopping": ["The server is shutting down. What had come is kept.", "服务器正在关闭。已收到的内容保留在此。"],
-  "trouble-lost": [
-    "The server no longer has this answer: it was started anew, or the answer ended a while ago. What had come is kept.",
-    "服务器上已没有这个回答：它可能重新启动过，或者回答早已结束。已收到的内容保留在此。",
-  ],
-  "watch-title": ["One answer, by its own address", "一个回答，自己的地址"],
-  "watch-lead": ["Whoever knows this address can read along, on any screen.", "知道这个地址的人，都能在任何屏幕上同步阅读。"],
-  "watch-back": ["To your conversation", "回到你的对话"],
-  "token": ["Token", "令牌"],
-  "token-lead": ["This server is protected. Its token opens it for this browser.", "此服务器受保护，请输入令牌，本浏览器即可访问。"],
-  "token-send": ["Open", "进入"],
+  "trouble-abandoned": ["The server stopped this answer, because nobody had read it for a while. What had come is kept.",
+    "一段时间无人读取，服务器停止了这个回答。已收到的内容保留在此。"],
+  "trouble-stopping": ["The server is shutting down. What had come is kept.",
+    "服务器正在关闭。已收到的内容保留在此。"],
+  "trouble-lost": ["The server no longer has this answer: it was started anew, or the answer ended a while ago. What had come is kept.",
+    "服务器上已没有这个回答：它可能重新启动过，或者回答早已结束。已收到的内容保留在此。"],
   "token-wrong": ["That is not the server’s token.", "令牌不正确。"],
   "here": ["Here now: {0}", "在场：{0}"],
   "here-more": ["{0} and {1} more", "{0}，另有 {1} 人"],
   "room-refused": ["Refused: {0}", "被拒绝：{0}"],
-  "room-refused-origin": ["this page may not join. Start the server with --allow-origin {0}", "此页面无权加入。请用 --allow-origin {0} 启动服务器"],
   "room-returned": ["Not delivered: {0}. Your words are back in the field", "未送达：{0}。文字已放回输入框"],
   "room-cut": ["the connection broke", "连接中断"],
   "pending": ["sending", "发送中"],
 };
 
 function say(key, ...values) {
-  const text = WORDS[key][LANGUAGE === "zh-CN" ? 1 : 0];
+  const text = WORDS[key][IS_CHINESE ? 1 : 0];
   return text.replace(/\{(\d)\}/g, (_, n) => values[n]);
 }

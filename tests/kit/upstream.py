@@ -1,5 +1,6 @@
 """A model's server that sends exactly the bytes a test gives it."""
 
+import functools
 import itertools
 import json
 import math
@@ -47,7 +48,7 @@ class Heard:
     def json(self):
         return json.loads(self.body)
 
-    @property
+    @functools.cached_property  # a test asks again and again, of each request of all tests
     def prompt(self):
         """What was asked. That names the script. (None: a request of another kind.)"""
         return prompt_of(self.json) if self.body else None

@@ -1118,6 +1118,7 @@ class Http1:
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
                 self.conn.start_next_cycle()
+                del request  # with its body; the next one may be long in coming
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except (Problem, h11.RemoteProtocolError) as error:
             await self.refuse(error)
@@ -1425,15 +1426,13 @@ def clean_name(name: str) -> str:
 
     A tower of combining marks is cut to two; a guest has a number.
     """
-    visible = INVISIBLE.sub("", unicodedata.normalize("NFKC", name))
     shown, marks = "", 0
-    for c in filter(str.isprintable, visible):
+    for c in filter(str.isprintable, INVISIBLE.sub("", unicodedata.normalize("NFKC", name))):
         is_mark = unicodedata.combining(c) or unicodedata.category(c) == "Me"
         marks = marks + 1 if is_mark else 0
         if marks <= 2:
             shown += c
-    shown = shown.strip()[:NAME_CHARACTERS].strip()
-    return shown or f"guest-{random.randint(1000, 9999)}"
+    return shown.strip()[:NAME_CHARACTERS].strip() or f"guest-{random.randint(1000, 9999)}"
 
 
 def free_name(wanted: str, taken: set[str]) -> str:
@@ -1476,10 +1475,9 @@ class Member(Reader):
         if now - self.pinged_at < PING_EVERY or self.outlet.rest:
             return  # we do not listen while a wire is full: that has its own deadline
         if self.wire.waiting_since < self.pinged_at:
-            self.drop("silent")
-        else:
-            self.pinged_at = now
-            self.write_aside(PING_FRAME)
+            return self.drop("silent")
+        self.pinged_at = now
+        self.write_aside(PING_FRAME)
 
     async def stay(self, say: Callable[[Said], Awaitable[None]], rate: float) -> None:
         """Until it or we have had enough. Its messages go to `say`, `rate` a second."""

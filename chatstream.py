@@ -1894,8 +1894,7 @@ class BodyBudget:
             finally:
                 self.scopes.pop(scope, None)
                 self.size -= len(body)
-            large = f"the body is larger than {BODY_BYTES >> 20} MiB: send less"
-            raise Problem(413, large, headers=close)
+            raise Problem(413, f"a body has {BODY_BYTES >> 20} MiB at most", headers=close)
         if trio.current_time() >= scope.deadline:
             raise Problem(408, "the request's body did not arrive in time", headers=close)
         busy = "too many questions are arriving at once: send this one again"
@@ -2046,7 +2045,7 @@ class AccessPolicy:
         return bool(name and same and trusted) and port in {host_port, *self.ports}
 
     def cors(self, request: Request, right: str) -> dict[str, str]:
-        """A page that may ask may read the response; one from disk, that it may not."""
+        """A page that may ask may read the response. One from disk may read a refusal, too."""
         if right != OWN:
             return {"access-control-allow-origin": "*", "timing-allow-origin": "*"}
         headers = {"vary": "Origin", "access-control-expose-headers": MAY_READ}
@@ -2062,10 +2061,7 @@ class AccessPolicy:
         good = [same_secret(given, self.settings.token) for given in offered]
         cookies = re.findall(rf"{TOKEN_COOKIE}=(\w+)", request.headers.get("cookie", ""))
         if not any(good + [same_secret(given, self.cookie) for given in cookies]):
-            wrong = (
-                "this server needs its token: send it as Authorization: Bearer (an "
-                "SDK's api_key), or open /?token=... once in a browser"
-            )
+            wrong = "send this server's token as Authorization: Bearer, or open /?token=... once"
             scheme = {"www-authenticate": "Bearer"}
             raise Problem(401, wrong, "authentication_error", "invalid_api_key", headers=scheme)
 

@@ -1654,8 +1654,7 @@ class BodyBudget:
             finally:
                 self.scopes.pop(scope, None)
                 self.size -= len(body)
-            large = f"the body is larger than {BODY_BYTES >> 20} MiB: send less"
-            raise Problem(413, large, headers=close)
+            raise Problem(413, f"a body has {BODY_BYTES >> 20} MiB at most", headers=close)
         if trio.current_time() >= scope.deadline:
             raise Problem(408, "the request's body did not arrive in time", headers=close)
         busy = "too many questions are arriving at once: send this one again"
@@ -1666,16 +1665,10 @@ class Request:
     """One HTTP request and its response."""
 
     def __init__(
-        self,
-        connection: Http1 | Http2Stream,
-        method: bytes,
-        target: bytes,
-        headers: Iterable[tuple[bytes, bytes]],
-        scheme: str,
-        version: str,
-        head: bytes = b"",
-        trailing: bytes = b"",
-    ) -> None:
+        self, connection: Http1 | Http2Stream, method: bytes, target: bytes,
+        headers: Iterable[tuple[bytes, bytes]], scheme: str, version: str,
+        head: bytes = b"", trailing: bytes = b"",
+    ) -> None:  # fmt: skip
         self.connection = connection
         self.method = method.decode("latin-1")
         self.headers = fold_headers(headers)
@@ -1812,7 +1805,7 @@ class AccessPolicy:
         return bool(name and same and trusted) and port in {host_port, *self.ports}
 
     def cors(self, request: Request, right: str) -> dict[str, str]:
-        """A page that may ask may read the response; one from disk, that it may not."""
+        """A page that may ask may read the response. One from disk may read a refusal, too."""
         if right != OWN:
             return {"access-control-allow-origin": "*", "timing-allow-origin": "*"}
         headers = {"vary": "Origin", "access-control-expose-headers": MAY_READ}
@@ -1828,10 +1821,7 @@ class AccessPolicy:
         good = [same_secret(given, self.settings.token) for given in offered]
         cookies = re.findall(rf"{TOKEN_COOKIE}=(\w+)", request.headers.get("cookie", ""))
         if not any(good + [same_secret(given, self.cookie) for given in cookies]):
-            wrong = (
-                "this server needs its token: send it as Authorization: Bearer (an "
-                "SDK's api_key), or open /?token=... once in a browser"
-            )
+            wrong = "send this server's token as Authorization: Bearer, or open /?token=... once"
             scheme = {"www-authenticate": "Bearer"}
             raise Problem(401, wrong, "authentication_error", "invalid_api_key", headers=scheme)
 
@@ -1958,8 +1948,7 @@ class App:
             await self.refuse(request, problem)
         finally:
             self.active -= 1
-            what, ended = f"{request.method} {request.path}", str(request.status or "cut")
-            log_line(wire, what, ended, started, sent)
+            log_line(wire, f"{request.method} {request.path}", request.status, started, sent)
 
     async def refuse(self, request: Request, problem: Problem) -> None:
         headers, body = problem_response(problem)
@@ -2001,7 +1990,7 @@ class App:
                     return route, found.groups()
         return NOWHERE, ()
 
-    # ── short connections ──
+    # ── all but answers ──
 
     async def get_page(self, request: Request) -> None:
         body, headers = self.pages[request.path]
@@ -2081,8 +2070,6 @@ class App:
             await request.respond_json(reply.body)
 
         await race_disconnect(request.connection.disconnected, respond)
-
-    # ── streams ──
 
     async def get_clock(self, request: Request) -> None:
         last = request.last_event_id or ""
@@ -2223,8 +2210,6 @@ class App:
             while answer.place_after(id) is None and not answer.closed:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         return answer.place_after(id)
-
-    # ── responses ──
 
     async def find_response(self, id: str) -> Answer:
         """By the id that we gave it: the upstream's, and our secret behind a dot."""
@@ -2371,11 +2356,7 @@ class Server:
             app.writers.cancel_scope.cancel()
 
     async def end(self) -> None:
-        """Answers may finish; then all logs end, and with them their readers.
-
-        Ours end before the copies of others: other processes are told how ours ended
-        while there still is a Redis connection to tell them by.
-        """
+        """Answers may finish; then all logs end, and with them their readers."""
         app = self.app
         app.stopping = True
         with trio.move_on_after(app.settings.grace):
@@ -2384,9 +2365,7 @@ class Server:
         for answer in app.answers.open():
             app.answers.stop(answer, server_stopping())
         if app.cluster:
-            await app.cluster.goodbye()
-        for answer in app.answers.open():
-            answer.discard()
+            await app.cluster.goodbye()  # other processes are told how ours ended
         app.clock.close()
         app.room.close()
         with trio.move_on_after(LINGER_CLOSE):
@@ -2469,7 +2448,7 @@ class Server:
         head, trailing = request.head, request.trailing
         del http1, request  # 4 KB that a member does not need any more
         self.app.active += 1
-        ended = "cut off"
+        ended = ""
         try:
             ended = await self.app.session(wire, log, head, trailing, query)
         finally:
@@ -2478,11 +2457,12 @@ class Server:
             log_line(wire, f"WebSocket {path}", ended, started)
 
 
-def log_line(wire: Wire, what: str, ended: str, started: float, sent: int = 0) -> None:
+def log_line(wire: Wire, what: str, ended: str | int, started: float, sent: int = 0) -> None:
     """One line that nobody can forge, and that gives no answer away."""
-    text = re.sub("([0-9a-f]{6})[0-9a-f]{26}", r"\1...", what)[:200]
+    what = re.sub("([0-9a-f]{6})[0-9a-f]{26}", r"\1...", what)[:200]
+    text = ascii(f"{what} {ended or 'cut'}")[1:-1]
     size, took = wire.sent - sent, time.monotonic() - started
-    logger.info("%s %s %d bytes %.1f s", wire.peer, ascii(f"{text} {ended}")[1:-1], size, took)
+    logger.info("%s %s %d bytes %.1f s", wire.peer, text, size, took)
 
 
 def why(group: BaseException) -> str:

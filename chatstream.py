@@ -3384,20 +3384,19 @@ class Upstream(Model):
 
     def headers(self, path: str, passed: Headers, body: bytes) -> Headers:
         """The server's key, if it has one, goes in place of the client's."""
-        headers = {"host": self.url.netloc, "user-agent": "chatstream", "accept": "*/*"}
+        key = self.settings.api_key
+        headers = {k: v for k, v in passed.items() if not (key and k in CREDENTIALS)}
+        headers |= {"host": self.url.netloc, "user-agent": "chatstream", "accept": "*/*"}
         headers["accept-encoding"] = "identity"  # nothing between us and the next token
         if body:
             headers |= {"content-type": "application/json", "content-length": str(len(body))}
         if not self.tls:
             headers |= self.proxy_login
-        key = self.settings.api_key
-        if not key:
-            return headers | passed
-        headers |= {k: v for k, v in passed.items() if k not in CREDENTIALS}
-        headers["authorization"] = f"Bearer {key}"
-        if path.startswith("/messages"):
+        if key:
+            headers["authorization"] = f"Bearer {key}"
+        if key and path.startswith("/messages"):
             headers["x-api-key"] = key
-        if self.query:  # Azure's way
+        if key and self.query:  # Azure's way
             headers["api-key"] = key
         return headers
 
@@ -3462,13 +3461,11 @@ class Upstream(Model):
         watch_for_life(sock, VANISHED_TIMEOUT)
         wire = Wire(sock)
         try:
-            if self.proxy and self.tls:
-                await self.tunnel(wire)
-            if self.tls:
-                name = self.url.hostname
-                sock = self.tls.wrap_socket(
-                    sock, server_hostname=name, do_handshake_on_connect=False
-                )
+            if tls := self.tls:
+                if self.proxy:
+                    await self.tunnel(wire)
+                host = self.url.hostname
+                sock = tls.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=host)
                 wire = Wire(sock)
                 await shake_tls(sock)
         except BaseException:

@@ -4492,16 +4492,15 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except (OSError, UnicodeError):
         found = []
     for family, address in dict.fromkeys((f[0], str(f[4][0])) for f in found):
-        dual = address == "::" and socket.has_dualstack_ipv6()
+        both = address == "::" and socket.has_dualstack_ipv6()
         place = (address, port)
         try:
-            listener = socket.create_server(place, family=family, backlog=4096, dualstack_ipv6=dual)
+            listener = socket.create_server(place, family=family, backlog=4096, dualstack_ipv6=both)
         except OSError as error:
             reason = error.strerror or str(error)
             if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 continue
-            listeners.clear()
-            break
+            raise UsageError(f"cannot listen on {host}:{port}: {reason}") from None
         listener.setblocking(False)
         watch_for_life(listener, CLIENT_VANISHED)  # each connection inherits it
         listeners.append(listener)

@@ -148,6 +148,11 @@ def test_no_function_has_more_than_40_lines():
 
 
 @REBUILD
+def test_the_pages_have_at_most_3000_lines():
+    assert sum(len((ROOT / "www" / page).read_text().splitlines()) for page in PAGES) <= 3000
+
+
+@REBUILD
 def test_the_idea_takes_at_most_800_lines():
     """The log, framing, delivery, writers: they need nothing of what follows."""
     lines = enumerate(SOURCE.splitlines(), 1)

@@ -1598,10 +1598,10 @@ TOKEN_COOKIE = "chatstream_token"
 OPEN, PUBLIC, OWN = "open", "public", "own"
 
 
-def from_json(text: str | bytes) -> Any:
+def from_json(text: str | bytes, decoder: json.JSONDecoder | None = None) -> Any:
     """Parse JSON as RFC 8259 has it. Raises ValueError."""
     try:
-        return DECODER.decode(text if isinstance(text, str) else text.decode())
+        return (decoder or DECODER).decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -1615,6 +1615,8 @@ def _finite(text: str) -> float:
 
 
 DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
+# To check a question, nobody needs its numbers, and a long integer takes quadratic time.
+CHECKER = json.JSONDecoder(parse_constant=_finite, parse_int=float)
 
 
 class BodyBudget:
@@ -2620,9 +2622,9 @@ class JsonBody:
         if brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS:
             raise Problem(413, "the body has too many brackets or commas: send less")
         try:
-            self.fields = from_json(raw)
+            self.fields = from_json(raw, CHECKER)
         except ValueError as error:
-            raise Problem(400, f"the body is not JSON: {error}"[:300]) from None
+            raise self.no_json(error) from None
         if not isinstance(self.fields, dict):
             raise Problem(400, 'send a JSON object, such as {"messages": [...]}')
         self.model = str(self.fields.get("model") or "")
@@ -2638,9 +2640,20 @@ class JsonBody:
     def raw(self) -> bytes:
         if not self.changes:
             return self._raw
-        fields = self.fields | self.changes
+        fields = self.exact() | self.changes
         gone = [name for name, value in self.changes.items() if value is None]
         return to_json({k: v for k, v in fields.items() if k not in gone}).encode()
+
+    def exact(self) -> JSON:
+        """All of it, with its numbers as they are."""
+        try:
+            return cast(JSON, from_json(self._raw))
+        except ValueError as error:
+            raise self.no_json(error) from None
+
+    @staticmethod
+    def no_json(error: ValueError) -> Problem:
+        return Problem(400, f"the body is not JSON: {error}"[:300])
 
 
 def check_question(fields: JSON, api: Api) -> None:
@@ -2785,7 +2798,7 @@ def split_chat(whole: JSON) -> Iterator[JSON]:
 
 def ask_for_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
     """{messages} is all that the chat page's protocol knows, and perhaps a model."""
-    asked = {"messages": body.fields["messages"], "stream": True}
+    asked = {"messages": body.exact()["messages"], "stream": True}
     if body.model:
         asked["model"] = body.model
     return Question(api, to_json(asked).encode(), True, body.model, headers)

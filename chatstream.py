@@ -84,8 +84,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from email.utils import formatdate
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, cast
-from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 import h2.events
 import h2.exceptions
@@ -114,7 +114,8 @@ if TYPE_CHECKING:
     import coredis
 
 JSON = dict[str, Any]
-Socket = socket.socket
+AsyncCall = Callable[[], Awaitable[object]]
+Socket = socket.socket  # by a name that no field of a class hides
 NOTHING: Mapping[str, Any] = {}  # shared by all that have nothing to add
 KiB, MiB = 1024, 1024 * 1024
 logger = logging.getLogger("chatstream")
@@ -184,7 +185,7 @@ class EventLog:
         self._grow(size_of(event))
         self.end += 1
         while len(self._events) > self.max_events or self.size > self.max_bytes:
-            self._forget_oldest()
+            self._forget(0)
         self._joined.clear()
         self.on_news(self)
         return self.end - 1
@@ -197,11 +198,14 @@ class EventLog:
     def skip_to(self, place: int) -> None:
         """Start again at this place, with nothing kept: readers miss what was before."""
         self._events.clear()
+        self._joined.clear()
         self._grow(-self.size)
         self.start = self.end = place
 
-    def _forget_oldest(self) -> None:
-        self._grow(-size_of(self._events.pop(0)))
+    # A room's places have holes, and an answer's memory is accounted for: they override these.
+
+    def _forget(self, index: int) -> None:
+        self._grow(-size_of(self._events.pop(index)))
         self.start += 1
 
     def _grow(self, size: int) -> None:
@@ -239,7 +243,7 @@ class EventLog:
         """
         joined = self._joined.get((framing, place))
         if joined is None:
-            if len(self._joined) > 8:  # stragglers, each at a place of its own
+            if len(self._joined) > 8:  # of stragglers, each at a place of its own
                 self._joined.clear()
             joined = self._joined[framing, place] = self._join(framing, place)
         return joined
@@ -261,7 +265,7 @@ class EventLog:
 
 def size_of(event: Event | str) -> int:
     if isinstance(event, str):
-        return sys.getsizeof(event) + 16
+        return sys.getsizeof(event) + 16  # for its place in the list
     return sys.getsizeof(event.data) + EVENT_OVERHEAD
 
 
@@ -280,8 +284,8 @@ def gap(missed: int) -> Event:
 def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     """An event as a block of an event stream (HTML standard, section 9.2.5).
 
-    `id:` comes after `data:`, because some clients store an id as soon as they have read
-    its line. They would skip an event that was cut in half.
+    `id:` comes after `data:`, because some clients store an id as soon as they have read its
+    line. With `id:` first, an event that was cut in half would be skipped.
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
@@ -308,9 +312,8 @@ def frame_ws(payload: bytes, opcode: int = TEXT) -> bytes:
     size = len(payload)
     if size < 126:
         return struct.pack("!BB", 0x80 | opcode, size) + payload
-    if size < 1 << 16:
-        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
-    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+    form, mark = ("!BBH", 126) if size < 1 << 16 else ("!BBQ", 127)
+    return struct.pack(form, 0x80 | opcode, mark, size) + payload
 
 
 def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
@@ -339,7 +342,7 @@ class Framing:
 SSE = Framing(frame_sse, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=http_chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
-WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, True)
+WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, steady=True)
 WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
 
 
@@ -352,9 +355,8 @@ WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
 
 STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
 LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
-LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is closed
 TURN = 0.005  # seconds after which a busy loop lets the other tasks run
-NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)  # of a socket
 
 
 @dataclasses.dataclass
@@ -474,7 +476,7 @@ class Reader:
         log, outlet, framing = self.log, self.outlet, self.framing
         while self.position < log.end and not outlet.rest:
             frames, position = log.frames(framing, self.position)
-            if self.position < log.start:
+            if self.position < log.start:  # they begin with a gap
                 self.gaps += 1
                 self.position = log.start
             self.delivered += position - self.position
@@ -507,7 +509,7 @@ class Reader:
         self.dropped = why
         self._listening.cancel()
 
-    async def run(self, listen: Callable[[], Awaitable[object]]) -> bool:
+    async def run(self, listen: AsyncCall) -> bool:
         """Read the log to its end (True), or until the client has left (False).
 
         `listen` waits for the client, and returns when the client has left. It can be
@@ -521,8 +523,9 @@ class Reader:
             the pump    catch_up() does nothing, because there is a rest
             this task   writes what it has missed meanwhile, and waits in listen() again
 
-        No cancel comes too early: between flush() and the next scope nothing waits, so
-        nothing else runs, and whatever a cancel could be for is looked at there.
+        A cancel that comes while this task waits in flush() cancels a scope that is over. It
+        is not lost: from flush() to the next scope nothing waits, so nothing else runs, and
+        there this task looks at all that a cancel can be for.
         """
         self.log.readers[self] = None
         try:
@@ -581,9 +584,7 @@ class Pump:
                 await trio.lowlevel.checkpoint()  # a crowd: let it speak first
 
 
-async def race_disconnect(
-    disconnected: Callable[[], Awaitable[object]], wait: Callable[[], Awaitable[object]]
-) -> bool:
+async def race_disconnect(disconnected: AsyncCall, wait: AsyncCall) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
     Two tasks in a nursery, and whichever is first cancels the other. No task is left over.
@@ -598,18 +599,18 @@ async def race_disconnect(
         await wait()
         nursery.cancel_scope.cancel()
         return True
-    return False
+    return False  # watch() has cancelled wait()
 
 
 # ─── Writers ★ ───────────────────────────────────────────────────────────────────────
 # Each log has its writers, and they belong to the server: a reader that leaves takes nothing
-# with it. Only an answer looks back. When nobody attends it for a while, it is stopped.
+# with it. The clock has tick(), the room its members, an answer a model. Only an answer looks
+# back: when nobody attends it for a while, it is stopped.
 
 CLOCK_EVENTS = 60
 ROOM_EVENTS, ROOM_BYTES = 1000, MiB
 ROOM_HISTORY, ROOM_COMINGS = 50, 50  # messages, and comings and goings, that are kept
-ANSWER_BYTES = 64 * MiB
-HEAD_WAIT = 4  # seconds for the model's consent, before the stream starts without it
+HEAD_WAIT = 4  # seconds for the model to begin, before the stream starts without it
 
 
 async def tick(clock: EventLog) -> None:
@@ -661,16 +662,13 @@ class Room(EventLog):
     def _at(self, index: int) -> tuple[int, Event]:
         return self._places[index], super()._at(index)[1]
 
-    def _forget_oldest(self) -> None:
-        if self._comings and self._comings[0] == self._places[0]:
-            self._comings.popleft()
-        else:  # only a lost message is a gap
-            self.start = self._places[0] + 1
-        self._forget(0)
-
     def _forget(self, index: int) -> None:
         self._grow(-size_of(self._events.pop(index)))
-        del self._places[index]
+        place = self._places.pop(index)
+        if self._comings and self._comings[0] == place:
+            self._comings.popleft()
+        else:  # only a lost message is a gap
+            self.start = place + 1
 
     def skip_to(self, place: int) -> None:
         super().skip_to(place)
@@ -687,11 +685,12 @@ class Room(EventLog):
             about["members"] = self.here + self.elsewhere
             self._comings.append(self.end)
             if len(self._comings) > ROOM_COMINGS:
-                self._forget(self._index(self._comings.popleft()))
+                self._forget(self._index(self._comings[0]))
         self._places.append(self.end)
         self.append(said.text, said.type, **about)
 
     async def store(self, said: Said) -> None:
+        """What a member calls to speak; with Redis, it calls Cluster.store() instead."""
         if not self.closed:
             self.add(said, int(time.time() * 1000))
 
@@ -708,9 +707,10 @@ class Room(EventLog):
 class Answer(EventLog):
     """An answer under way, or one that has ended and is kept for late readers.
 
-    Its name has 128 random bits: a client that knows it may read it and stop it. Its writer
-    runs in `scope`, and the linger time is that scope's deadline: no timer needs to be kept.
-    `account` is told how much memory it takes, and says whether there is so much.
+    Its name has 128 random bits: a client that knows it may read it and stop it. `model` writes
+    it, inside of `scope`, and the linger time is that scope's deadline: no timer needs to be
+    kept. `question` is what was asked, and how its protocol tells an end. `account` is told how
+    much memory the answer takes, and says whether there is so much.
     """
 
     def __init__(
@@ -728,7 +728,7 @@ class Answer(EventLog):
         self.scope = trio.CancelScope()
         # How it goes
         self.begun = trio.current_time()
-        self.accepted = trio.Event()  # the model has agreed to answer, or it has ended
+        self.accepted = trio.Event()  # the model has begun to answer, or it has ended
         self.ended = trio.Event()
         self.headers: dict[str, str] = {}  # of the upstream's, for our response
         # How it ended
@@ -771,10 +771,7 @@ class Answer(EventLog):
         self.affordable = self.account(size)
 
     def finish(self, problem: Problem | None = None) -> None:
-        """End it, in exactly one way: whoever sees an end first calls this.
-
-        Its writer does so in any case. A second call changes nothing.
-        """
+        """End it, in exactly one way: whoever sees an end calls this, the first call counts."""
         if self.closed:
             return
         self.problem = problem
@@ -798,6 +795,7 @@ class Answer(EventLog):
 
 # ─── Answers: who may start one, and how long it is kept ─────────────────────────────
 
+ANSWER_BYTES = 64 * MiB
 ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
 ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
 
@@ -907,9 +905,7 @@ class Answers:
     ended: OrderedDict[Answer, float] = dataclasses.field(default_factory=OrderedDict)  # when
     held: int = 0
 
-    def begin(
-        self, nursery: trio.Nursery, model: Model, question: Question, name: str = ""
-    ) -> Answer:
+    def begin(self, nursery: trio.Nursery, model: Model, question: Question, name: str) -> Answer:
         """Start an answer in this nursery. Raises Problem 503 if there are too many.
 
         If all places are taken, the one that nobody has attended for the longest time
@@ -1000,6 +996,7 @@ class Answers:
 # connection and no other. (Libraries that keep all connections in one nursery can be
 # ended by one client: trio-websocket issue 184.)
 
+LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is closed
 HEAD_BYTES, HEAD_TIMEOUT = 16 * KiB, 10
 AHEAD_BYTES = 128 * KiB  # what a client may send before its turn has come
 IDLE_TIMEOUT = 75  # between two requests; more than a load balancer's 60
@@ -1007,7 +1004,6 @@ QUIET_ENDS = (  # of a connection: not a fault of ours, and not news
     trio.BrokenResourceError,
     trio.ClosedResourceError,
     trio.TooSlowError,
-    h11.RemoteProtocolError,
     trio_websocket.ConnectionClosed,
     OSError,
 )
@@ -1082,12 +1078,11 @@ async def shake_tls(sock: ssl.SSLSocket) -> None:
         try:
             return sock.do_handshake()
         except ssl.SSLWantReadError:
-            wait = trio.lowlevel.wait_readable
+            await trio.lowlevel.wait_readable(sock)
         except ssl.SSLWantWriteError:
-            wait = trio.lowlevel.wait_writable
+            await trio.lowlevel.wait_writable(sock)
         except OSError as error:
             raise trio.BrokenResourceError(str(error)) from error
-        await wait(sock)  # out here, where no exception is kept alive
 
 
 class Http1:
@@ -1123,6 +1118,7 @@ class Http1:
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
                 self.conn.start_next_cycle()
+                del request  # with its body; the next one may be long in coming
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except (Problem, h11.RemoteProtocolError) as error:
             await self.refuse(error)
@@ -1283,21 +1279,18 @@ class FrameParser:
             self._opcode = opcode or self._opcode
             self._size += len(payload)
             if self._opcode == TEXT:
-                self._decode(self._rest + payload, final)
+                data = self._rest + payload
+                try:  # now: nonsense is found in its own fragment
+                    text, used = codecs.utf_8_decode(data, "strict", final)
+                except UnicodeDecodeError:
+                    raise WebSocketClose(1007, "text must be UTF-8") from None
+                self._parts.append(text)
+                self._rest = data[used:]
             if final:
                 text, opcode = "".join(self._parts), self._opcode
                 self._opcode, self._size, self._parts = CONTINUATION, 0, []
                 return opcode, text if opcode == TEXT else b""  # which nobody wants
         return None
-
-    def _decode(self, data: bytes, final: bool) -> None:
-        """Text may be cut inside a character; nonsense is found in its fragment."""
-        try:
-            text, used = codecs.utf_8_decode(data, "strict", final)
-        except UnicodeDecodeError:
-            raise WebSocketClose(1007, "text must be UTF-8") from None
-        self._rest = data[used:]
-        self._parts.append(text)
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
         buffer = self._buffer
@@ -1325,15 +1318,10 @@ class FrameParser:
         end = start + 4 + size
         if len(buffer) < end:
             return None
-        payload = unmask(buffer[start + 4 : end], buffer[start : start + 4])
+        mask = (buffer[start : start + 4] * (size // 4 + 1))[:size]
+        payload = int.from_bytes(buffer[start + 4 : end]) ^ int.from_bytes(mask)
         del buffer[:end]
-        return final, opcode, payload
-
-
-def unmask(data: bytes | bytearray, key: bytes | bytearray) -> bytes:
-    """XOR with the key, again and again (RFC 6455, section 5.3), as one number."""
-    mask = (key * (len(data) // 4 + 1))[: len(data)]
-    return (int.from_bytes(data) ^ int.from_bytes(mask)).to_bytes(len(data))
+        return final, opcode, payload.to_bytes(size)
 
 
 def frame_close(code: int, reason: str = "") -> bytes:
@@ -1349,7 +1337,7 @@ def parse_close(payload: bytes) -> WebSocketClose:
         return WebSocketClose(1005, "")
     code = int.from_bytes(payload[:2])
     known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)
-    if len(payload) == 1 or not (known or 3000 <= code < 5000):
+    if not known and not 3000 <= code < 5000:
         return WebSocketClose(1002, "this is not a close code")
     try:
         return WebSocketClose(code, payload[2:].decode())
@@ -1438,15 +1426,13 @@ def clean_name(name: str) -> str:
 
     A tower of combining marks is cut to two; a guest has a number.
     """
-    visible = INVISIBLE.sub("", unicodedata.normalize("NFKC", name))
     shown, marks = "", 0
-    for c in filter(str.isprintable, visible):
+    for c in filter(str.isprintable, INVISIBLE.sub("", unicodedata.normalize("NFKC", name))):
         is_mark = unicodedata.combining(c) or unicodedata.category(c) == "Me"
         marks = marks + 1 if is_mark else 0
         if marks <= 2:
             shown += c
-    shown = shown.strip()[:NAME_CHARACTERS].strip()
-    return shown or f"guest-{random.randint(1000, 9999)}"
+    return shown.strip()[:NAME_CHARACTERS].strip() or f"guest-{random.randint(1000, 9999)}"
 
 
 def free_name(wanted: str, taken: set[str]) -> str:
@@ -1489,10 +1475,9 @@ class Member(Reader):
         if now - self.pinged_at < PING_EVERY or self.outlet.rest:
             return  # we do not listen while a wire is full: that has its own deadline
         if self.wire.waiting_since < self.pinged_at:
-            self.drop("silent")
-        else:
-            self.pinged_at = now
-            self.write_aside(PING_FRAME)
+            return self.drop("silent")
+        self.pinged_at = now
+        self.write_aside(PING_FRAME)
 
     async def stay(self, say: Callable[[Said], Awaitable[None]], rate: float) -> None:
         """Until it or we have had enough. Its messages go to `say`, `rate` a second."""
@@ -1604,105 +1589,88 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-MAY_SEND = "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID"
 MAY_READ = "X-Answer-Id, Retry-After, X-Request-Id, X-Should-Retry"
 TOKEN_COOKIE = "chatstream_token"
 
 
-def from_json(text: str | bytes) -> Any:
-    """Parse JSON as RFC 8259 has it. Raises ValueError.
+# Who may ask: everybody; everybody with the token; with the token, and no page of a
+# foreign origin.
+OPEN, PUBLIC, OWN = "open", "public", "own"
 
-    Python also takes NaN, and reads 1e999 as infinity: passed on, either would be JSON
-    that no browser can parse.
-    """
+
+def from_json(text: str | bytes, decoder: json.JSONDecoder | None = None) -> Any:
+    """Parse JSON as RFC 8259 has it. Raises ValueError."""
     try:
-        return DECODER.decode(text if isinstance(text, str) else text.decode())
+        return (decoder or DECODER).decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _finite(text: str) -> float:
+    """Python also takes NaN, and reads 1e999 as infinity: no browser could parse that."""
     number = float(text)
-    return number if abs(number) < inf else _no_constant(text)
+    if not abs(number) < inf:
+        raise ValueError(f"{text} is not JSON")
+    return number
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
-# To check a question, nobody needs its numbers: and a long integer takes quadratic time.
-CHECKER = json.JSONDecoder(parse_constant=_no_constant, parse_int=float)
+DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
+# To check a question, nobody needs its numbers, and a long integer takes quadratic time.
+CHECKER = json.JSONDecoder(parse_constant=_finite, parse_int=float)
 
 
 class BodyBudget:
-    """What has come of all the bodies being read, BODIES_BYTES together.
+    """All the bodies that are being read: what has come of them is BODIES_BYTES at most.
 
     Beyond that, the body that has been coming for the longest is given up.
     """
 
     def __init__(self) -> None:
-        self.parts: dict[BodyPart, None] = {}  # in the order in which they began
+        self.scopes: OrderedDict[trio.CancelScope, None] = OrderedDict()  # the oldest first
         self.size = 0
 
-    @contextlib.contextmanager
-    def part(self) -> Iterator[BodyPart]:
-        part = BodyPart(self)
-        self.parts[part] = None
-        try:
-            with part.scope:
-                yield part
-        finally:
-            self.parts.pop(part, None)
-            self.size -= len(part.body)
-        if part.scope.cancelled_caught:
-            busy = "too many questions are arriving at once: send this one again"
-            raise Problem(503, busy, "server_busy", headers={"retry-after": "2"})
+    async def read(self, request: Request) -> bytes:
+        """A whole body, if any, so that what follows is the client leaving.
 
-
-class BodyPart:
-    """One body, as far as it has come."""
-
-    def __init__(self, budget: BodyBudget) -> None:
-        self.budget = budget
-        self.body = bytearray()
-        self.scope = trio.CancelScope()
-
-    def add(self, data: bytes) -> None:
-        self.body += data
-        self.budget.size += len(data)
-        if self.budget.size > BODIES_BYTES:
-            oldest = next(iter(self.budget.parts))
-            del self.budget.parts[oldest]
-            oldest.scope.cancel()
-
-
-class HttpConnection(Protocol):
-    """What a Request needs of its connection: Http1, or a stream of HTTP/2."""
-
-    async def receive(self) -> bytes | None: ...
-    async def disconnected(self) -> None: ...
-    async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None: ...
-    async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None: ...
-    def reader(self, log: EventLog, start: int) -> Reader: ...
-    async def end(self, last: bytes = b"") -> None: ...
-    async def discard(self) -> None: ...
+        Every handler relies on that: disconnected() would take a body for silence.
+        Raises Problem 413, 408, 503.
+        """
+        length = request.headers.get("content-length", "")
+        announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
+        body, end = bytearray(), trio.current_time() + BODY_TIMEOUT
+        close = {"connection": "close"}  # what is left of the body would come next
+        with trio.CancelScope() as scope:
+            self.scopes[scope] = None
+            try:
+                while max(announced, len(body)) <= BODY_BYTES:
+                    scope.deadline = min(end, trio.current_time() + BODY_SILENCE)
+                    data = await request.connection.receive()
+                    if data is None:
+                        raise trio.BrokenResourceError("the client left in mid-request")
+                    if not data:
+                        return bytes(body)
+                    body += data
+                    self.size += len(data)
+                    if self.size > BODIES_BYTES and self.scopes:
+                        self.scopes.popitem(last=False)[0].cancel()
+            finally:
+                self.scopes.pop(scope, None)
+                self.size -= len(body)
+            raise Problem(413, f"a body has {BODY_BYTES >> 20} MiB at most", headers=close)
+        if trio.current_time() >= scope.deadline:
+            raise Problem(408, "the request's body did not arrive in time", headers=close)
+        busy = "too many questions are arriving at once: send this one again"
+        raise Problem(503, busy, "server_busy", headers=close | {"retry-after": "2"})
 
 
 class Request:
     """One HTTP request and its response."""
 
     def __init__(
-        self,
-        connection: HttpConnection,
-        method: bytes,
-        target: bytes,
-        headers: Iterable[tuple[bytes, bytes]],
-        scheme: str,
-        version: str,
-        head: bytes = b"",
-        trailing: bytes = b"",
-    ) -> None:
+        self, connection: Http1 | Http2Stream, method: bytes, target: bytes,
+        headers: Iterable[tuple[bytes, bytes]], scheme: str, version: str,
+        head: bytes = b"", trailing: bytes = b"",
+    ) -> None:  # fmt: skip
         self.connection = connection
         self.method = method.decode("latin-1")
         self.headers = fold_headers(headers)
@@ -1714,10 +1682,9 @@ class Request:
         if absolute := re.match("(?i)https?://([^/?#]*)", text):
             # RFC 9112, section 3.2.2: its host counts, and not that of the Host header.
             self.headers["host"] = absolute[1]
-            text = text[absolute.end() :] or "/"
+            text = text[absolute.end() :]
         path, _, query = text.partition("?")
-        self.path = re.sub("/+", "/", unquote(path))
-        self.path = self.path.rstrip("/") or "/"
+        self.path = re.sub("/+", "/", unquote(path)).rstrip("/") or "/"
         self.query = parse_query(query)
         self.body = b""
         self.extra: dict[str, str] = {}  # headers for the response, such as CORS
@@ -1729,61 +1696,29 @@ class Request:
 
     @property
     def last_event_id(self) -> str | None:
+        """Where an EventSource cannot set a header, its URL says it."""
         names = ("after", "lasteventid", "last-event-id")
-        found = (self.query.get(name) for name in names)
-        return self.headers.get("last-event-id") or next(filter(None, found), None)
-
-    async def read_body(self, budget: BodyBudget) -> None:
-        """Read the whole body, if any, so that what follows is the client leaving.
-
-        Every handler relies on that: disconnected() would take a body for silence.
-        Raises Problem 413, 408, 503.
-        """
-        length = self.headers.get("content-length", "")
-        announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
-        if announced > BODY_BYTES:
-            raise body_too_large()
-        if self.version != "2" and not announced and "transfer-encoding" not in self.headers:
-            await self.connection.receive()  # which says so without waiting (RFC 9112, 6.3)
-            return
-        with budget.part() as part, trio.move_on_after(BODY_TIMEOUT):
-            while True:
-                with trio.move_on_after(BODY_SILENCE) as silence:
-                    data = await self.connection.receive()
-                if silence.cancelled_caught:
-                    break
-                if data is None:
-                    raise trio.BrokenResourceError("the client left in mid-request")
-                if not data:
-                    self.body = bytes(part.body)
-                    return
-                part.add(data)
-                if len(part.body) > BODY_BYTES:
-                    raise body_too_large()
-        raise Problem(408, "the request's body did not arrive in time")
+        found = [self.headers.get("last-event-id"), *map(self.query.get, names)]
+        return next(filter(None, found), None)
 
     async def respond(
-        self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None
+        self, status: int, body: bytes = b"", headers: Mapping[str, str] = NOTHING
     ) -> None:
-        """A short response, in one piece."""
-        headers = {**(headers or {}), **self.extra}
+        """A short response, in one piece. With 204 and 304 there is no body."""
+        headers = {**headers, **self.extra}
         if status not in (204, 304):
             headers.setdefault("content-length", str(len(body)))
         self.status = status
-        empty = self.method == "HEAD" or status in (204, 304)
-        await self.connection.respond(status, headers, b"" if empty else body)
+        await self.connection.respond(status, headers, b"" if self.method == "HEAD" else body)
 
     async def respond_json(self, body: str, status: int = 200) -> None:
         headers = {"content-type": "application/json", "cache-control": "no-store"}
         await self.respond(status, body.encode(errors="replace") + b"\n", headers)
 
     async def start(self, headers: Mapping[str, str], body: bytes) -> None:
+        """A response that a reader goes on with."""
         self.status = 200
         await self.connection.start(200, {**headers, **self.extra}, body)
-
-
-def body_too_large() -> Problem:
-    return Problem(413, f"the body is larger than {BODY_BYTES >> 20} MiB: send less")
 
 
 def fold_headers(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
@@ -1797,38 +1732,24 @@ def fold_headers(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 
 
 def parse_query(query: str) -> dict[str, str]:
-    """`?a=b` by lower-case name, the last of each. What is not UTF-8 is replaced."""
-    if not query:
-        return {}
+    """`?a=b` by lower-case name, the last of each. Too many fields count as none."""
     try:
-        pairs = parse_qs(query, max_num_fields=20, errors="replace")
+        pairs = parse_qsl(query, max_num_fields=20, errors="replace")
     except ValueError:
         return {}
-    return {name.lower(): values[-1] for name, values in pairs.items()}
+    return {name.lower(): value for name, value in pairs}
 
 
-def is_loopback(host: str) -> bool:
-    return (
-        host in ("localhost", "::1")
-        or host.endswith(".localhost")
-        or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
-    )
+LOOPBACK = re.compile(r"(.+\.)?localhost|::1|127(\.\d{1,3}){3}")
+ADDRESS = re.compile(r".*:.*|\d{1,3}(\.\d{1,3}){3}")
 
 
-def is_address(host: str) -> bool:
-    return ":" in host or bool(re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}", host))
-
-
-@functools.lru_cache(1000)
 def split_host(netloc: str) -> tuple[str, int | None]:
     """`name:port` as a lower-case name without brackets, and the port or None."""
-    if not re.fullmatch(r"[\w.:\[\]-]*", netloc):
+    parts = re.fullmatch(r"(?a)(\[[\w.:]+\]|[\w.-]*)(?::(\d{0,5}))?", netloc)
+    if parts is None:
         return "", None
-    try:
-        parts = urlsplit(f"//{netloc}")
-        return (parts.hostname or "").rstrip("."), parts.port
-    except ValueError:
-        return "", None
+    return parts[1].strip("[]").lower().rstrip("."), int(parts[2]) if parts[2] else None
 
 
 class AccessPolicy:
@@ -1838,67 +1759,73 @@ class AccessPolicy:
     def __init__(self, settings: Settings, ports: set[int]) -> None:
         self.settings = settings
         self.ports = ports
-        self.on_loopback = is_loopback(settings.host.strip("[]"))
+        self.on_loopback = bool(LOOPBACK.fullmatch(settings.host.strip("[]")))
         self.hosts = {split_host(origin.partition("://")[2])[0] for origin in settings.allow_origin}
-        digest = hashlib.sha256(settings.token.encode()).hexdigest()
-        self.cookie = digest if settings.token else ""
+        self.cookie = hashlib.sha256(settings.token.encode()).hexdigest()
+
+    def check(self, request: Request, right: str) -> None:
+        self.check_host(request)
+        if request.method == "OPTIONS":
+            return  # to a preflight, the headers of its response say enough
+        if right == OWN:
+            self.check_origin(request)
+        if right != OPEN:
+            self.check_token(request)
 
     def check_host(self, request: Request) -> None:
         """Bound to loopback: any page can point its own name at us, but no address."""
         host = split_host(request.headers.get("host", "localhost"))[0]
-        known = is_loopback(host) or is_address(host) or host in self.hosts - {""}
+        known = LOOPBACK.fullmatch(host) or ADDRESS.fullmatch(host) or host in self.hosts - {""}
         if self.on_loopback and not known:
             foreign = f"this server is not {host!r}: ask for localhost, or start it"
             raise Problem(421, f"{foreign} with --allow-origin https://{host or 'NAME'}")
 
     def check_origin(self, request: Request) -> None:
-        """A request without Origin is not a page's: curl, an SDK, another server."""
+        if not self.welcomes(request):
+            origin = request.headers["origin"][:200]
+            foreign = f"a page of origin {origin!r} may not do this: to allow it,"
+            raise Problem(403, f"{foreign} start the server with --allow-origin {origin}")
+
+    def welcomes(self, request: Request) -> bool:
+        """A page of our own, on either port, or of an origin that may ask.
+
+        A request without Origin is not a page's: curl, an SDK, another server. The scheme
+        is not compared: behind a proxy we do not know our own. Where the whole world can
+        connect, a name is not ours because the Host header repeats it.
+        """
         origin = request.headers.get("origin")
         if origin is None or origin.lower() in self.settings.allow_origin:
-            return
-        if origin == "null" and not self.settings.upstream:
-            return  # a page from disk may play with the demo
-        if not self._is_own(origin, request.headers.get("host", "")):
-            foreign = f"a page of origin {origin[:200]!r} may not do this: to allow it,"
-            raise Problem(403, f"{foreign} start the server with --allow-origin {origin[:200]}")
-
-    def _is_own(self, origin: str, host_header: str) -> bool:
-        """Is this origin the server itself, on either of its ports?
-
-        The scheme is not compared: behind a proxy we do not know our own. Where the
-        whole world can connect, a name is not ours because the Host header repeats it.
-        """
-        parts = re.fullmatch("(?i)https?://([^/?#@]+)", origin)
+            return True
+        if origin == "null":
+            return not self.settings.upstream  # a page from disk may play with the demo
+        parts = re.fullmatch("(?i)https?://(.+)", origin)
         name, port = split_host(parts[1]) if parts else ("", None)
-        host, host_port = split_host(host_header)
-        same = name == host or (is_loopback(name) and is_loopback(host))
-        trusted = self.on_loopback or is_loopback(name) or is_address(name)
-        here = port == host_port or port in self.ports
-        return bool(name) and same and trusted and here
+        host, host_port = split_host(request.headers.get("host", ""))
+        local = LOOPBACK.fullmatch(name)
+        same = name == host or (local and LOOPBACK.fullmatch(host))
+        trusted = self.on_loopback or local or ADDRESS.fullmatch(name)
+        return bool(name and same and trusted) and port in {host_port, *self.ports}
 
-    def check_token(self, request: Request) -> None:
+    def cors(self, request: Request, right: str) -> dict[str, str]:
+        """A page that may ask may read the response. One from disk may read a refusal, too."""
+        if right != OWN:
+            return {"access-control-allow-origin": "*", "timing-allow-origin": "*"}
+        headers = {"vary": "Origin", "access-control-expose-headers": MAY_READ}
+        origin = request.headers.get("origin", "")
+        if origin == "null" or (origin and self.welcomes(request)):
+            headers["access-control-allow-origin"] = origin
+        return headers
+
+    def check_token(self, request: Request, *offered: str) -> None:
         if not self.settings.token:
             return
-        offered = [*credentials(request).values()]
-        cookies = request.headers.get("cookie", "").split(";")
-        named = dict(c.strip().partition("=")[::2] for c in cookies)
+        offered = (*offered, *credentials(request).values())
         good = [same_secret(given, self.settings.token) for given in offered]
-        good.append(same_secret(named.get(TOKEN_COOKIE, ""), self.cookie))
-        if not any(good):
-            wrong = (
-                "this server needs its token: send it as Authorization: Bearer (an "
-                "SDK's api_key), or open /?token=... once in a browser"
-            )
-            raise Problem(
-                401, wrong, "authentication_error", "invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )  # fmt: skip
-
-    def set_cookie(self, request: Request) -> str:
-        """Set-Cookie for a browser that has shown the token in `/?token=`."""
-        proto = request.headers.get("x-forwarded-proto", request.scheme)
-        secure = "; Secure" if proto.lower() == "https" else ""
-        return f"{TOKEN_COOKIE}={self.cookie}; Path=/; HttpOnly; SameSite=Lax{secure}"
+        cookies = re.findall(rf"{TOKEN_COOKIE}=(\w+)", request.headers.get("cookie", ""))
+        if not any(good + [same_secret(given, self.cookie) for given in cookies]):
+            wrong = "send this server's token as Authorization: Bearer, or open /?token=... once"
+            scheme = {"www-authenticate": "Bearer"}
+            raise Problem(401, wrong, "authentication_error", "invalid_api_key", headers=scheme)
 
 
 def same_secret(given: str, secret: str) -> bool:
@@ -1922,79 +1849,55 @@ def credentials(request: Request) -> dict[str, str]:
 # has to outlive a request is started in the writers' nursery, which is the server's.
 
 
-class Page(NamedTuple):
-    body: bytes
-    etag: str
-    type: str
-
-
 def www_folder() -> Path | None:
     here = Path(__file__).parent
-    return next((d for d in (here / "www", here / "chatstream_www") if d.is_dir()), None)
+    return next(filter(Path.is_dir, (here / "www", here / "chatstream_www")), None)
 
 
-def read_pages() -> dict[str, Page]:
-    """All of www/, read once: no path can ever leave it."""
-    www = www_folder()
-    pages: dict[str, Page] = {}
-    for file in sorted(www.rglob("*")) if www else ():
-        if file.is_file() and not file.name.endswith((".py", ".pyc")):
-            body, guess = file.read_bytes(), mimetypes.guess_type(file.name)[0]
-            type = guess or "text/plain"
-            etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
-            charset = "; charset=utf-8" if type.startswith("text/") else ""
-            path = f"/{file.relative_to(cast(Path, www)).as_posix()}"
-            pages[path] = Page(body, etag, type + charset)
-    if "/index.html" in pages:
-        pages["/"] = pages["/index.html"]
+def read_pages() -> dict[str, tuple[bytes, dict[str, str]]]:
+    """Body and headers of each file in www/, read once: no path can ever leave it."""
+    pages, www = {}, www_folder()
+    for file in filter(Path.is_file, www.iterdir() if www else ()):
+        body, type = file.read_bytes(), mimetypes.guess_type(file.name)[0] or "text/plain"
+        etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
+        about = {"etag": etag, "content-type": f"{type}; charset=utf-8"}
+        for name in {file.name, file.name.removesuffix("index.html")}:
+            pages[f"/{name}"] = body, PAGE_HEADERS | about
     return pages
 
 
 class Metrics:
     """Counters and one histogram, as text for Prometheus (format version 0.0.4)."""
 
-    FIRST_TOKEN = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
-
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter(
-            events_delivered_total=0, gaps_total=0, sent_bytes_total=0
-        )
-        self.first_tokens: list[float] = [0] * (len(self.FIRST_TOKEN) + 1)
+        self.counts: Counter[str] = Counter()
+        bounds = ("0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "120", "+Inf")
+        self.first_tokens = dict.fromkeys(bounds, 0)  # how many took at most so many seconds
         self.first_token_sum = 0.0
 
-    def count(self, name: str, n: int = 1, **labels: str) -> None:
-        inside = ",".join(f'{key}="{value}"' for key, value in labels.items())
-        self.counts[f"{name}{{{inside}}}" if inside else name] += n
-
     def count_reader(self, reader: Reader) -> None:
-        self.count("events_delivered_total", reader.delivered)
-        self.count("gaps_total", reader.gaps)
+        self.counts["events_delivered_total"] += reader.delivered
+        self.counts["gaps_total"] += reader.gaps
         if reader.dropped:
-            self.count("readers_dropped_total", cause=reader.dropped)
+            self.counts[f'readers_dropped_total{{cause="{reader.dropped}"}}'] += 1
 
     def first_token(self, seconds: float) -> None:
-        self.first_tokens[bisect.bisect_left(self.FIRST_TOKEN, seconds)] += 1
         self.first_token_sum += seconds
+        for bound in self.first_tokens:
+            self.first_tokens[bound] += seconds <= float(bound)
 
-    def text(self, gauges: Mapping[str, int], living: Counter[str]) -> str:
-        """`living` is added: what readers that are still here have counted so far."""
-        lines = []
-        for name, value in gauges.items():
-            lines += [f"# TYPE chatstream_{name} gauge", f"chatstream_{name} {value}"]
-        counts = Counter(self.counts)
-        counts.update(living)
-        for family, samples in itertools.groupby(
-            sorted(counts), key=lambda sample: sample.partition("{")[0]
-        ):
-            lines.append(f"# TYPE chatstream_{family} counter")
-            lines += [f"chatstream_{sample} {counts[sample]}" for sample in samples]
-        name = "chatstream_first_token_seconds"
+    def text(self, living: Counter[str]) -> str:
+        """`living` is added: gauges, and what those who are still here have counted."""
+        lines, name = [], "chatstream_first_token_seconds"
+        living.update(self.counts)
+        for family, samples in itertools.groupby(sorted(living), lambda s: s.partition("{")[0]):
+            kind = "counter" if family.endswith("_total") else "gauge"
+            lines.append(f"# TYPE chatstream_{family} {kind}")
+            lines += [f"chatstream_{sample} {living[sample]}" for sample in samples]
         lines.append(f"# TYPE {name} histogram")
-        within = list(itertools.accumulate(self.first_tokens))
-        for bound, n in zip((*self.FIRST_TOKEN, "+Inf"), within, strict=True):
-            lines.append(f'{name}_bucket{{le="{bound}"}} {n}')
-        lines += [f"{name}_sum {self.first_token_sum}", f"{name}_count {within[-1]}"]
-        return "\n".join(lines) + "\n"
+        lines += [f'{name}_bucket{{le="{bound}"}} {n}' for bound, n in self.first_tokens.items()]
+        lines.append(f"{name}_sum {self.first_token_sum}")
+        return "\n".join([*lines, f"{name}_count {self.first_tokens['+Inf']}\n"])
 
 
 class App:
@@ -2017,6 +1920,7 @@ class App:
         self.model: Upstream | Demo = model(settings, self.answers, self.metrics)
         self.plain = Framing(functools.partial(frame_ws_plain, settings.room_suffix))
         # What goes on
+        self.readers: dict[Reader, None] = {}  # of all logs
         self.names: set[str] = set()  # of the room's members here
         self.wires: dict[Wire, None] = {}
         self.active = 0  # requests and members under way
@@ -2028,191 +1932,86 @@ class App:
         if answer.model.writer:
             return  # it counts where it is written
         ending = answer.problem.type if answer.problem else "done"
-        self.metrics.count("answers_total", ending=ending)
+        self.metrics.counts[f'answers_total{{ending="{ending}"}}'] += 1
         if answer.refused and answer.question.key and self.cluster:
             self.writers.start_soon(self.cluster.free_key, answer.question)
 
-    def logs(self) -> list[EventLog]:
-        return [self.clock, self.room, *self.answers.by_id.values()]
-
     # ── from a request to its handler ──
 
-    async def handle(self, request: Request) -> None:
-        """Answer one request, whatever comes of it."""
+    async def handle(self, wire: Wire, request: Request) -> None:
+        """Answer one request, whatever comes of it, and log it."""
+        started, sent = time.monotonic(), wire.sent
         self.active += 1
         try:
             await self.route(request)
         except Problem as problem:
             if request.status:
                 raise
-            headers, body = problem_response(problem)
-            if problem.status in (408, 413) or problem.type == "server_busy":
-                headers["connection"] = "close"
-            await request.respond(problem.status, body, headers)
-            if problem.status == 413:
-                await request.connection.discard()
+            await self.refuse(request, problem)
         finally:
             self.active -= 1
+            log_line(wire, f"{request.method} {request.path}", request.status, started, sent)
+
+    async def refuse(self, request: Request, problem: Problem) -> None:
+        headers, body = problem_response(problem)
+        await request.respond(problem.status, body, headers)
+        await request.connection.discard()
 
     async def route(self, request: Request) -> None:
         """Who asks, may they, and what for: in this order, after the whole body.
 
         A refusal in the middle of a body would cost the connection, and mostly be lost.
         """
-        routes, arguments = self.find_routes(request.path)
-        right = next(iter(routes.values())).right if routes else OWN
-        self.set_cors(request, right)
-        await request.read_body(self.bodies)
-        self.policy.check_host(request)
-        from_disk = request.headers.get("origin") == "null"
-        if right == OWN and not (from_disk and request.method == "OPTIONS"):
-            self.policy.check_origin(request)
-        allow = ", ".join([*routes, *(["HEAD"] if "GET" in routes else []), "OPTIONS"])
+        route, arguments = self.find_route(request.path)
+        allow = ", ".join([*route.handlers, "OPTIONS"]).replace("GET", "GET, HEAD")
+        request.extra = self.policy.cors(request, route.right)
+        request.body = await self.bodies.read(request)
+        self.policy.check(request, route.right)
         if request.method == "OPTIONS":
-            return await self.preflight(request, allow)
-        if right != OPEN:
-            self.policy.check_token(request)
-        if not routes:
-            raise self.nothing_at(request.path)
-        route = routes.get("GET" if request.method == "HEAD" else request.method)
-        if route is None:
+            wanted = request.headers.get("access-control-request-headers", "")
+            cors = {"access-control-allow-methods": allow, "access-control-max-age": "600"}
+            cors["access-control-allow-headers"] = wanted if wanted.isascii() else ""
+            return await request.respond(204, headers=cors | {"allow": allow})
+        if not route.handlers:
+            there = ", ".join(known.path.pattern for known in ROUTES)
+            nothing = f"there is nothing at {request.path[:100]!r}; there is {there}, and the pages"
+            raise Problem(404, nothing, code="not_found")
+        handler = route.handlers.get("GET" if request.method == "HEAD" else request.method)
+        if handler is None:
             wrong = f"{request.method} does not work here: use {allow}"
             raise Problem(405, wrong, headers={"allow": allow})
-        await route.handler(self, request, *arguments)
+        await handler(self, request, *arguments)
 
-    def find_routes(self, path: str) -> tuple[dict[str, Route], tuple[str, ...]]:
-        """What is at this path, by method; and what its {parts} are."""
+    def find_route(self, path: str) -> tuple[Route, tuple[str, ...]]:
+        """What is at this path, and the groups of its pattern."""
         if path in self.pages:
-            return {"GET": PAGE_ROUTE}, ()
+            return PAGE, ()
         for spelling in (path, f"/v1{path}"):  # a base URL may lack its /v1
-            for template, routes in ROUTES.items():
-                if found := template.fullmatch(spelling):
-                    return routes, found.groups()
-        return {}, ()
+            for route in ROUTES:
+                if found := route.path.fullmatch(spelling):
+                    return route, found.groups()
+        return NOWHERE, ()
 
-    def nothing_at(self, path: str) -> Problem:
-        there = ", ".join(template_text(template) for template in ROUTES)
-        nothing = f"there is nothing at {path[:100]!r}; there is {there}, and the pages"
-        return Problem(404, nothing, code="not_found")
-
-    def set_cors(self, request: Request, right: str) -> None:
-        """A page that may ask may read the response, also a refusal."""
-        origin = request.headers.get("origin")
-        if right != OWN:
-            request.extra["access-control-allow-origin"] = "*"
-            request.extra["timing-allow-origin"] = "*"
-            return
-        request.extra["vary"] = "Origin"
-        request.extra["access-control-expose-headers"] = MAY_READ
-        if origin is None:
-            return
-        try:
-            if origin != "null":  # a page from disk is told what to do
-                self.policy.check_origin(request)
-            request.extra["access-control-allow-origin"] = origin
-        except Problem:
-            pass  # route() raises it again, when it is time to
-
-    async def preflight(self, request: Request, allow: str) -> None:
-        wanted = request.headers.get("access-control-request-headers", "")
-        headers = {
-            "allow": allow,
-            "access-control-allow-methods": "GET, POST, DELETE, HEAD, OPTIONS",
-            "access-control-allow-headers": f"{MAY_SEND}, {wanted}".rstrip(", "),
-            "access-control-max-age": "600",
-        }
-        await request.respond(204, headers=headers)
-
-    # ── short connections ──
+    # ── all but answers ──
 
     async def get_page(self, request: Request) -> None:
-        page = self.pages[request.path]
-        if request.path == "/" and self.settings.token and "token" in request.query:
-            return await self.log_in(request)
-        headers = {**PAGE_HEADERS, "etag": page.etag}
+        body, headers = self.pages[request.path]
         known = request.headers.get("if-none-match", "")
-        if page.etag in known or known == "*":
-            return await request.respond(304, headers=headers)
-        await request.respond(200, page.body, {**headers, "content-type": page.type})
+        if request.path == "/" and self.settings.token and "token" in request.query:
+            await self.log_in(request)
+        elif headers["etag"] in known or known == "*":
+            await request.respond(304, headers=headers)
+        else:
+            await request.respond(200, body, headers)
 
     async def log_in(self, request: Request) -> None:
         """The token by a visit: from here on the browser sends it as a cookie."""
-        if not same_secret(request.query["token"], self.settings.token):
-            wrong = "this is not the server's token: look at how it was started"
-            raise Problem(401, wrong, "authentication_error", "invalid_api_key")
-        cookie = self.policy.set_cookie(request)
+        self.policy.check_token(request, request.query["token"])
+        scheme = request.headers.get("x-forwarded-proto", request.scheme)
+        cookie = f"{TOKEN_COOKIE}={self.policy.cookie}; Path=/; HttpOnly; SameSite=Lax"
+        cookie += "; Secure" if scheme.lower() == "https" else ""
         headers = {"location": "/", "set-cookie": cookie, "cache-control": "no-store"}
         await request.respond(303, headers=headers)
-
-    async def get_healthz(self, request: Request) -> None:
-        counts = self.counts()
-        if self.cluster:
-            counts.update(self.cluster.counts_of_others())
-        status = {"status": "stopping" if self.stopping else "ok"}
-        health = {**status, **counts, "model": self.settings.model_name}
-        await request.respond_json(to_json(health), 503 if self.stopping else 200)
-
-    def counts(self) -> Counter[str]:
-        """What goes on in this process."""
-        answers = (len(answer.readers) for answer in self.answers.by_id.values())
-        return Counter(
-            readers=len(self.clock.readers) + sum(answers),
-            answers=sum(not a.model.writer for a in self.answers.running),
-            members=self.room.here,
-        )
-
-    async def get_metrics(self, request: Request) -> None:
-        """Made anew once a second at most: it asks every reader."""
-        text, made = self.metrics_text
-        if trio.current_time() - made > 1:
-            living = Metrics()
-            for log in self.logs():
-                for reader in log.readers:
-                    living.count_reader(reader)
-            living.count("sent_bytes_total", sum(wire.sent for wire in self.wires))
-            gauges = {**self.counts(), "connections": len(self.wires)}
-            text = self.metrics.text(gauges, living.counts)
-            self.metrics_text = text, trio.current_time()
-        headers = {"content-type": "text/plain; version=0.0.4"}
-        await request.respond(200, text.encode(), headers)
-
-    async def get_models(self, request: Request) -> None:
-        headers = self.passed(request)
-        await self.respond_soon(request, lambda: self.model.models(headers))
-
-    async def get_model(self, request: Request, name: str) -> None:
-        headers = self.passed(request)
-        await self.respond_soon(request, lambda: self.model.model(name, headers))
-
-    async def post_short(self, request: Request, path: str) -> None:
-        """Passed through, with nothing to follow: embeddings, count_tokens."""
-        body, headers = JsonBody(request.body), self.passed(request)
-        await self.respond_soon(request, lambda: self.model.post(path, headers, body))
-
-    async def respond_soon(self, request: Request, ask: Callable[[], Awaitable[Reply]]) -> None:
-        """With what the model says, unless the client leaves before."""
-        said: list[Reply | Problem] = []
-
-        async def wait() -> None:
-            try:
-                said.append(await ask())
-            except Problem as problem:
-                said.append(problem)
-
-        if await race_disconnect(request.connection.disconnected, wait):
-            if isinstance(said[0], Problem):
-                raise said[0]
-            request.extra |= said[0].headers
-            await request.respond_json(said[0].body)
-
-    async def post_embeddings(self, request: Request) -> None:
-        await self.post_short(request, "/embeddings")
-
-    async def post_count_tokens(self, request: Request) -> None:
-        await self.post_short(request, "/messages/count_tokens")
-
-    def passed(self, request: Request) -> dict[str, str]:
-        return passed_headers(request, self.settings.token)
 
     async def get_time(self, request: Request) -> None:
         """The clock as a short connection: for the next tick, ask again."""
@@ -2220,13 +2019,65 @@ class App:
         tick = {"id": self.clock.id(last), "data": self.clock[last].data}
         await request.respond_json(to_json(tick))
 
-    # ── readers over HTTP ──
+    async def get_healthz(self, request: Request) -> None:
+        counts = self.counts()
+        if self.cluster:
+            counts.update(self.cluster.counts_of_others())
+        status = "stopping" if self.stopping else "ok"
+        health = {"status": status, **counts, "model": self.settings.model_name}
+        await request.respond_json(to_json(health), 503 if self.stopping else 200)
+
+    def counts(self) -> Counter[str]:
+        """What goes on in this process."""
+        return Counter(
+            readers=sum(reader.log is not self.room for reader in self.readers),
+            answers=sum(not answer.model.writer for answer in self.answers.running),
+            members=self.room.here,
+        )
+
+    async def get_metrics(self, request: Request) -> None:
+        """Made anew once a second at most: it asks every reader."""
+        text, made = self.metrics_text
+        if trio.current_time() - made > 1:
+            living = self.counts()
+            living["connections"] = len(self.wires)
+            living["sent_bytes_total"] = sum(wire.sent for wire in self.wires)
+            living["events_delivered_total"] = sum(reader.delivered for reader in self.readers)
+            living["gaps_total"] = sum(reader.gaps for reader in self.readers)
+            text = self.metrics.text(living)
+            self.metrics_text = text, trio.current_time()
+        headers = {"content-type": "text/plain; version=0.0.4"}
+        await request.respond(200, text.encode(), headers)
+
+    async def get_models(self, request: Request, name: str | None) -> None:
+        one = functools.partial(self.model.model, name or "")
+        await self.pass_through(request, one if name else self.model.models)
+
+    async def post_short(self, request: Request, path: str) -> None:
+        """Embeddings, count_tokens: nothing that one could follow."""
+        body = JsonBody(request.body)
+        await self.pass_through(request, lambda headers: self.model.post(path, headers, body))
+
+    async def pass_through(
+        self, request: Request, ask: Callable[[dict[str, str]], Awaitable[Reply]]
+    ) -> None:
+        """Respond with what the model says, unless the client leaves before."""
+
+        async def respond() -> None:
+            try:
+                reply = await ask(passed_headers(request, self.settings.token))
+            except Problem as problem:
+                return await self.refuse(request, problem)
+            request.extra |= reply.headers
+            await request.respond_json(reply.body)
+
+        await race_disconnect(request.connection.disconnected, respond)
 
     async def get_clock(self, request: Request) -> None:
-        place = self.clock.place_after(request.last_event_id)
-        if place is None:
-            return await self.stream(request, self.clock, self.clock.end)
-        await self.stream(request, self.clock, place, request.last_event_id or "")
+        last = request.last_event_id or ""
+        place = self.clock.place_after(last)
+        start, after = (self.clock.end, "") if place is None else (place, last)
+        await self.stream(request, self.clock, start, after)
 
     async def stream(self, request: Request, log: EventLog, start: int, after: str = "") -> None:
         """A log as an event stream, from a place to its end or the client's.
@@ -2240,33 +2091,24 @@ class App:
             return await request.respond(200, headers=SSE_HEADERS)
         more = after and not (log.closed and start >= log.end)
         id_line = f"id: {after}\n" if more else ""
-        opening = f"retry: {SSE_RETRY * 1000}\n{id_line}"
-        await request.start(SSE_HEADERS, opening.encode())
+        await request.start(SSE_HEADERS, f"retry: {SSE_RETRY * 1000}\n{id_line}".encode())
         reader = request.connection.reader(log, start)
+        self.readers[reader] = None
         try:
             if not await reader.run(request.connection.disconnected):
                 return  # the client has left: there is nobody to end it for
         finally:
+            del self.readers[reader]
             self.metrics.count_reader(reader)
         again = random.randint(1000, 5000)  # so that they do not all return at once
-        last = b"retry: %d\n" % again if self.stopping else b""
-        await request.connection.end(last)
+        await request.connection.end(b"retry: %d\n" % again if self.stopping else b"")
 
-    async def post_question(self, request: Request) -> None:
-        """The chat page's own protocol: {messages} in, {content} events out."""
-        await self.post_answer(request, CHAT_PAGE)
+    # ── answers ──
 
-    async def post_chat(self, request: Request) -> None:
-        await self.post_answer(request, CHAT)
-
-    async def post_completion(self, request: Request) -> None:
-        await self.post_answer(request, COMPLETIONS)
-
-    async def post_response(self, request: Request) -> None:
-        await self.post_answer(request, RESPONSES)
-
-    async def post_message(self, request: Request) -> None:
-        await self.post_answer(request, MESSAGES)
+    async def post_question(self, request: Request, path: str) -> None:
+        """The path says in which protocol; that of the chat page is ours alone."""
+        apis = {api.path: api for api in (CHAT, COMPLETIONS, RESPONSES, MESSAGES)}
+        await self.post_answer(request, apis.get(path, CHAT_PAGE))
 
     async def post_answer(self, request: Request, api: Api) -> None:
         """A new answer; or the one that this question, asked earlier, has started.
@@ -2275,16 +2117,15 @@ class App:
         request only attends. It waits for the model no longer than its client does.
         """
         if last := request.last_event_id:
-            name = last.rpartition("-")[0] or last
-            return await self.follow(request, await self.find_answer(name), last)
+            answer = await self.find_answer(last.rpartition("-")[0] or last)
+            return await self.follow(request, answer, last)
         question = self.read_question(request, api)
         request.body = b""
         answer = await self.ask(question)
         with answer.attended():
             if self.cluster:
                 await self.cluster.announce(answer)
-            disconnected = request.connection.disconnected
-            if await race_disconnect(disconnected, answer.started):
+            if await race_disconnect(request.connection.disconnected, answer.started):
                 await self.first_response(request, answer)
 
     def read_question(self, request: Request, api: Api) -> Question:
@@ -2292,41 +2133,36 @@ class App:
         body = JsonBody(request.body)
         check_question(body.fields, api)
         body.choose(self.model.choose(body.model))
-        key = request.headers.get("idempotency-key", "")
-        question = api.ask(api, body, self.passed(request))
-        if key:
+        question = api.ask(api, body, passed_headers(request, self.settings.token))
+        if key := request.headers.get("idempotency-key"):
             caller = to_json([api.path, key, sorted(credentials(request).items())])
             question.key = hashlib.sha256(caller.encode()).hexdigest()
             question.digest = hashlib.sha256(request.body).hexdigest()
         return question
 
     async def ask(self, question: Question) -> Answer:
-        """A new answer, or the one that the same Idempotency-Key has started.
-
-        Raises Problem 422 if that was another question.
-        """
+        """A new answer, or the one that the same Idempotency-Key has started."""
         answer, name = self.answers.by_key.get(question.key), ""
         if question.key and answer is None and self.cluster:
             answer, name = await self.cluster.claim_key(question)
-        if answer is not None:
-            if answer.question.digest != question.digest:
-                other = "this Idempotency-Key was used for another question: use a new one"
-                raise Problem(422, other, param="Idempotency-Key")
-            return answer
-        if self.stopping:
-            raise server_stopping()
-        return self.answers.begin(self.writers, self.model, question, name)
+        if answer is None:
+            if self.stopping:
+                raise server_stopping()
+            answer = self.answers.begin(self.writers, self.model, question, name)
+        if answer.question.digest != question.digest:
+            other = "this Idempotency-Key was used for another question: use a new one"
+            raise Problem(422, other, param="Idempotency-Key")
+        return answer
 
     async def first_response(self, request: Request, answer: Answer) -> None:
         """A stream that has begun is 200, whatever comes: problems are events then."""
-        request.extra["x-answer-id"] = answer.name
         question, problem = answer.question, answer.problem
+        request.extra["x-answer-id"] = answer.name
         if problem and (answer.refused or not question.stream):
             raise problem.with_traceback(None)
         request.extra |= answer.headers
         if question.polled:
-            begun = response_now(answer, answer.start + 1)
-            await request.respond_json(to_json(begun))
+            await request.respond_json(to_json(response_now(answer, answer.start + 1)))
         elif question.stream:
             await self.stream(request, answer, 0, answer.name)
         else:
@@ -2335,39 +2171,6 @@ class App:
     async def get_answer(self, request: Request, name: str) -> None:
         answer = await self.find_answer(name)
         await self.follow(request, answer, request.last_event_id or name)
-
-    async def follow(
-        self, request: Request, answer: Answer, last_event_id: str, start: int = 0
-    ) -> None:
-        """An answer again, after this event; its name stands for "nothing seen yet"."""
-        with answer.attended():
-            if last_event_id != answer.name:
-                await self.reach(answer, last_event_id)
-                place = answer.place_after(last_event_id)
-                if place is None:
-                    wrong = (
-                        "this Last-Event-ID is not of this answer: send the last one that you saw"
-                    )
-                    raise Problem(400, wrong, param="Last-Event-ID")
-                start = place
-            request.extra |= {"x-answer-id": answer.name, **answer.headers}
-            if answer.closed and start == answer.end and request.method != "POST":
-                # To an EventSource this says: do not come back (HTML standard 9.2.3).
-                # A client that repeats a POST would take it for a failure.
-                return await request.respond(204)
-            await self.stream(request, answer, start, last_event_id)
-
-    async def reach(self, answer: Answer, last_event_id: str) -> None:
-        """What a reader has seen in another process may still be on its way to us.
-
-        Without this, its id would be refused as one of the future. A second is many
-        times what the way takes.
-        """
-        name, _, place = last_event_id.rpartition("-")
-        if name == answer.name and re.fullmatch("[0-9]{1,15}", place) and self.cluster:
-            with trio.move_on_after(1):
-                while int(place) >= answer.end and not answer.closed:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
 
     async def delete_answer(self, request: Request, name: str) -> None:
         self.answers.stop(await self.find_answer(name), stopped())
@@ -2378,11 +2181,37 @@ class App:
         if answer is None and self.cluster:
             answer = await self.cluster.find(name)
         if answer is None:
-            gone = "there is no such answer, or no longer"
-            raise Problem(404, gone, code="not_found")
+            raise Problem(404, "there is no such answer, or no longer", code="not_found")
         return answer
 
-    # ── responses ──
+    async def follow(
+        self, request: Request, answer: Answer, last_event_id: str, start: int = 0
+    ) -> None:
+        """An answer again, after this event; its name stands for "nothing seen yet"."""
+        with answer.attended():
+            if last_event_id != answer.name:
+                place = await self.reach(answer, last_event_id)
+                if place is None:
+                    wrong = "this Last-Event-ID is not of this answer: send the last one you saw"
+                    raise Problem(400, wrong, param="Last-Event-ID")
+                start = place
+            request.extra |= {"x-answer-id": answer.name, **answer.headers}
+            if answer.closed and start == answer.end and request.method != "POST":
+                # To an EventSource this says: do not come back (HTML standard 9.2.3).
+                # A client that repeats a POST would take it for a failure.
+                return await request.respond(204)
+            await self.stream(request, answer, start, last_event_id)
+
+    async def reach(self, answer: Answer, id: str) -> int | None:
+        """The place after this event, if it is one of this answer.
+
+        What a reader has seen in another process may still be on its way to us. A second
+        is many times what the way takes.
+        """
+        with trio.move_on_after(1 if answer.model.writer else 0):
+            while answer.place_after(id) is None and not answer.closed:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        return answer.place_after(id)
 
     async def find_response(self, id: str) -> Answer:
         """By the id that we gave it: the upstream's, and our secret behind a dot."""
@@ -2400,8 +2229,7 @@ class App:
         if re.fullmatch("[0-9]{1,15}", after):
             await self.reach(answer, answer.id(int(after)))
             start = place_of_sequence(answer, int(after))
-        last = request.last_event_id or answer.name
-        await self.follow(request, answer, last, start)
+        await self.follow(request, answer, request.last_event_id or answer.name, start)
 
     async def cancel_response(self, request: Request, id: str) -> None:
         answer = await self.find_response(id)
@@ -2410,123 +2238,85 @@ class App:
             await answer.ended.wait()
         await request.respond_json(to_json(response_now(answer)))
 
-    async def not_here(self, request: Request, *parts: str) -> None:
-        raise Problem(
-            404, "this server keeps responses to be retrieved, streamed and cancelled "
-            "while they run and for a while after, and nothing else of this API",
-            code="not_found",
-        )  # fmt: skip
+    # ── WebSockets ──
 
-    # ── readers over WebSocket ──
-
-    def admit(self, request: Request) -> bool:
-        """Is this a handshake for the clock (or the room)? Raises Problem."""
-        self.policy.check_host(request)
+    def admit(self, request: Request) -> EventLog:
+        """The log that this handshake is for. Raises Problem."""
         check_handshake(request)
-        self.policy.check_origin(request)
-        self.policy.check_token(request)
+        self.policy.check(request, OWN)
         if request.path not in ("/", "/room", "/clock"):
             raise Problem(404, "there is no WebSocket here: use /room or /clock")
         if self.stopping:
             raise server_stopping()
-        return request.path == "/clock"
+        return self.clock if request.path == "/clock" else self.room
 
     async def session(
-        self, wire: Wire, is_clock: bool, head: bytes, trailing: bytes, query: Mapping[str, str]
+        self, wire: Wire, log: EventLog, head: bytes, trailing: bytes, query: Mapping[str, str]
     ) -> str:
         """From the handshake to the close frame; returns how it ended."""
-        log = self.clock if is_clock else self.room
         now = log.end  # before the handshake ends: it misses nothing of what follows
         with trio.fail_after(HEAD_TIMEOUT):
-            v1 = await shake_hands(wire, head, not is_clock)
-        member = self.member(wire, is_clock, v1, now, query)
+            v1 = await shake_hands(wire, head, log is self.room)
+        framing = self.plain if log is self.room else WS_CLOCK
+        start = log.place_after(query.get("after"))
+        if start is None:
+            start = self.room.history() if v1 else now
+        name = free_name(clean_name(query.get("name", "")), self.names)
+        member = Member(wire, log, WS_JSON if v1 else framing, start, name)
         member.frames.feed(trailing)
+        self.readers[member] = None
         try:
-            if is_clock:
-                await member.stay(ignore, 0)
-            else:
-                await self.attend_room(member)
+            await self.enter(member, "joined")
+            say = self.say if log is self.room else ignore
+            await member.stay(say, self.settings.room_rate)
             await member.goodbye()
         finally:
+            del self.readers[member]
             self.metrics.count_reader(member)
+            await self.enter(member, "left")
         return f"closed {member.close.code} {member.close.reason}".rstrip()
 
-    async def attend_room(self, member: Member) -> None:
-        await self.enter(member.name, "joined")
-        try:
-            await member.stay(self.say, self.settings.room_rate)
-        finally:
-            await self.enter(member.name, "left")
-
-    async def enter(self, name: str, type: str) -> None:
+    async def enter(self, member: Member, type: str) -> None:
         """Let the room know. It works without, should that not be stored.
 
         Shielded: that a member left is told also when all is being cancelled.
         """
-        room = self.room
-        room.here += 1 if type == "joined" else -1
-        (self.names.add if type == "joined" else self.names.discard)(name)
-        with contextlib.suppress(Problem), trio.move_on_after(1, shield=True):
-            await self.say(Said(type, name))
-
-    def member(
-        self, wire: Wire, is_clock: bool, v1: bool, now: int, query: Mapping[str, str]
-    ) -> Member:
-        """Where this one starts to read, and how the events look to it."""
-        log = self.clock if is_clock else self.room
-        place = log.place_after(query.get("after"))
-        if is_clock:
-            return Member(wire, log, WS_CLOCK, now if place is None else place)
-        name = free_name(clean_name(query.get("name", "")), self.names)
-        if not v1:
-            return Member(wire, log, self.plain, now, name)
-        start = self.room.history() if place is None else place
-        return Member(wire, log, WS_JSON, start, name)
+        if member.log is self.room:
+            self.room.here += 1 if type == "joined" else -1
+            (self.names.add if type == "joined" else self.names.discard)(member.name)
+            with contextlib.suppress(Problem), trio.move_on_after(1, shield=True):
+                await self.say(Said(type, member.name))
 
 
 async def ignore(said: Said) -> None:
     """What a member of the clock says."""
 
 
-# Who may ask: everybody; everybody with the token; with the token, and no page of a
-# foreign origin.
-OPEN, PUBLIC, OWN = "open", "public", "own"
-
-
 class Route(NamedTuple):
-    handler: Callable[..., Awaitable[None]]
+    path: re.Pattern[str]  # its groups are the handlers' arguments
     right: str
+    handlers: Mapping[str, Callable[..., Awaitable[None]]]  # by method
 
 
-def template_text(template: re.Pattern[str]) -> str:
-    return re.sub(r"\(\?P<(\w+)>[^)]*\)\??", r"{\1}", template.pattern)
-
-
-PAGE_ROUTE = Route(App.get_page, OPEN)
-ANSWER, RESPONSE = "/answers/(?P<id>[^/]+)", "/v1/responses/(?P<id>[^/]+)"
-ROUTES: dict[re.Pattern[str], dict[str, Route]] = {
-    re.compile(template): {method: Route(handler, right) for method, handler in handlers.items()}
-    for template, right, handlers in (
+PAGE = Route(re.compile("the path of a file"), OPEN, {"GET": App.get_page})
+NOWHERE = Route(re.compile("any other path"), OWN, {})
+ROUTES = [
+    Route(re.compile(path), right, handlers)
+    for path, right, handlers in (
         ("/clock", PUBLIC, {"GET": App.get_clock}),
         ("/time", PUBLIC, {"GET": App.get_time}),
         ("/healthz", OPEN, {"GET": App.get_healthz}),
         ("/metrics", OWN, {"GET": App.get_metrics}),
-        ("/chatgptApi/chatgpt_qa_stream", OWN, {"POST": App.post_question}),
-        ("/v1/chat/completions", OWN, {"POST": App.post_chat}),
-        ("/v1/completions", OWN, {"POST": App.post_completion}),
-        ("/v1/responses", OWN, {"POST": App.post_response}),
-        ("/v1/messages", OWN, {"POST": App.post_message}),
-        (RESPONSE, OWN, {"GET": App.get_response}),
-        (f"{RESPONSE}/cancel", OWN, {"POST": App.cancel_response}),
-        (f"{RESPONSE}/input_items", OWN, {"GET": App.not_here}),
-        ("/v1/conversations(?P<more>/.*)?", OWN, {"POST": App.not_here}),
-        ("/v1/models", OWN, {"GET": App.get_models}),
-        ("/v1/models/(?P<name>.+)", OWN, {"GET": App.get_model}),
-        ("/v1/embeddings", OWN, {"POST": App.post_embeddings}),
-        ("/v1/messages/count_tokens", OWN, {"POST": App.post_count_tokens}),
-        (ANSWER, OWN, {"GET": App.get_answer, "DELETE": App.delete_answer}),
+        ("(/chatgptApi/chatgpt_qa_stream)", OWN, {"POST": App.post_question}),
+        ("/v1(/chat/completions|/completions)", OWN, {"POST": App.post_question}),
+        ("/v1(/responses|/messages)", OWN, {"POST": App.post_question}),
+        ("/v1/responses/([^/]+)", OWN, {"GET": App.get_response}),
+        ("/v1/responses/([^/]+)/cancel", OWN, {"POST": App.cancel_response}),
+        ("/v1/models(?:/(.+))?", OWN, {"GET": App.get_models}),
+        ("/v1(/embeddings|/messages/count_tokens)", OWN, {"POST": App.post_short}),
+        ("/answers/([^/]+)", OWN, {"GET": App.get_answer, "DELETE": App.delete_answer}),
     )
-}
+]
 
 
 # ─── The server ──────────────────────────────────────────────────────────────────────
@@ -2539,32 +2329,63 @@ class Server:
         self.app = app
         self.tls = tls
 
-    async def run_writers(
-        self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    async def serve(
+        self, listeners: list[socket.socket], stop: trio.Event, ready: Callable[[], object]
     ) -> None:
-        """The server's own tasks: all writers, the pump, the keeper of silence."""
+        """Accept until `stop`, then end gracefully: every reader is told.
+
+        A nursery ends after what is inside of it, and the connections' is inside of
+        the writers'. So no reader outlives what it reads.
+        """
         app = self.app
         async with trio.open_nursery() as app.writers:
+            for task in (app.pump.run, app.model.run, self.keep_alive):
+                app.writers.start_soon(task)
             app.writers.start_soon(tick, app.clock)
-            app.writers.start_soon(app.pump.run)
-            app.writers.start_soon(self.keep_alive)
-            app.writers.start_soon(app.model.run)
-            task_status.started()
+            if app.cluster:
+                await app.writers.start(app.cluster.run)
+            async with trio.open_nursery() as connections:
+                async with trio.open_nursery() as accepting:
+                    for listener in listeners:
+                        accepting.start_soon(self.accept, listener, connections)
+                    ready()
+                    await stop.wait()
+                    accepting.cancel_scope.cancel()
+                for listener in listeners:
+                    listener.close()
+                await self.end()
+                connections.cancel_scope.cancel()
+            app.writers.cancel_scope.cancel()
+
+    async def end(self) -> None:
+        """Answers may finish; then all logs end, and with them their readers."""
+        app = self.app
+        app.stopping = True
+        with trio.move_on_after(app.settings.grace):
+            for answer in app.answers.open():
+                await answer.ended.wait()
+        for answer in app.answers.open():
+            app.answers.stop(answer, server_stopping())
+        if app.cluster:
+            await app.cluster.goodbye()  # other processes are told how ours ended
+        app.clock.close()
+        app.room.close()
+        with trio.move_on_after(LINGER_CLOSE):
+            while app.active:  # noqa: ASYNC110 (an event would be set in two places)
+                await trio.sleep(0.02)
 
     async def keep_alive(self) -> None:
         """One task for the silence of all: a timer for each reader would cost more."""
+        readers = self.app.readers
         while True:
             await trio.sleep(0.25)
             now, turn = trio.current_time(), Turn()
             self.app.answers.forget_old(now)
-            # Readers of an answer that has ended are not silent: they have it to read.
-            for log in (self.app.clock, self.app.room, *self.app.answers.running):
-                for n, reader in enumerate(list(log.readers)):
-                    if n % 64 == 63:
-                        await turn.pause()
-                    if reader in log.readers:
-                        reader.keep_alive(now)
-                await turn.pause()
+            for n, reader in enumerate(list(readers)):
+                if n % 64 == 63:
+                    await turn.pause()
+                if reader in readers:  # it may have left during a pause
+                    reader.keep_alive(now)
 
     async def accept(self, listener: socket.socket, connections: trio.Nursery) -> NoReturn:
         """One task for each client, from now on until it leaves."""
@@ -2593,14 +2414,13 @@ class Server:
         try:
             await self.converse(wire)
         except* QUIET_ENDS as group:
-            logger.log(
-                logging.INFO if wire.stuck else logging.DEBUG, "%s ended: %s", wire.peer, why(group)
-            )
+            level = logging.INFO if wire.stuck else logging.DEBUG
+            logger.log(level, "%s ended: %s", wire.peer, why(group))
         except* Exception:
             logger.exception("a connection failed in a way that nobody thought of")
         finally:
             del self.app.wires[wire]
-            self.app.metrics.count("sent_bytes_total", wire.sent)
+            self.app.metrics.counts["sent_bytes_total"] += wire.sent
             wire.close()
 
     async def converse(self, wire: Wire) -> None:
@@ -2608,106 +2428,43 @@ class Server:
 
         A WebSocket begins as HTTP/1, so h11 reads its head, too: one place for limits.
         """
-        scheme = "http"
+        handle = functools.partial(self.app.handle, wire)
         if isinstance(wire.socket, ssl.SSLSocket):
-            scheme = "https"
             try:
                 with trio.fail_after(HEAD_TIMEOUT):
                     await shake_tls(wire.socket)
             except trio.BrokenResourceError:
                 return await wire.finish()  # with an alert that says why
             if wire.socket.selected_alpn_protocol() == "h2":
-                handle = functools.partial(self.handle, wire)
                 return await serve_http2(wire, handle)
-        http1 = Http1(wire, scheme)
-        request = await http1.serve(functools.partial(self.handle, wire))
+        http1 = Http1(wire, "https" if self.tls else "http")
+        request = await http1.serve(handle)
         if request is None:
             return
-        started, path, query = time.monotonic(), request.path, request.query
         try:
-            is_clock = self.app.admit(request)
+            log = self.app.admit(request)
         except Problem as problem:
             await http1.refuse(problem)
             return await wire.finish()
+        started, path, query = time.monotonic(), request.path, request.query
         head, trailing = request.head, request.trailing
         del http1, request  # 4 KB that a member does not need any more
         self.app.active += 1
-        ended = "cut off"
+        ended = ""
         try:
-            ended = await self.app.session(wire, is_clock, head, trailing, query)
+            ended = await self.app.session(wire, log, head, trailing, query)
         finally:
             await wire.finish()
             self.app.active -= 1
-            self.log_line(wire, f"WebSocket {path}", ended, started, 0)
+            log_line(wire, f"WebSocket {path}", ended, started)
 
-    async def handle(self, wire: Wire, request: Request) -> None:
-        """One request, and its line in the log."""
-        started, sent = time.monotonic(), wire.sent
-        try:
-            await self.app.handle(request)
-        finally:
-            what = f"{request.method} {request.path}"
-            self.log_line(wire, what, str(request.status or "cut"), started, sent)
 
-    def log_line(self, wire: Wire, what: str, ended: str, started: float, sent: int) -> None:
-        """One line that nobody can forge, and that gives no answer away."""
-        if logger.isEnabledFor(logging.INFO):
-            what = re.sub("([0-9a-f]{6})[0-9a-f]{26}", r"\1...", what)[:200]
-            text = f"{what} {ended}".encode("ascii", "backslashreplace").decode()
-            text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-            logger.info(
-                "%s %s %d bytes %.1f s", wire.peer, text,
-                wire.sent - sent, time.monotonic() - started,
-            )  # fmt: skip
-
-    async def serve(
-        self, listeners: list[socket.socket], stop: trio.Event, ready: Callable[[], object]
-    ) -> None:
-        """Accept until `stop`, then end gracefully: every reader is told.
-
-        A nursery ends after what is inside of it, and the connections' is inside of
-        the writers'. So no reader outlives what it reads.
-        """
-        app = self.app
-        async with trio.open_nursery() as writers:
-            await writers.start(self.run_writers)
-            if app.cluster:
-                await writers.start(app.cluster.run)
-            async with trio.open_nursery() as connections:
-                async with trio.open_nursery() as accepting:
-                    for listener in listeners:
-                        accepting.start_soon(self.accept, listener, connections)
-                    ready()
-                    await stop.wait()
-                    accepting.cancel_scope.cancel()
-                for listener in listeners:
-                    listener.close()
-                await self.end()
-                connections.cancel_scope.cancel()
-            writers.cancel_scope.cancel()
-
-    async def end(self) -> None:
-        """Answers may finish; then all logs end, and with them their readers.
-
-        Ours end before the copies of others: other processes are told how ours ended
-        while there still is a Redis connection to tell them by.
-        """
-        app = self.app
-        app.stopping = True
-        with trio.move_on_after(app.settings.grace):
-            for answer in app.answers.open():
-                await answer.ended.wait()
-        for answer in app.answers.open():
-            app.answers.stop(answer, server_stopping())
-        if app.cluster:
-            await app.cluster.goodbye()
-        for answer in app.answers.open():
-            answer.discard()
-        app.clock.close()
-        app.room.close()
-        with trio.move_on_after(LINGER_CLOSE):
-            while app.active:  # noqa: ASYNC110 (an event would be set in four places)
-                await trio.sleep(0.02)
+def log_line(wire: Wire, what: str, ended: str | int, started: float, sent: int = 0) -> None:
+    """One line that nobody can forge, and that gives no answer away."""
+    what = re.sub("([0-9a-f]{6})[0-9a-f]{26}", r"\1...", what)[:200]
+    text = ascii(f"{what} {ended or 'cut'}")[1:-1]
+    size, took = wire.sent - sent, time.monotonic() - started
+    logger.info("%s %s %d bytes %.1f s", wire.peer, text, size, took)
 
 
 def why(group: BaseException) -> str:
@@ -2865,9 +2622,9 @@ class JsonBody:
         if brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS:
             raise Problem(413, "the body has too many brackets or commas: send less")
         try:
-            self.fields = from_json(raw)
+            self.fields = from_json(raw, CHECKER)
         except ValueError as error:
-            raise Problem(400, f"the body is not JSON: {error}"[:300]) from None
+            raise self.no_json(error) from None
         if not isinstance(self.fields, dict):
             raise Problem(400, 'send a JSON object, such as {"messages": [...]}')
         self.model = str(self.fields.get("model") or "")
@@ -2883,9 +2640,20 @@ class JsonBody:
     def raw(self) -> bytes:
         if not self.changes:
             return self._raw
-        fields = self.fields | self.changes
+        fields = self.exact() | self.changes
         gone = [name for name, value in self.changes.items() if value is None]
         return to_json({k: v for k, v in fields.items() if k not in gone}).encode()
+
+    def exact(self) -> JSON:
+        """All of it, with its numbers as they are."""
+        try:
+            return cast(JSON, from_json(self._raw))
+        except ValueError as error:
+            raise self.no_json(error) from None
+
+    @staticmethod
+    def no_json(error: ValueError) -> Problem:
+        return Problem(400, f"the body is not JSON: {error}"[:300])
 
 
 def check_question(fields: JSON, api: Api) -> None:
@@ -2899,14 +2667,12 @@ def check_question(fields: JSON, api: Api) -> None:
             raise Problem(400, f"{name} has the wrong type", param=name)
     messages = fields.get("messages") if api.has_messages else [{"role": "any"}]
     if not isinstance(messages, list) or not messages:
-        wanted = "messages must be a list of at least one {role, content}"
-        raise Problem(400, wanted, param="messages")
+        raise Problem(400, "messages must be a list, and not empty", param="messages")
     for n, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Problem(400, "each message needs a role", param=f"messages[{n}]")
-        if not isinstance(message.get("content"), str | list | None):
-            wanted = "content must be text, or a list of parts"
-            raise Problem(400, wanted, param=f"messages[{n}].content")
+        has_role = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not has_role or not isinstance(message.get("content"), str | list | None):
+            wanted = "each message needs a role, and content that is text or a list of parts"
+            raise Problem(400, wanted, param=f"messages[{n}]")
 
 
 def ask_as_is(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
@@ -3032,7 +2798,7 @@ def split_chat(whole: JSON) -> Iterator[JSON]:
 
 def ask_for_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
     """{messages} is all that the chat page's protocol knows, and perhaps a model."""
-    asked = {"messages": body.fields["messages"], "stream": True}
+    asked = {"messages": body.exact()["messages"], "stream": True}
     if body.model:
         asked["model"] = body.model
     return Question(api, to_json(asked).encode(), True, body.model, headers)
@@ -3255,7 +3021,7 @@ CONNECT_TIMEOUT = 5
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT = 10, 10
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
-INTAKE_REST = 0.001  # seconds, after a pass
+INTAKE_REST = 0.001  # seconds, after a pass; epoll counts whole milliseconds
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
     "openai-.*|anthropic-.*|http-referer|x-title|traceparent|tracestate|idempotency-key"
@@ -3279,6 +3045,7 @@ def passed_headers(request: Request, token: str) -> dict[str, str]:
     return {k: v for k, v in passed.items() if v.isascii() and v.isprintable()}
 
 
+@dataclasses.dataclass(eq=False)
 class Exchange:
     """One request to an upstream and its response. Raises what stands in CUT.
 
@@ -3291,22 +3058,23 @@ class Exchange:
     SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n")
     LAST = re.compile(rb"\r\n0+[ \t]*(?:;.*)?(?:\r\n[!#-'*+\-.0-9A-Z^-z|~]+:.*)*\r\n\r\n")
 
-    def __init__(self, wire: Wire, limit: trio.CancelScope, patience: float = 0) -> None:
-        self.wire = wire
-        self.limit = limit
-        self.patience = patience  # seconds
-        self.heard = False  # a byte of the response
-        self.status = 0
-        self.headers: Headers = {}
-        self.secrets: list[str] = []  # sent, and never to come back
-        # The body
-        self.room: float = WHOLE_BYTES  # for so much of it
-        self.chunked = False
-        self.left = 0  # bytes, of a chunk or of all
-        self.rest = b""  # what waits for more, or follows the body
-        self.done = False
-        self.reusable = False  # the connection, when it is done
-        self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    wire: Wire
+    limit: trio.CancelScope
+    patience: float = 0  # seconds
+    heard: bool = False  # a byte of the response
+    status: int = 0
+    headers: Headers = dataclasses.field(default_factory=dict)
+    secrets: list[str] = dataclasses.field(default_factory=list)  # sent, and never to come back
+    # The body
+    room: float = WHOLE_BYTES  # for so much of it
+    chunked: bool = False
+    coded: bool = False
+    unzip: Any = None
+    left: int = 0  # bytes, of a chunk or of all
+    rest: bytes = b""  # what waits for more, or follows the body
+    ended: trio.Event = dataclasses.field(default_factory=trio.Event)  # the body, or all hope
+    failed: Exception | None = None
+    reusable: bool = False  # the connection, after a good end
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
         """Send it, and read the head of the response."""
@@ -3329,8 +3097,10 @@ class Exchange:
         if self.status not in (204, 304):
             self.chunked = "transfer-encoding" in self.headers
             self.left = 0 if self.chunked else int(self.headers.get("content-length", sys.maxsize))
+        self.coded = self.headers.get("content-encoding", "").lower() not in ("", "identity")
         self.rest = b"\r\n" + body if self.chunked else body
-        self.done = not (self.chunked or self.left)
+        if not (self.chunked or self.left):
+            self.ended.set()
         close = "close" in self.headers.get("connection", "").lower()
         self.reusable = head.http_version > b"1.0" and not close
 
@@ -3342,13 +3112,19 @@ class Exchange:
         return data
 
     def read_now(self, take: Callable[[bytes], None]) -> None:
-        """What has come of the body."""
-        data = self.wire.receive_now()
-        self.feed(b"" if data is None else self.hear(data), take)
-        if data == b"" and not self.done:
-            if self.chunked or "content-length" in self.headers:
-                raise h11.RemoteProtocolError("the body is cut")
-            self.done, self.reusable = True, False
+        """What has come of the body. Raises nothing, because the intake serves everyone."""
+        try:
+            data = None if self.ended.is_set() else self.wire.receive_now()
+            if data:
+                self.feed(self.hear(data), take)
+            elif data is not None:  # the connection has ended
+                if self.chunked or "content-length" in self.headers:
+                    raise h11.RemoteProtocolError("the body is cut")
+                self.reusable = False
+                self.ended.set()
+        except Exception as error:
+            self.failed = error
+            self.ended.set()
 
     def feed(self, data: bytes, take: Callable[[bytes], None]) -> None:
         """`take` gets what these bytes carry, also where this raises because they go wrong."""
@@ -3358,37 +3134,31 @@ class Exchange:
             at = size.end() + more
             pieces.append(data[size.end() : at])
         self.left, self.rest = max(0, at - len(data)), data[at:]
-        if last := size and self.LAST.match(self.rest):
-            self.rest = self.rest[last.end() :]
-        self.done = bool(last) or not (self.chunked or self.left)
         if payload := b"".join(pieces):
-            payload = self.decode(payload) if "content-encoding" in self.headers else payload
+            payload = self.decode(payload) if self.coded else payload
             self.room -= len(payload)
-            if self.room < 0:
+            if self.room < 0 or len(payload) > WHOLE_BYTES:
                 raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
             take(payload)
+        last = self.LAST.match(self.rest) if size else None
         whole = b"\r\n\r\n" if size else b"\r\n"  # then more of it will not make it good
-        if not self.done and (whole in self.rest[2:] or len(self.rest) > HEAD_BYTES):
+        if last or not (self.chunked or self.left):
+            self.rest = self.rest[last.end() :] if last else self.rest
+            self.ended.set()
+        elif whole in self.rest[2:] or len(self.rest) > HEAD_BYTES:
             raise h11.RemoteProtocolError("the framing of the body is broken")
 
     def decode(self, data: bytes) -> bytes:
         """gzip, though we ask for none, also in several members (RFC 1952, section 2.2)."""
-        coding = self.headers["content-encoding"].lower()
-        if coding in ("identity", ""):
-            return data
-        if coding not in ("gzip", "x-gzip", "deflate"):
-            raise upstream_problem("the upstream compresses in a way that nobody asked for")
         plain = b""
-        while data:
-            try:
+        try:
+            while data and len(plain) <= WHOLE_BYTES:
+                if self.unzip is None or self.unzip.eof:
+                    self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
                 plain += self.unzip.decompress(data, WHOLE_BYTES)
-            except zlib.error:
-                raise upstream_problem("the upstream sent what is not gzip") from None
-            if self.unzip.unconsumed_tail:
-                raise upstream_problem("the upstream sent too much, compressed")
-            data = self.unzip.unused_data
-            if self.unzip.eof:
-                self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
+                data = self.unzip.unconsumed_tail or self.unzip.unused_data
+        except zlib.error:
+            raise upstream_problem("the upstream compresses, and not by gzip") from None
         return plain
 
     def passed_back(self) -> Headers:
@@ -3400,18 +3170,16 @@ class Exchange:
 class Intake:
     """The pump's counterpart: one task reads from all upstreams that have news.
 
-    To wake a task for each token costs more than the token. So it rests for a moment after a
+    To wake up for each token costs more than the token. So it rests for a moment after a
     pass, and the next one finds many. A token that comes alone, after the rest, waits for
-    nobody.
-
-    Linux's epoll is itself a file that can be waited for, so Trio waits for this one only.
-    Where there is none, each upstream has a task that reads it.
+    nobody. Linux's epoll is itself a file that can be waited for, so Trio waits for this one
+    only. Where there is none, each upstream has a task that reads it.
     """
 
     def __init__(self) -> None:
         epoll = getattr(select, "epoll", None)
         self._epoll = epoll() if epoll else None
-        self._readers: dict[int, Callable[[], None]] = {}  # by file descriptor
+        self._reads: dict[int, Callable[[], None]] = {}  # by file descriptor
 
     async def run(self) -> None:
         while self._epoll:
@@ -3419,40 +3187,27 @@ class Intake:
             turn = Turn()
             for fd, _ in self._epoll.poll(0):
                 await turn.pause()
-                if read_now := self._readers.get(fd):  # still
+                if read_now := self._reads.get(fd):  # still
                     read_now()
             await trio.sleep(INTAKE_REST)
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
         """A body, to its end. Raises what `take` and the exchange raise."""
         exchange.feed(b"", take)  # what came with the head
-        if exchange.done:
-            return
-        fd, ended, failed = exchange.wire.socket.fileno(), trio.Event(), list[Exception]()
-
-        def read_now() -> None:
-            """Raises nothing, because the intake serves everyone."""
-            try:
-                if not ended.is_set():
-                    exchange.read_now(take)
-            except Exception as error:
-                failed.append(error)
-            if failed or exchange.done:
-                ended.set()
-
-        if self._epoll:
-            self._readers[fd] = read_now
+        fd = exchange.wire.socket.fileno()
+        if self._epoll and not exchange.ended.is_set():
+            self._reads[fd] = functools.partial(exchange.read_now, take)
             self._epoll.register(fd, select.EPOLLIN)
             try:
-                await ended.wait()
+                await exchange.ended.wait()
             finally:
                 self._epoll.unregister(fd)
-                del self._readers[fd]
-        while not ended.is_set():
+                del self._reads[fd]
+        while not exchange.ended.is_set():
             await trio.lowlevel.wait_readable(fd)
-            read_now()
-        if failed:
-            raise failed[0]
+            exchange.read_now(take)
+        if exchange.failed:
+            raise exchange.failed
 
 
 @dataclasses.dataclass
@@ -3482,7 +3237,7 @@ class Upstream(Model):
             self.proxy_login["proxy-authorization"] = f"Basic {login}"
         # A proxy for plain HTTP is asked for the whole URL (RFC 9112, section 3.2.2).
         whole = self.proxy and not self.tls
-        self.base = (f"http://{self.url.netloc}" if whole else "") + self.url.path.rstrip("/")
+        self.base = settings.upstream.partition("?")[0] if whole else self.url.path
         self.query = f"?{self.url.query}" if self.url.query else ""
         # What goes on
         self.intake = Intake()
@@ -3642,20 +3397,19 @@ class Upstream(Model):
 
     def headers(self, path: str, passed: Headers, body: bytes) -> Headers:
         """The server's key, if it has one, goes in place of the client's."""
-        headers = {"host": self.url.netloc, "user-agent": "chatstream", "accept": "*/*"}
+        key = self.settings.api_key
+        headers = {k: v for k, v in passed.items() if not (key and k in CREDENTIALS)}
+        headers |= {"host": self.url.netloc, "user-agent": "chatstream", "accept": "*/*"}
         headers["accept-encoding"] = "identity"  # nothing between us and the next token
         if body:
             headers |= {"content-type": "application/json", "content-length": str(len(body))}
         if not self.tls:
             headers |= self.proxy_login
-        key = self.settings.api_key
-        if not key:
-            return headers | passed
-        headers |= {k: v for k, v in passed.items() if k not in CREDENTIALS}
-        headers["authorization"] = f"Bearer {key}"
-        if path.startswith("/messages"):
+        if key:
+            headers["authorization"] = f"Bearer {key}"
+        if key and path.startswith("/messages"):
             headers["x-api-key"] = key
-        if self.query:  # Azure's way
+        if key and self.query:  # Azure's way
             headers["api-key"] = key
         return headers
 
@@ -3681,8 +3435,8 @@ class Upstream(Model):
 
     def release(self, exchange: Exchange) -> None:
         """Keep the connection for the next question, or tell the model to stop."""
-        clean = exchange.reusable and exchange.done and not exchange.rest
-        if clean and len(self.idle) < IDLE_WIRES:
+        clean = exchange.ended.is_set() and not (exchange.failed or exchange.rest)
+        if clean and exchange.reusable and len(self.idle) < IDLE_WIRES:
             self.idle.append((exchange.wire, trio.current_time()))
         else:
             exchange.wire.close()
@@ -3720,13 +3474,11 @@ class Upstream(Model):
         watch_for_life(sock, VANISHED_TIMEOUT)
         wire = Wire(sock)
         try:
-            if self.proxy and self.tls:
-                await self.tunnel(wire)
-            if self.tls:
-                name = self.url.hostname
-                sock = self.tls.wrap_socket(
-                    sock, server_hostname=name, do_handshake_on_connect=False
-                )
+            if tls := self.tls:
+                if self.proxy:
+                    await self.tunnel(wire)
+                host = self.url.hostname
+                sock = tls.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=host)
                 wire = Wire(sock)
                 await shake_tls(sock)
         except BaseException:
@@ -4107,18 +3859,17 @@ async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) 
 # that is asked for it has a copy, whose model reads Redis where others read HTTP. An
 # entry that is read twice changes nothing: after any trouble, all is read again.
 #
-# The processes tell each other their state, a few times a second: their counts, which
-# copies somebody reads, which of these are to be stopped. A process whose state stays
-# the same is gone.
-#
-# Redis, and any of the others, may be gone at any moment, or stand still and wake up
-# later. So nothing waits for Redis longer than REDIS_TIMEOUT, and a message that its
-# sender was told is not stored will not turn up later.
+# The processes tell each other their state, once a second and when it changes: their
+# counts, which copies somebody reads, which of these are to be stopped. One of which we
+# hear nothing for SILENCE seconds, while we hear ourselves, is gone. Redis, and each of
+# them, may also stand still and wake up later: so nothing waits for Redis longer than
+# REDIS_TIMEOUT, and a message that its sender was told is not stored will not turn up.
 #
 #   room           stream of what was said, each entry with its place in the log
 #   room:comings   list: which entries of the room are comings and goings
-#   processes      hash: the state of each process, and how many members it has
+#   presence       hash: members in each process
 #   said:PROCESS   the last batch that it has said
+#   state          stream of states
 #   answer:ID      stream of batches of events; the first entry says who writes it
 #   key:DIGEST     the answer that an Idempotency-Key has started
 #
@@ -4126,10 +3877,10 @@ async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) 
 # a later id would block them for ever.
 
 PREFIX = "chatstream:2:"
-ROOM, COMINGS, PROCESSES = PREFIX + "room", PREFIX + "room:comings", PREFIX + "processes"
-ANSWER_PREFIX = PREFIX + "answer:"
+ROOM, COMINGS, PRESENCE = PREFIX + "room", PREFIX + "room:comings", PREFIX + "presence"
+STATE, ANSWER_PREFIX = PREFIX + "state", PREFIX + "answer:"
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
-REDIS_TIMEOUT, BEAT, BEATS_MISSED = 2, 0.25, 16
+REDIS_TIMEOUT, BEAT, SILENCE, WANTS_EVERY = 2, 1, 4.5, 0.05
 FOLLOW_BLOCK = 100  # milliseconds; an XREAD under way misses streams that are added to it
 MIRROR_EVERY, MIRROR_ANSWERS, MIRROR_EVENTS = 0.02, 100, 200  # in one round trip
 UNHEARD_EXPIRES = 3600  # seconds after the last event of an answer that has not ended
@@ -4156,30 +3907,30 @@ end
 # So it comes with a time, on Redis's clock, after which it is void. That time also
 # names the batch: one that is sent again is not stored again.
 SAY = """
-local room, comings, processes, stored = unpack(KEYS)
+local room, comings, presence, stored = unpack(KEYS)
 local late, our_name, our_end, our_last, me, here = unpack(ARGV)
 local now = redis.call('TIME')
 if redis.call('GET', stored) == late then return end
-if now[1] + now[2] / 1000000 > tonumber(late) then
-  return redis.error_reply('LATE: its sender has been told that it was not stored')
-end
+if now[1] + now[2] / 1000000 > tonumber(late) then return redis.error_reply('LATE') end
 redis.call('SET', stored, late, 'EX', 3600)
-heal(comings, 'list') heal(processes, 'hash')
-redis.call('HSET', processes, 'members:' .. me, here)
+heal(comings, 'list') heal(presence, 'hash')
+redis.call('HSET', presence, me, here)
 local members = 0
-for _, n in ipairs(redis.call('HVALS', processes)) do members = members + (tonumber(n) or 0) end
+for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumber(n) or 0) end
 local tail = last_entry(room, 'place')
-local name, place, last = tail.room or our_name, (tail.place or -1) + 1, tail.last or -1
+local name, place = tail.room or our_name, (tail.place or -1) + 1
+local last = tail.members and tail.after or tail.place or -1  -- message
 if name == our_name and place < tonumber(our_end) then
   -- Redis has lost what we have heard: go on where no process can have been.
   place, last = our_end + 1000, our_last
 end
 for i = 7, #ARGV, 2 do
-  local after = last
-  if ARGV[i] == 'message' then last = place end
+  local more = ARGV[i] == 'message' and {} or {'members', members}
   local id = redis.call('XADD', room, 'MAXLEN', 1000, '*', 'room', name, 'place', place,
-    'after', after, 'last', last, 'members', members, 'said', ARGV[i + 1])
-  if last ~= place and redis.call('RPUSH', comings, id) > 50 then
+    'after', last, 'said', ARGV[i + 1], unpack(more))
+  if #more == 0 then
+    last = place
+  elseif redis.call('RPUSH', comings, id) > 50 then
     redis.call('XDEL', room, redis.call('LPOP', comings))
   end
   place = place + 1
@@ -4206,10 +3957,11 @@ return results
 """
 TELL = """
 local me, members, state = unpack(ARGV)
-heal(KEYS[1], 'hash')
-for i = 2, #KEYS do last_entry(KEYS[i]) end
-redis.call('HSET', KEYS[1], me, state, 'members:' .. me, members)
-return {redis.call('TIME'), redis.call('HGETALL', KEYS[1])}
+heal(KEYS[1], 'hash') last_entry(KEYS[2])
+for i = 3, #KEYS do heal(KEYS[i], 'stream') end
+redis.call('HSET', KEYS[1], me, members)
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state)
+return redis.call('TIME')
 """
 
 
@@ -4217,18 +3969,9 @@ return {redis.call('TIME'), redis.call('HGETALL', KEYS[1])}
 class Neighbour:
     """Another process, as far as we have heard of it."""
 
-    state: str = ""
-    silent: int = 0  # beats of ours since it was another
+    silent: float = 0  # seconds
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     reads: set[Answer] = dataclasses.field(default_factory=set)  # of ours
-
-
-class Batch(list[Said]):
-    """What goes into the room in one round trip."""
-
-    def __init__(self) -> None:
-        self.stored = False
-        self.ended = trio.Event()  # it is stored, or never will be
 
 
 class Elsewhere(Model):
@@ -4267,20 +4010,21 @@ class Cluster:
         limits: JSON = {"connect_timeout": 1, "stream_timeout": REDIS_TIMEOUT, "retry_policy": once}
         self.redis: coredis.Redis[str]
         self.redis = coredis.Redis.from_url(url, decode_responses=True, **limits)
-        self.scripts: dict[str, Any] = {
-            text: self.redis.register_script(LUA + text) for text in (SAY, MIRROR, TELL)
-        }
+        register = self.redis.register_script
+        self.scripts: JSON = {text: register(LUA + text) for text in (SAY, MIRROR, TELL)}
         self.trouble = (coredis.exceptions.RedisError, OSError)
         self.if_new = coredis.PureToken.NX
         # What we have heard
-        self.read = {ROOM: ""}  # the last entry of each stream
+        self.read = {ROOM: "", STATE: ""}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
         self.neighbours: dict[str, Neighbour] = {}
+        self.beaten = -inf  # when we heard ourselves
         self.offset = 0.0  # Redis's time less ours, in seconds
         self.caught_up = trio.Event()
         self.warned: set[str] = set()  # of these streams
         # What we have to say
-        self.batch = Batch()
+        self.batch: list[Said] = []  # goes in one round trip, and is emptied if it is stored
+        self.batch_ended = trio.Event()
         self.saying = trio.Lock()
         self.mirrored: dict[Answer, int] = {}  # how many of their events are stored
         self.stops: set[str] = set()  # copies that somebody here wants stopped
@@ -4298,7 +4042,7 @@ class Cluster:
         reason = ""
         while True:
             by_id = self.app.answers.by_id
-            self.mirrored = {a: a.start for a in self.mirrored if a.name in by_id}
+            self.mirrored = {a: n for a, n in self.mirrored.items() if a.name in by_id}
             self.read = dict.fromkeys(self.read, "0-0")
             try:
                 await self.tell()  # and so heal what we read
@@ -4323,39 +4067,41 @@ class Cluster:
 
         All that is said while a round trip is under way goes in the next one.
         """
-        batch = self.batch
+        batch, ended = self.batch, self.batch_ended
         batch.append(said)
-        with trio.CancelScope(shield=True):  # said is said, and its sender hears of a failure
-            if len(batch) > 1:
-                await batch.ended.wait()
-            else:
-                async with self.saying:
-                    self.batch = Batch()
-                    await self.say(batch)
-                batch.ended.set()
-        if not batch.stored:
+        if len(batch) == 1:
+            self.app.writers.start_soon(self.say, batch, ended)
+        try:
+            await ended.wait()
+        except trio.Cancelled:  # said is said, and its sender must hear of a failure
+            with trio.CancelScope(shield=True):  # to enter one for each would take 5 us
+                await ended.wait()
+        if batch:
             away = "the room cannot store messages at the moment: say it again later"
             raise Problem(503, away, "server_error", code="not_stored")
 
-    async def say(self, batch: Batch) -> None:
+    async def say(self, batch: list[Said], ended: trio.Event) -> None:
         """Twice, if need be: the reply may be lost, or have come while we stood still."""
-        room, late = self.app.room, self.offset + trio.current_time() + REDIS_TIMEOUT
-        keys = [ROOM, COMINGS, PROCESSES, f"{PREFIX}said:{self.me}"]
-        args = [late, room.name, room.end, self.last, self.me, room.here]
-        for said in batch:
-            args += [said.type, to_json((int(time.time() * 1000), said))]
-        for _ in range(2):
-            with contextlib.suppress(*self.trouble):
-                await self.scripts[SAY](keys, args)
-                batch.stored = True
-                return
+        room, keys = self.app.room, [ROOM, COMINGS, PRESENCE, f"{PREFIX}said:{self.me}"]
+        try:
+            async with self.saying:
+                self.batch, self.batch_ended = [], trio.Event()
+                late = self.offset + trio.current_time() + REDIS_TIMEOUT
+                args = [late, room.name, room.end, self.last, self.me, room.here]
+                for said in batch:
+                    args += [said.type, to_json((int(time.time() * 1000), said))]
+                for _ in range(2):
+                    with contextlib.suppress(*self.trouble):
+                        await self.scripts[SAY](keys, args)
+                        batch.clear()
+                        break
+        finally:
+            ended.set()
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
-        room, (at, said) = self.app.room, from_json(entry["said"])
-        numbers = (int(entry[name]) for name in ("place", "after", "last", "members"))
-        place, after, last, members = numbers
-        known = entry["room"] == room.name
+        room, place, (at, said) = self.app.room, int(entry["place"]), from_json(entry["said"])
+        known, after = entry["room"] == room.name, int(entry["after"])
         if known and place < room.end:
             return
         if not known or after > self.last:  # we are new; or messages between are lost
@@ -4363,7 +4109,9 @@ class Cluster:
             room.skip_to(place)
             for reader in room.readers:
                 reader.rewind(place - 1)  # so that each is told of a gap
-        self.last, room.elsewhere = last, members - room.here
+        self.last = place
+        if members := entry.get("members"):  # somebody has come or gone
+            self.last, room.elsewhere = after, int(members) - room.here
         room.add(Said(*said), at, place)
 
     # ── our answers, for others ──
@@ -4427,17 +4175,18 @@ class Cluster:
             entries: Any = await self.redis.xrange(key) or ()
         if name in answers.by_id:
             return answers.by_id[name]  # somebody else asked at the same moment
-        heads = (e.field_values["head"] for e in entries if "head" in e.field_values)
+        told = [entry.field_values for entry in entries]
         try:
-            writer, api, stream, model, polled, digest = from_json(next(heads, ""))
+            head = next((fields["head"] for fields in told if "head" in fields), "")
+            writer, api, stream, model, polled, digest = from_json(head)
             question = Question(APIS[api], b"", stream, model, polled=polled, digest=digest)
         except (ValueError, TypeError, IndexError):
             return None
         copy = answers.begin(self.app.writers, Elsewhere(self, writer), question, name)
         copy.accepted.set()
         self.neighbours.setdefault(writer, Neighbour())
-        self.read[key] = ""
-        self.hear_entries(key, entries)
+        self.read[key] = entries[-1].identifier
+        self.hear(key, told)
         return copy
 
     def hear_answer(self, key: str, entry: Mapping[str, str]) -> None:
@@ -4479,47 +4228,53 @@ class Cluster:
     def counts_of_others(self) -> Counter[str]:
         return sum((n.counts for n in self.neighbours.values()), Counter())
 
-    async def tell(self) -> dict[str, str]:
-        """All that the others need to know of us. Returns what they have told."""
+    def wants(self) -> list[list[str]]:
+        """Other processes' answers: those that are read here, those that are to be stopped."""
         copies = [answer for answer in self.app.answers.open() if answer.model.writer]
-        reads = [copy.name for copy in copies if copy.attendants]
-        counts = self.app.counts()
-        state = to_json([trio.current_time(), counts, reads, sorted(self.stops)])
-        args = [self.me, counts["members"], state]
-        (seconds, micros), told = await self.scripts[TELL]([PROCESSES, *self.read], args)
+        return [[copy.name for copy in copies if copy.attendants], sorted(self.stops)]
+
+    async def tell(self) -> list[list[str]]:
+        """All that the others need to know of us. Returns what it is that we want."""
+        counts, wants = self.app.counts(), self.wants()
+        args = [self.me, counts["members"], to_json([counts, *wants])]
+        seconds, micros = await self.scripts[TELL]([PRESENCE, STATE, *self.read], args)
         self.offset = int(seconds) + int(micros) / 1e6 - trio.current_time()
-        return dict(zip(told[::2], told[1::2], strict=True))
+        return wants
 
     async def beat(self) -> None:
-        """Tell, and hear the others. One that is silent while we and Redis live is gone."""
+        """Our state, once a second and when somebody begins or ceases to want something."""
         while True:
             told = await self.tell()
-            names = {name for name in told if ":" not in str(name)} | self.neighbours.keys()
-            for name in names - {self.me}:
-                neighbour = self.neighbours.setdefault(name, Neighbour())
-                neighbour.silent += 1
-                if told.get(name, neighbour.state) != neighbour.state:
-                    neighbour.silent, neighbour.state = 0, told[name]
-                    self.hear(PROCESSES, self.hear_state, [neighbour])
-                elif neighbour.silent > BEATS_MISSED:
-                    await self.bury(name, told.get(f"members:{name}", "0"))
-            await trio.sleep(BEAT)
+            for name in [name for name, n in self.neighbours.items() if n.silent > SILENCE]:
+                await self.bury(name)
+            with trio.move_on_after(BEAT):
+                while self.wants() == told:  # noqa: ASYNC110
+                    await trio.sleep(WANTS_EVERY)
 
-    def hear_state(self, neighbour: Neighbour) -> None:
-        _, counts, reads, stops = from_json(neighbour.state)
-        by_id, counts = self.app.answers.by_id, Counter(counts)
+    def hear_state(self, entry: Mapping[str, str]) -> None:
+        if entry["from"] == self.me:
+            now = trio.current_time()
+            for neighbour in self.neighbours.values():
+                # While Redis or we stood still, it was not silent.
+                neighbour.silent += min(now - self.beaten, BEAT)
+            self.beaten = now
+            return
+        counts, reads, stops = from_json(entry["state"])
+        by_id, counts = self.app.answers.by_id, {what: int(n) for what, n in counts.items()}
         ours = {by_id[name] for name in by_id.keys() & reads if not by_id[name].model.writer}
+        neighbour = self.neighbours.setdefault(entry["from"], Neighbour())
         for answer in ours - neighbour.reads:
             answer.attend()
         for answer in neighbour.reads - ours:
             answer.leave()
-        neighbour.counts, neighbour.reads = counts, ours
-        # It waits for the end of one that has ended: Redis has lost it.
-        self.mirrored = {answer: 0 for answer in ours if answer.closed} | self.mirrored
+        neighbour.silent, neighbour.counts, neighbour.reads = 0, Counter(counts), ours
+        for answer in ours:
+            if answer.closed:  # and still it is read: Redis may have lost its end
+                self.mirrored.setdefault(answer, answer.end)
         for name in by_id.keys() & stops:
             self.app.answers.stop(by_id[name], stopped())
 
-    async def bury(self, name: str, members: str) -> None:
+    async def bury(self, name: str) -> None:
         """What a process that is gone has left: readers, answers, members."""
         while reads := self.neighbours[name].reads:
             reads.pop().leave()
@@ -4527,8 +4282,8 @@ class Cluster:
             if copy.model.writer == name:  # we write its end, for all who read it
                 self.mirrored[copy] = copy.end
                 copy.finish(upstream_problem("the server that wrote this answer is gone"))
-        first = await self.redis.hdel(PROCESSES, [name, f"members:{name}"])
-        if first and members != "0":  # no other process tells it
+        members = await self.redis.hget(PRESENCE, name)
+        if await self.redis.hdel(PRESENCE, [name]) and members != "0":  # nobody else tells it
             with contextlib.suppress(Problem):
                 await self.store(Said("left", f"{members} members"))
         del self.neighbours[name]
@@ -4539,19 +4294,19 @@ class Cluster:
             block = FOLLOW_BLOCK if self.caught_up.is_set() else None
             news: Any = await self.redis.xread(self.read, count=500, block=block)
             for key, entries in (news or {}).items():
-                self.hear_entries(key, entries)
+                self.hear(key, [entry.field_values for entry in entries])
+                if entries[-1].identifier.startswith("18446744073709551615"):
+                    await self.redis.delete([key])  # nothing can be added to it any more
+                    self.read[key] = "0-0"
+                elif key in self.read:
+                    self.read[key] = entries[-1].identifier
             if not news:
                 self.caught_up.set()
 
-    def hear_entries(self, key: str, entries: Any) -> None:
-        if key in self.read:
-            last = entries[-1].identifier
-            self.read[key] = "0-0" if last.startswith("18446744073709551615") else last
-        take = self.hear_room if key == ROOM else functools.partial(self.hear_answer, key)
-        self.hear(key, take, (entry.field_values for entry in entries))
-
-    def hear(self, key: str, take: Callable[[Any], None], told: Iterable[Any]) -> None:
+    def hear(self, key: str, told: list[Any]) -> None:
         """What is foreign or broken is skipped: it must not end what we do."""
+        takers: JSON = {ROOM: self.hear_room, STATE: self.hear_state}
+        take = takers.get(key) or functools.partial(self.hear_answer, key)
         for one in told:
             try:
                 take(one)

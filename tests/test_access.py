@@ -197,6 +197,15 @@ async def test_a_preflight_of_the_clock_is_answered_for_any_origin(demo):
     assert "last-event-id" in response.headers["access-control-allow-headers"].lower()
 
 
+async def test_a_preflight_for_an_odd_header_is_answered(demo):
+    """It cannot be sent back, and no such header can be allowed."""
+    for odd in ("caf\xe9", "x-one, \xff\xfe"):
+        head = {"Access-Control-Request-Headers": odd}
+        response = await fetch("OPTIONS", demo.http + "/v1/models", head)
+        assert response.status == 204
+        assert response.headers["access-control-allow-headers"] == ""
+
+
 async def test_allow_origin_lets_a_page_in(serve):
     flags = ["--allow-origin", "http://one.example", "--allow-origin", "http://two.example"]
     server = serve(*flags)

@@ -222,6 +222,7 @@ async def test_slow_heads_are_closed_in_time(impatient):
 SILENT = {
     "nothing": b"",
     "half a head": b"GET /time HTTP/1.1\r\nHost: local",
+    "half a head behind a request": head("GET", "/time", "Host: localhost") + b"GET /time HT",
     "half a body": head("POST", CHAT, "Host: localhost", "Content-Length: 9") + b"{",
     "half a chunk": head("POST", CHAT, "Host: localhost", "Transfer-Encoding: chunked")
     + b"9\r\nabc",
@@ -281,6 +282,17 @@ async def test_a_question_takes_its_own_size_and_not_that_of_its_parts(serve, up
                 await connection.send(start + body)
         await until(lambda: len(upstream.asked(prompt)) == 20, 60)
         assert resident(server.process.pid) - before < 200 << 20
+
+
+async def test_a_connection_that_waits_keeps_nothing_of_its_last_question(serve):
+    server, body = serve(), b" " * (8 << 20)
+    before = resident(server.process.pid)
+    async with unharmed(server), AsyncExitStack() as stack:
+        for _ in range(10):
+            connection = await stack.enter_async_context(connect(server.http))
+            response = await connection.request("POST", "/nothing", {}, body)
+            assert (await response.read()).status == 404
+        assert resident(server.process.pid) - before < 40 << 20
 
 
 async def test_many_requests_in_one_packet_stop_nobody(serve):

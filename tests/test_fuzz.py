@@ -27,7 +27,7 @@ from kit import (
 from wsproto.frame_protocol import FrameProtocol, ParseFailed
 
 import chatstream
-from chatstream import FrameParser, Problem, SSEParser, WebSocketClose, parse_close, unmask
+from chatstream import FrameParser, Problem, SSEParser, WebSocketClose, parse_close
 
 
 def fuzz(examples):
@@ -131,7 +131,7 @@ def body_by_us(head, pieces):
     with suppress(h11.RemoteProtocolError):
         for n, piece in enumerate(pieces):
             exchange.feed(piece, carried.append)
-            if exchange.done:
+            if exchange.ended.is_set():
                 return b"".join(carried), exchange.rest + b"".join(pieces[n + 1 :])
     return b"".join(carried), None
 
@@ -180,7 +180,8 @@ def client_frames(draw):
         return bytes([head, len(payload) % 126]) + payload  # not masked
     key = draw(st.binary(min_size=4, max_size=4))
     length = frame(0, payload)[1 : -4 - len(payload)]
-    return bytes([head]) + length + key + unmask(payload, key)
+    masked = bytes(byte ^ key[n % 4] for n, byte in enumerate(payload))
+    return bytes([head]) + length + key + masked
 
 
 def heard_by_wsproto(data):
@@ -385,14 +386,15 @@ def test_an_id_is_a_place_of_this_log_or_none(text):
     assert place == (int(n) + 1 if known and len(n) <= 15 else None)
 
 
+FLAGS = st.sampled_from("upstream log-level linger allow-origin port workers redis".split())  # noqa: SIM905
+
+
 @fuzz(300)
-@given(st.text(max_size=30) | st.from_regex(r"https?://[\[\]a-z0-9.:@/?#]{0,20}"))
-def test_hosts_and_flags_are_understood_or_refused(text):
+@given(st.text(max_size=30) | st.from_regex(r"https?://[\[\]a-z0-9.:@/?#]{0,20}"), FLAGS)
+def test_hosts_and_flags_are_understood_or_refused(text, flag):
     assert len(chatstream.split_host(text)) == 2
-    reads = ("base_url", "level", "number", "origin", "port", "workers")
-    for read in (getattr(chatstream, f"to_{name}") for name in reads):
-        with suppress(ValueError):  # the one that its caller awaits
-            read(text)
+    with suppress(chatstream.UsageError):  # the one that its caller awaits
+        chatstream.parse_flags([f"--{flag}={text}"], {})
 
 
 # ------------------------------------------------------------------ the server itself

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 import trio
-from kit import CHAT, OPENAI, ROOT, asking, connect, fetch, raw_member, stream
+from kit import CHAT, OPENAI, ROOT, asking, connect, fetch, program, raw_member, stream
 from trio_websocket import open_websocket_url
 
 LOOPBACK = "127.0.0.1"
@@ -294,6 +294,8 @@ TALK = [{"role": "user", "content": "Hello"}]
         b'{"messages": [{"content": "Hello"}]}',
         b'{"messages": [{"role": 5, "content": "Hello"}]}',
         b'{"messages": [{"role": "user", "content": 5}]}',
+        b'{"messages": [{"role": "user", "content": "Hello"}], "seed": 1e999}',
+        b'{"messages": [{"role": "user", "content": "Hello"}], "seed": ' + b"9" * 10_000 + b"}",
     ],
     ids=lambda body: body[:40].decode("latin-1"),
 )
@@ -352,6 +354,18 @@ async def test_a_chunked_body_over_16_mib_is_413(demo):
         await connection.send(chunk * 256 + b"1\r\n \r\n")
         response = await (await connection.response()).read()
     assert response.status == 413
+
+
+async def test_bodies_that_are_too_much_together_are_503(serve):
+    """Here one is too much alone, and comes in many pieces at once."""
+    server = serve(program=program(BODIES_BYTES=10_000))
+    async with connect(server.http) as connection:
+        head = f"POST {OPENAI} HTTP/1.1\r\nHost: localhost\r\n"
+        await connection.send(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
+        await connection.send((b"3e8\r\n" + b" " * 1000 + b"\r\n") * 50)
+        response = await (await connection.response()).read()
+    assert response.status == 503
+    assert response.error["type"] == "server_busy"
 
 
 async def test_a_body_of_just_16_mib_is_read(demo):

@@ -145,6 +145,12 @@ def fails_with_json_for_a_stream(form):
     return [plain(200, {"error": {"message": words(form)}})]
 
 
+def fails_with_a_failed_response(form):
+    error = {"code": form, "message": words(form)}
+    response = {"id": "resp_1", "object": "response", "status": "failed", "output": []}
+    return [plain(200, response | {"error": error})]
+
+
 def fails_in_mid_stream(form):
     return [*sse(delta("Hello"), {"error": {"message": words(form), "code": form}})]
 

@@ -24,8 +24,10 @@ from chatstream import (
     Pump,
     Reader,
     SSEParser,
+    frame_sse,
     frame_ws,
     frame_ws_plain,
+    gap,
 )
 
 # Nothing here is judged by the clock, so that a busy machine breaks no test.
@@ -126,8 +128,10 @@ def test_an_event_that_does_not_fit_is_missed_by_all():
 
 def test_a_log_that_starts_elsewhere_forgets_what_it_had():
     log = filled(3)
+    assert log.frames(SSE, 0)[1] == 3
     log.skip_to(1000)
     assert (log.start, log.end, log.size) == (1000, 1000, 0)
+    assert log.frames(SSE, 0) == (frame_sse("log", None, gap(1000)), 1000)
     assert log.append("x") == 1000
 
 

@@ -210,6 +210,41 @@ async def test_the_list_is_asked_for_once_by_all_with_the_same_key(serve):
         assert listed == [NAMES] * 7
 
 
+async def test_a_refusal_is_told_to_all_who_wait_and_to_nobody_later(serve):
+    gate = Gate()
+    with Upstream() as upstream:
+        upstream.other = lambda heard: [gate, plain(429, {"error": {"message": "Later."}})]
+        server = serve("--upstream", upstream.url)
+        told = []
+
+        async def look():
+            told.append((await fetch("GET", server.http + "/v1/models")).status)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(look)
+            await until(lambda: upstream.heard)
+            await trio.sleep(0.2)  # until all of them wait
+            gate.open()
+        assert (told, len(upstream.heard)) == ([429] * 5, 1)
+        upstream.other = catalogue
+        assert (await fetch("GET", server.http + "/v1/models")).status == 200
+
+
+async def test_the_list_comes_though_the_first_to_ask_has_left(serve):
+    gate = Gate()
+    with Upstream() as upstream:
+        upstream.other = lambda heard: [gate, *catalogue(heard)]
+        server = serve("--upstream", upstream.url)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch, "GET", server.http + "/v1/models")
+            await until(lambda: upstream.heard)
+            nursery.cancel_scope.cancel()
+        gate.open()
+        response = await fetch("GET", server.http + "/v1/models")
+        assert [model["id"] for model in response.json["data"]] == NAMES
+
+
 # ------------------------------------------------------------ what is passed through
 
 VECTORS = {

@@ -156,6 +156,7 @@ SAID = data(HELLO) + data(STOP) + DONE
 FRAMINGS = {
     "one chunk": b"%x\r\n%b\r\n0\r\n\r\n" % (len(SAID), SAID),
     "extension": b"%x;a=b\r\n%b\r\n0;c\r\n\r\n" % (len(SAID), SAID),
+    "spaces": b"%x ; a = b\r\n%b\r\n0 \r\n\r\n" % (len(SAID), SAID),
     "zeros, capitals": b"000%X\r\n%b\r\n000\r\n\r\n" % (len(SAID), SAID),
     "trailers": b"%x\r\n%b\r\n0\r\nX-Sum: 1\r\nY: 2\r\n\r\n" % (len(SAID), SAID),
     "chunks of a byte": b"".join(b"1\r\n%c\r\n" % c for c in SAID) + b"0\r\n\r\n",
@@ -203,6 +204,8 @@ BROKEN_FRAMINGS = {
     "too long by far": HALF + b"f" * 40 + b"\r\n" + b"x" * 100,
     "no end of line": HALF + b"5\r\nhelloXX0\r\n\r\n",
     "a line without end": HALF + b"5;" + b"x" * 100_000,
+    "no trailer": HALF + b"0\r\nnothing\r\n\r\n",
+    "trailers without end": HALF + b"0\r\n" + b"a: b\r\n" * 20_000,
 }
 
 
@@ -603,6 +606,29 @@ async def test_a_redirect_is_not_followed(relay, upstream, path):
             response = await fetch("POST", relay.http + path, None, ask(prompt))
             assert response.status == 502
         assert not elsewhere.heard
+
+
+BEHIND = [b"HTTP/1.1 200 OK\r\n", b"\r\n", b"5\r\nhello\r\n0\r\n\r\n"]
+
+
+@FORMATS
+async def test_what_comes_behind_an_answer_begins_no_other(relay, upstream, path):
+    """Whoever sent it, no answer comes over that connection any more."""
+    for more in BEHIND:
+        *steps, last = answer("Hello")
+        prompt = upstream.script(*steps, last + more)
+        events = await fetch_events("POST", relay.http + path, None, ask(prompt))
+        assert (text_of(events), events[-1].data) == ("Hello", "[DONE]")
+        await until(lambda prompt=prompt: upstream.asked(prompt)[0].closed_at, 1)
+
+
+async def test_an_upstream_that_talks_on_after_its_answer_is_left(serve, upstream):
+    server = serve("--upstream", upstream.url, "--model", "m")
+    steps = [step for _ in range(20) for step in (0.3, b": keep-alive\n\n")]
+    prompt = upstream.script(*sse(HELLO, STOP, DONE, *steps))
+    events = await fetch_events("POST", server.http + CHAT, None, ask(prompt))
+    assert events[-1].data == "[DONE]"
+    await until(lambda: upstream.asked(prompt)[0].closed_at, 2.5)
 
 
 async def test_an_upstream_that_closes_idle_connections_is_asked_anew(relay, upstream):

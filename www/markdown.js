@@ -11,7 +11,7 @@
 
 const Markdown = (() => {
   const LONG = 4000; // characters of a paragraph, or of one element of code
-  const ROWS = 200; // of a table, before another one carries on
+  const ROWS = 200; // of a table, or items of a list, before another one carries on
   const DEPTH = 8; // of lists in quotes in lists; of emphasis in emphasis
   const BUDGET = 8; // ms of one frame
 
@@ -106,10 +106,11 @@ const Markdown = (() => {
     addCode(sheet);
   }
 
-  function addCode({ leaf }) {
+  function addCode(sheet) {
+    const { leaf } = sheet;
     leaf.element = leaf.pen = element("code");
     leaf.length = 0;
-    leaf.box.append(element("pre", { dir: "ltr" }, leaf.element));
+    sheet.place(leaf.box, element("pre", { dir: "ltr" }, leaf.element));
   }
 
   function takeCode(sheet, text, isInside) {
@@ -140,7 +141,7 @@ const Markdown = (() => {
   function beginItem(sheet, [mark, indent, number, space], line) {
     const name = number ? "ol" : "ul";
     const { lastChild } = sheet.parent;
-    const isNext = lastChild?.localName === name;
+    const isNext = lastChild?.localName === name && lastChild.childElementCount < ROWS;
     const list = isNext ? lastChild : sheet.add(element(name, number ? { start: number } : {}));
     const width = mark.length - (space.length > 4 ? space.length - 1 : 0) + (space ? 0 : 1);
     const isInside = (next) => isBlank(next) || indentOf(next) >= indent.length + 2;
@@ -224,8 +225,8 @@ const Markdown = (() => {
   function emphasis(m, word) {
     const stop = `${m}\\\\\``;
     const within = `[^${stop}]+(?=[${stop}])|\\\\[^]|\`+[^\`]+\`+(?!\`)|${m}(?=\\s)`;
-    const bold = `(?:${within}|${m}(?![\\s${m}])[^${m}]+${m}){1,99}?`;
-    const italic = `(?:${within}|${m}(?=${word})|${m}${m}(?!\\s)[^${m}]+${m}${m}){1,99}?`;
+    const bold = `(?:${within}|${m}(?![\\s${m}])[^${m}]+${m}){1,49}?`;
+    const italic = `(?:${within}|${m}(?=${word})|${m}${m}(?!\\s)[^${m}]+${m}${m}){1,49}?`;
     const rule = (marks, text, end) => [
       new RegExp(`(?<!${word})(${marks})(?!\\s)(${text})(?<!\\s)${marks}(?!${end})`, "uy"),
       ([, mark, inner], { depth }) => emphasized(mark.length, inner, { depth: depth + 1 }),
@@ -374,7 +375,7 @@ const Markdown = (() => {
         depth += 1;
       }
       const { leaf } = this;
-      const head = leaf?.take === takeText ? leaf.text.split("\n").at(-1) : "";
+      const head = leaf?.take === takeText ? leaf.text.slice(leaf.text.lastIndexOf("\n") + 1) : "";
       if (isTable(head, text)) return this.putTable(depth, head, text);
       if (leaf?.take(this, text, depth === this.containers.length)) return;
       this.end(depth);

@@ -84,8 +84,8 @@ class NotesServer(Server):
         await super().end()
 
 
-NOTES = {"GET": Route(Notes.get_notes, OWN), "POST": Route(Notes.post_note, OWN)}
-WITH_NOTES = ROUTES | {re.compile("/notes"): NOTES}
+HANDLERS = {"GET": Notes.get_notes, "POST": Notes.post_note}
+WITH_NOTES = [*ROUTES, Route(re.compile("/notes"), OWN, HANDLERS)]
 
 
 class Patient(App):
@@ -105,11 +105,7 @@ SOLUTIONS = {
     "typing": {"Member": Typist},
     "model": {"Demo": TwoModels},
     "poll": {"Member": Voter},
-    "endpoint": {
-        "App": Notes,
-        "Server": NotesServer,
-        "ROUTES": ROUTES | {re.compile("/notes"): NOTES},
-    },
+    "endpoint": {"App": Notes, "Server": NotesServer, "ROUTES": WITH_NOTES},
     "rate": {"App": Patient},
 }
 

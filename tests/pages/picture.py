@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from kit import Server, launched, wait_until  # noqa: E402 (found only now)
 
-SIZE = {"width": 680, "height": 760}
+SIZE = {"width": 680, "height": 890}
 SIDE_BY_SIDE = """<body style="display: flex; gap: 2px; margin: 0; background: #dcded6">
 <img src="{}" width="680"><img src="{}" width="680">"""
 

@@ -1208,9 +1208,6 @@ class Http1:
         chunked = self.conn.their_http_version == b"1.1"
         return Reader(log, self.wire, SSE_CHUNKED if chunked else SSE, start)
 
-    async def discard(self) -> None:
-        """Nobody will read the rest of the body: this connection ends."""
-
     async def refuse(self, problem: Problem | h11.RemoteProtocolError) -> None:
         """Answer what cannot be accepted as a request, if no response has begun."""
         if isinstance(problem, h11.RemoteProtocolError):
@@ -1955,7 +1952,6 @@ class App:
     async def refuse(self, request: Request, problem: Problem) -> None:
         headers, body = problem_response(problem)
         await request.respond(problem.status, body, headers)
-        await request.connection.discard()
 
     async def route(self, request: Request) -> None:
         """Who asks, may they, and what for: in this order, after the whole body.
@@ -3694,9 +3690,6 @@ class Http2Stream:
 
     async def disconnected(self) -> None:
         await self.gone.wait()
-
-    async def discard(self) -> None:
-        """The end of the stream tells the client to send no more."""
 
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         pairs = [*headers.items(), ("date", http_date(int(time.time())))]

@@ -831,11 +831,6 @@ def server_stopping() -> Problem:
     return Problem(503, "the server is stopping: ask again", "server_stopping", headers=retry)
 
 
-def too_busy() -> Problem:
-    message = "too many answers are under way: try again in a moment"
-    return Problem(503, message, "server_busy", headers={"retry-after": "5"})
-
-
 class Model:
     """Whoever writes answers: an upstream, the demo, or another process."""
 
@@ -911,18 +906,20 @@ class Answers:
         If all places are taken, the one that nobody has attended for the longest time
         is stopped.
         """
+        busy = "too many answers are under way: try again in a moment"
+        too_busy = Problem(503, busy, "server_busy", headers={"retry-after": "5"})
         background = sum(answer.question.background for answer in self.running)
         if question.background and background >= ANSWERS_BACKGROUND:
-            raise too_busy()
+            raise too_busy
         if len(self.open()) >= ANSWERS_RUNNING:
             alone = [answer for answer in self.open() if not answer.attendants]
             if not alone:
-                raise too_busy()
+                raise too_busy
             self.stop(min(alone, key=lambda a: a.scope.deadline), abandoned())
         size = len(question.body) + ANSWER_OVERHEAD
         if not self.account(size):
             self.held -= size
-            raise too_busy()
+            raise too_busy
         name = name or secrets.token_hex(16)
         answer = Answer(name, question, model, self.linger, self.on_news, self.account)
         answer.size = size

@@ -3895,7 +3895,8 @@ end
 # A command is not taken back when we give up waiting for its reply: a Redis that was
 # frozen would carry it out on waking up, after the sender has been told to say it again.
 # So it comes with a time, on Redis's clock, after which it is void. That time also
-# names the batch: one that is sent again is not stored again.
+# names the batch: one that is sent again is not stored again. Only an entry of somebody
+# who comes or goes has `members`; 1000 is ROOM_EVENTS, 50 is ROOM_COMINGS.
 SAY = """
 local room, comings, presence, stored = unpack(KEYS)
 local late, our_name, our_end, our_last, me, here = unpack(ARGV)
@@ -3909,7 +3910,7 @@ local members = 0
 for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumber(n) or 0) end
 local tail = last_entry(room, 'place')
 local name, place = tail.room or our_name, (tail.place or -1) + 1
-local last = tail.members and tail.after or tail.place or -1  -- message
+local last = tail.members and tail.after or tail.place or -1  -- the last message's place
 if name == our_name and place < tonumber(our_end) then
   -- Redis has lost what we have heard: go on where no process can have been.
   place, last = our_end + 1000, our_last
@@ -3996,10 +3997,10 @@ class Cluster:
 
         self.app = app
         self.me = secrets.token_hex(8)
-        once = coredis.retry.NoRetryPolicy()
-        limits: JSON = {"connect_timeout": 1, "stream_timeout": REDIS_TIMEOUT, "retry_policy": once}
+        options: JSON = {"connect_timeout": 1, "stream_timeout": REDIS_TIMEOUT}
+        options["retry_policy"] = coredis.retry.NoRetryPolicy()  # else a timeout counts thrice
         self.redis: coredis.Redis[str]
-        self.redis = coredis.Redis.from_url(url, decode_responses=True, **limits)
+        self.redis = coredis.Redis.from_url(url, decode_responses=True, **options)
         register = self.redis.register_script
         self.scripts: JSON = {text: register(LUA + text) for text in (SAY, MIRROR, TELL)}
         self.trouble = (coredis.exceptions.RedisError, OSError)
@@ -4013,18 +4014,21 @@ class Cluster:
         self.caught_up = trio.Event()
         self.warned: set[str] = set()  # of these streams
         # What we have to say
-        self.batch: list[Said] = []  # goes in one round trip, and is emptied if it is stored
+        self.batch: list[Said] = []  # for one round trip; say() empties it if it is stored
         self.batch_ended = trio.Event()
         self.saying = trio.Lock()
         self.mirrored: dict[Answer, int] = {}  # how many of their events are stored
         self.stops: set[str] = set()  # copies that somebody here wants stopped
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Everything that this process does for the others, and they for it."""
+        """All that this process does for the others, and they for it.
+
+        No client comes before we know what was said, unless Redis is away.
+        """
         async with self.redis, trio.open_nursery() as nursery:
             nursery.start_soon(self.keep_in_touch)
-            with trio.move_on_after(REDIS_TIMEOUT):  # or begin without it
-                await self.caught_up.wait()  # with what was said before the first client comes
+            with trio.move_on_after(REDIS_TIMEOUT):
+                await self.caught_up.wait()
             task_status.started()
 
     async def keep_in_touch(self) -> None:
@@ -4066,7 +4070,7 @@ class Cluster:
         except trio.Cancelled:  # said is said, and its sender must hear of a failure
             with trio.CancelScope(shield=True):  # to enter one for each would take 5 us
                 await ended.wait()
-        if batch:
+        if batch:  # not emptied
             away = "the room cannot store messages at the moment: say it again later"
             raise Problem(503, away, "server_error", code="not_stored")
 
@@ -4137,7 +4141,7 @@ class Cluster:
                 self.app.answers.stop(answer, upstream_problem(gone))  # if it goes on here
 
     def news(self, answer: Answer) -> list[str | int]:
-        """The end of an answer goes with its last events."""
+        """What MIRROR is told of it. The end of an answer goes with its last events."""
         asked, problem, ending = answer.question, answer.problem, ""
         writer, api = answer.model.writer or self.me, APIS.index(asked.api)
         head = [writer, api, asked.stream, asked.model, asked.polled, asked.digest]

@@ -694,8 +694,9 @@ def test_two_tabs_that_ask_at_once_keep_both_questions(profile, model, upstream,
     tabs = [profile.open(from_http(model)) for _ in range(2)]
     gate = Gate()
     prompts = [upstream.script(*answer(f"{n} ", gate, "end.")) for n in "AB"]
+    for tab in tabs:  # neither hears of the other's question
+        tab.evaluate("window.deaf = true")
     for tab, prompt in zip(tabs, prompts, strict=True):
-        tab.evaluate("window.deaf = true")  # neither has heard of the other's question
         ask(tab, prompt)
     for tab in tabs:
         tab.evaluate(HEARS_AGAIN)

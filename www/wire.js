@@ -36,11 +36,12 @@ const wire = (() => {
     drawing = 0;
     $("wire-empty").hidden = [...connections.keys()].some((name) => VIEWS[name] === shown);
     for (const [name, connection] of connections) {
-      const { rows } = connection;
-      const list = (connection.list ??= makeList(name, connection));
-      list.parentNode.hidden = VIEWS[name] !== shown;
+      connection.list ??= makeList(name, connection);
+      connection.list.parentNode.hidden = VIEWS[name] !== shown;
+    }
+    for (const { rows, list, follows } of connections.values()) { // now each has its height
       for (const row of rows.filter(({ item }) => !item)) list.append((row.item = makeItem(row)));
-      if (connection.follows) list.scrollTop = list.scrollHeight;
+      if (follows) list.scrollTop = list.scrollHeight;
     }
   }
 

@@ -66,6 +66,7 @@ import json
 import logging
 import mimetypes
 import os
+import posixpath
 import random
 import re
 import secrets
@@ -1678,7 +1679,8 @@ class Request:
             self.headers["host"] = absolute[1]
             text = text[absolute.end() :]
         path, _, query = text.partition("?")
-        self.path = re.sub("/+", "/", unquote(path)).rstrip("/") or "/"
+        # Without `..`: the name of a model goes on to the upstream, with the server's key.
+        self.path = posixpath.normpath("/" + unquote(path).lstrip("/"))
         self.query = parse_query(query)
         self.body = b""
         self.extra: dict[str, str] = {}  # headers for the response, such as CORS
@@ -2727,7 +2729,7 @@ class Relay:
         for n, choice in enumerate(choices if isinstance(choices, list) else ()):
             if isinstance(choice, dict):
                 index = str(choice.get("index", n))
-                if choice.get("finish_reason") is not None:
+                if choice.get("finish_reason"):  # "" is none: some send it with each chunk
                     self.choices[index] = True
                 elif index not in self.choices:
                     self.choices[index] = False
@@ -3025,6 +3027,7 @@ PASSED_BACK = re.compile(
 )
 LIKE_A_STREAM = re.compile(rb"(\xef\xbb\xbf)?\s*(data|event|id|retry)?:")
 NOT_JSON = re.compile(rb"(\xef\xbb\xbf)?+\s*+[^\s{\[]")
+CODINGS = re.compile("gzip|deflate|compress|br|zstd")  # other names, such as "none", mean nothing
 CUT = (trio.BrokenResourceError, OSError, h11.RemoteProtocolError)  # of an exchange
 Headers = dict[str, str]
 
@@ -3090,7 +3093,7 @@ class Exchange:
         if self.status not in (204, 304):
             self.chunked = "transfer-encoding" in self.headers
             self.left = 0 if self.chunked else int(self.headers.get("content-length", sys.maxsize))
-        self.coded = self.headers.get("content-encoding", "").lower() not in ("", "identity")
+        self.coded = bool(CODINGS.search(self.headers.get("content-encoding", "").lower()))
         self.rest = b"\r\n" + body if self.chunked else body
         if not (self.chunked or self.left):
             self.ended.set()
@@ -3156,8 +3159,11 @@ class Exchange:
 
     def passed_back(self) -> Headers:
         """What of its headers goes on to the client."""
-        headers = self.headers.items()
-        return {k: hide(v, self.secrets) for k, v in headers if PASSED_BACK.fullmatch(k)}
+        return {
+            name: hide(value, self.secrets)
+            for name, value in self.headers.items()
+            if PASSED_BACK.fullmatch(name) and value.isascii() and value.isprintable()
+        }
 
 
 class Intake:
@@ -3417,10 +3423,11 @@ class Upstream(Model):
         body, exchange.room = bytearray(), WORDS_BYTES
         with contextlib.suppress(Problem, *CUT), trio.move_on_after(5):
             await self.intake.read(exchange, body.extend)
+        text = body.decode("utf-8-sig", errors="replace")
         try:
-            said = from_json(bytes(body))
+            said = from_json(text)
         except ValueError:
-            said = body.decode(errors="replace")
+            said = text
         status = status if 400 <= status < 600 else 502
         problem = reason_given(status, said, exchange.secrets)
         problem.headers = exchange.passed_back()
@@ -3438,7 +3445,7 @@ class Upstream(Model):
         """The last one kept, if it has not said goodbye. Those that are too old are closed."""
         while self.idle:
             wire, since = self.idle.pop()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*CUT):
                 if since > trio.current_time() - IDLE_WIRE_KEPT and wire.receive_now() is None:
                     return wire
             wire.close()

@@ -66,7 +66,6 @@ import json
 import logging
 import mimetypes
 import os
-import posixpath
 import random
 import re
 import secrets
@@ -1679,8 +1678,7 @@ class Request:
             self.headers["host"] = absolute[1]
             text = text[absolute.end() :]
         path, _, query = text.partition("?")
-        # Without `..`: the name of a model goes on to the upstream, with the server's key.
-        self.path = posixpath.normpath("/" + unquote(path).lstrip("/"))
+        self.path = re.sub("/+", "/", unquote(path)).rstrip("/") or "/"
         self.query = parse_query(query)
         self.body = b""
         self.extra: dict[str, str] = {}  # headers for the response, such as CORS
@@ -2191,9 +2189,11 @@ class App:
                     raise Problem(400, wrong, param="Last-Event-ID")
                 start = place
             request.extra |= {"x-answer-id": answer.name, **answer.headers}
-            if answer.closed and start == answer.end and request.method != "POST":
+            seen = answer.closed and start == answer.end
+            if seen and last_event_id != answer.name and request.method != "POST":
                 # To an EventSource this says: do not come back (HTML standard 9.2.3).
-                # A client that repeats a POST would take it for a failure.
+                # A client that repeats a POST would take it for a failure, and so does
+                # OpenAI's SDK for Node, which names no event but a sequence_number.
                 return await request.respond(204)
             await self.stream(request, answer, start, last_event_id)
 
@@ -3341,6 +3341,8 @@ class Upstream(Model):
         return shown.reply
 
     async def model(self, name: str, headers: Headers) -> Reply:
+        if ".." in name.split("/"):  # it would lead elsewhere, with the server's key
+            raise Problem(404, "no model is called so", code="model_not_found", param="model")
         if not self.settings.model:
             return await self.short(f"/models/{quote(name)}", headers)
         return Reply(to_json(model_object(self.choose(name))))
@@ -4427,13 +4429,13 @@ def complete(settings: JSON, environ: Mapping[str, str]) -> Settings:
 
 
 def split_url(url: str, *schemes: str) -> SplitResult | None:
-    """Its parts, if it has one of these schemes, and a host."""
+    """Its parts, if it is in ASCII and has one of these schemes, and a host."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in schemes and parts.hostname and parts.port != 0
     except ValueError:
         return None
-    return parts if good else None
+    return parts if good and re.fullmatch("[!-~]+", url) else None
 
 
 def base_url(text: str) -> str:
@@ -4441,7 +4443,7 @@ def base_url(text: str) -> str:
     if not text:
         return ""
     parts = split_url(text, "http", "https")
-    if not parts or "@" in parts.netloc or not re.fullmatch("[!-~]+", text):
+    if not parts or "@" in parts.netloc:
         wanted = "a base URL in ASCII, such as http://host:port/v1, with no key in it"
         raise UsageError(f"--upstream or OPENAI_BASE_URL must be {wanted}")
     path = parts.path.rstrip("/") or ("" if parts.query else "/v1")

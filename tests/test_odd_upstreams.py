@@ -632,6 +632,8 @@ UNUSABLE = {
     "a key with an end of line inside": {"OPENAI_API_KEY": "sk-0123\r\n456789"},
     "a key not in ASCII": {"OPENAI_API_KEY": "sk-0123456\u4f60789"},
     "a proxy that is none": {"HTTP_PROXY": "socks5://127.0.0.1:9"},
+    "a proxy with a blank inside": {"HTTP_PROXY": "http://127.0.0.1 :9"},
+    "a proxy not in ASCII": {"HTTP_PROXY": "http://\u4f60..:9"},
 }
 
 

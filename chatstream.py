@@ -3270,7 +3270,8 @@ class Upstream(Model):
         """Everything that a willing upstream says. Its first bytes tell what it is."""
         question, answer.headers = answer.question, exchange.passed_back()
         relay, parser = Relay(answer, self.metrics, exchange.secrets), SSEParser(EVENT_BYTES)
-        kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
+        named = exchange.headers.get("content-type", "")
+        kind = named.partition(";")[0].strip().lower()
         begins = NOT_JSON if kind == "text/event-stream" else LIKE_A_STREAM
         if question.stream == (begins is NOT_JSON) and not question.polled:
             answer.accepted.set()  # a polled one is answered when its response has a name
@@ -3299,7 +3300,8 @@ class Upstream(Model):
                 relay.take(ServerSentEvent("[DONE]", "message"))
             relay.end()
         elif kind == "text/html" or (kind != "application/json" and NOT_JSON.match(first)):
-            raise upstream_problem(f"the upstream sent {kind or 'nothing'!r}, not an answer")
+            shown = clean_words(named, exchange.secrets) or "nothing"
+            raise upstream_problem(f"the upstream sent {shown!r}, not an answer")
         else:
             relay.take_whole(first.decode("utf-8-sig", errors="replace"))
 

@@ -397,6 +397,7 @@ class Outlet:
     rest: memoryview | bytes = b""  # what the socket has not taken yet
     sent: int = 0  # bytes
     stuck: bool = False  # the peer takes nothing any more
+    patience: float = 0  # seconds that it may take nothing; 0: STUCK_TIMEOUT
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
@@ -434,14 +435,15 @@ class Outlet:
         need longer than our limit for that. So what counts is what it acknowledges.
         """
         unread, since = self._unacknowledged(), trio.current_time()
-        while trio.current_time() - since < STUCK_TIMEOUT:
+        patience = self.patience or STUCK_TIMEOUT
+        while trio.current_time() - since < patience:
             with trio.move_on_after(LOOK_EVERY):
                 return await trio.lowlevel.wait_writable(self.socket)
             before, unread = unread, self._unacknowledged()
             if unread < before:
                 since = trio.current_time()
         self.stuck = True
-        raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
+        raise Stuck(f"it read nothing for {patience:g} s")
 
     def _unacknowledged(self) -> int:
         """Bytes not acknowledged by the peer: tcp(7), SIOCOUTQ. 0 where nobody can tell."""
@@ -3475,15 +3477,15 @@ class Upstream(Model):
         stream = await trio.open_tcp_stream(to.hostname or "", port)
         sock = socket.socket(fileno=stream.socket.detach())
         sock.setblocking(False)
-        watch_for_life(sock, VANISHED_TIMEOUT)
-        wire = Wire(sock)
+        watch_for_life(sock, VANISHED_TIMEOUT, may_wait=True)
+        wire = Wire(sock, patience=self.settings.patience)
         try:
             if tls := self.tls:
                 if self.proxy:
                     await self.tunnel(wire)
                 host = self.url.hostname
                 sock = tls.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=host)
-                wire = Wire(sock)
+                wire = Wire(sock, patience=self.settings.patience)
                 await shake_tls(sock)
         except BaseException:
             wire.close()
@@ -3512,12 +3514,17 @@ def unreachable(error: BaseException) -> str:
     return os.strerror(number) if number else "no connection"
 
 
-def watch_for_life(sock: socket.socket, seconds: int) -> None:
-    """Let the system notice a peer whose network is gone, where it can (tcp(7))."""
+def watch_for_life(sock: socket.socket, seconds: int, may_wait: bool = False) -> None:
+    """Let the system notice a peer whose network is gone, where it can (tcp(7)).
+
+    TCP_USER_TIMEOUT also ends a peer that is there and does not read: an upstream that is
+    busy, or still loading its model, may wait with a long question.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", seconds // 3), ("TCP_KEEPINTVL", seconds // 6),
-        ("TCP_USER_TIMEOUT", seconds * 1000), ("TCP_NODELAY", 1),
+        ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 0 if may_wait else seconds * 1000),
+        ("TCP_NODELAY", 1),
     ):  # fmt: skip
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -34,6 +34,7 @@ from kit import (
     need_module,
     openai_client,
     plain,
+    program,
     run_to_exit,
     sse,
     stream,
@@ -376,6 +377,25 @@ async def test_silence_before_a_whole_answer_is_a_504(impatient, upstream):
     response = await fetch("POST", impatient.http + OPENAI, None, asking(prompt))
     assert response.status == 504
     assert len(upstream.asked(prompt)) == 1
+
+
+class Late(Background):
+    """It is busy with something else, and reads a question two seconds late."""
+
+    async def handle(self, transport):
+        await trio.sleep(2)
+        connection = Connection(transport)
+        head = (await connection.up_to(b"\r\n\r\n")).lower()
+        await connection.exactly(int(head.partition(b"content-length: ")[2].split()[0]))
+        await transport.send_all(b"".join(answer("Hello")))
+
+
+@STREAMED
+async def test_a_long_question_may_be_read_late(serve, path):
+    with Late() as late:
+        url = f"http://127.0.0.1:{late.port}/v1"
+        server = serve("--upstream", url, "--model", "m", program=program(STUCK_TIMEOUT=1))
+        assert_whole(await events_of(server, path, "A" * (8 << 20)))
 
 
 # ----------------------------------------------------------------------------- sizes

@@ -3621,6 +3621,7 @@ class Demo(Model):
         relay = Relay(answer, self.metrics)
         make = demo_response if question.api is RESPONSES else demo_chat
         *events, whole = make(self.words(asked), prompt, asked)
+        del asked  # objects: many times the question's bytes, and the answer takes its time
         if not question.stream:
             await trio.sleep(self.PACE)
             return relay.take_whole(to_json(whole))

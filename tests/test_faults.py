@@ -348,6 +348,17 @@ async def test_no_bytes_of_one_client_hold_the_others_up(serve, name):
     assert "held:" not in server.stderr_text(), server.stderr_text()
 
 
+async def test_the_demo_keeps_no_question_while_it_answers(serve):
+    server = serve()
+    question = json.dumps({"messages": [{"role": "user", "content": "a"}] * 100_000}).encode()
+    before = resident(server.process.pid)
+    async with unharmed(server), AsyncExitStack() as stack:
+        for _ in range(8):
+            url = server.http + CHAT
+            await (await stack.enter_async_context(stream("POST", url, None, question))).event()
+        assert resident(server.process.pid) - before < 120 << 20
+
+
 async def test_a_number_without_end_is_no_fault_of_the_demo(demo):
     question = (
         json.dumps(asking("Hello", model="demo"))[:-1].encode() + b', "seed": ' + b"9" * 5000 + b"}"

@@ -223,9 +223,8 @@ class EventLog:
 
     def backwards(self, types: Iterable[str]) -> Iterator[tuple[int, Event]]:
         """The first event, and all of these types, each with its place; the last one first."""
-        for index in range(len(self._events) - 1, -1, -1):
-            event = self._events[index]
-            if index == 0 or (event.__class__ is Event and event.type in types):
+        for index in reversed(range(len(self._events))):
+            if index == 0 or getattr(self._events[index], "type", "") in types:
                 yield self._at(index)
 
     def id(self, place: int) -> str:

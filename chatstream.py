@@ -221,6 +221,12 @@ class EventLog:
     def __getitem__(self, place: int) -> Event:
         return self._at(self._index(place))[1]
 
+    def backwards(self, types: Iterable[str]) -> Iterator[tuple[int, Event]]:
+        """The first event, and all of these types, each with its place; the last one first."""
+        for index in reversed(range(len(self._events))):
+            if index == 0 or getattr(self._events[index], "type", "") in types:
+                yield self._at(index)
+
     def id(self, place: int) -> str:
         return f"{self.name}-{place}"
 
@@ -1018,8 +1024,12 @@ class Wire(Outlet):
     waiting_since: float = inf  # when we began to wait for bytes; inf: we do not
 
     async def receive(self) -> bytes:
-        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated."""
+        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated.
+
+        Always a checkpoint: a client that sends faster than we read stops nobody.
+        """
         self.waiting_since = trio.current_time()
+        await trio.lowlevel.checkpoint()
         while (data := self.receive_now()) is None:
             await trio.lowlevel.wait_readable(self.socket)
         self.waiting_since = inf
@@ -1267,8 +1277,11 @@ class FrameParser:
         self._buffer += data
 
     def next(self) -> tuple[int, str | bytes] | None:
-        """A whole message, text as str, or a control frame. None: feed me more."""
-        while frame := self._next_frame():
+        """A whole message, text as str, or a control frame. None: feed me more.
+
+        CONTINUATION stands for a fragment that is not the last one.
+        """
+        if frame := self._next_frame():
             final, opcode, payload = frame
             if opcode >= CLOSE:
                 return opcode, payload
@@ -1286,6 +1299,7 @@ class FrameParser:
                 text, opcode = "".join(self._parts), self._opcode
                 self._opcode, self._size, self._parts = CONTINUATION, 0, []
                 return opcode, text if opcode == TEXT else b""  # which nobody wants
+            return CONTINUATION, b""
         return None
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
@@ -1363,7 +1377,7 @@ def frame_ws_plain(suffix: str, name: str, place: int | None, event: Event) -> b
 def check_handshake(request: Request) -> None:
     """Refuse what trio-websocket would fail on (RFC 6455, section 4.2.1)."""
     headers = request.headers
-    upgrades = re.split(r"\s*,\s*", headers.get("connection", "").lower())
+    upgrades = map(str.strip, headers.get("connection", "").lower().split(","))
     if request.method != "GET" or request.version != "1.1" or "upgrade" not in upgrades:
         raise Problem(400, "a WebSocket begins with GET, HTTP/1.1 and Connection: Upgrade")
     if headers.get("sec-websocket-version") != "13":
@@ -1423,7 +1437,7 @@ def clean_name(name: str) -> str:
     A tower of combining marks is cut to two; a guest has a number.
     """
     shown, marks = "", 0
-    for c in filter(str.isprintable, INVISIBLE.sub("", unicodedata.normalize("NFKC", name))):
+    for c in filter(str.isprintable, INVISIBLE.sub("", unicodedata.normalize("NFKC", name[:500]))):
         is_mark = unicodedata.combining(c) or unicodedata.category(c) == "Me"
         marks = marks + 1 if is_mark else 0
         if marks <= 2:
@@ -1502,7 +1516,7 @@ class Member(Reader):
                     self.owed = frame_ws(cast(bytes, payload), PONG)
                 elif opcode == CLOSE:
                     raise parse_close(cast(bytes, payload))
-                elif opcode != PONG:
+                elif opcode not in (PONG, CONTINUATION):
                     self.chatter = 0
                     self.turn = max(self.turn, trio.current_time()) + 1 / (rate or inf)
                     await self.pass_on(say, payload)
@@ -1561,7 +1575,8 @@ class Member(Reader):
 
 BODY_BYTES, BODY_SILENCE, BODY_TIMEOUT = 16 * MiB, 10, 120
 BODIES_BYTES = 64 * MiB  # what has come of all the bodies being read
-BODY_BRACKETS, BODY_COMMAS = 300_000, 1_000_000  # parsing takes 0.1 s at these limits
+BODY_BRACKETS, BODY_COMMAS = 300_000, 1_000_000  # parsing takes 0.1 s at these limits,
+BODY_COLONS = 300_000  # because each name is remembered
 SSE_RETRY = 2  # seconds
 SSE_HEADERS = {
     "content-type": "text/event-stream",
@@ -1633,7 +1648,7 @@ class BodyBudget:
         """
         length = request.headers.get("content-length", "")
         announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
-        body, end = bytearray(), trio.current_time() + BODY_TIMEOUT
+        body, end, turn = bytearray(), trio.current_time() + BODY_TIMEOUT, Turn()
         close = {"connection": "close"}  # what is left of the body would come next
         with trio.CancelScope() as scope:
             self.scopes[scope] = None
@@ -1649,6 +1664,7 @@ class BodyBudget:
                     self.size += len(data)
                     if self.size > BODIES_BYTES and self.scopes:
                         self.scopes.popitem(last=False)[0].cancel()
+                    await turn.pause()  # a packet may have thousands of pieces
             finally:
                 self.scopes.pop(scope, None)
                 self.size -= len(body)
@@ -2580,7 +2596,7 @@ def clean_words(text: str, secrets: Iterable[str]) -> str:
     A key with a tag inside would be put together by stripping, and a key that is cut in half
     could not be found.
     """
-    text = re.sub(r"(?is)<(script|style)\b[^<>]*>.*?</\1>", " ", text)
+    text = re.sub(r"(?is)<(script|style)\b[^<>]*>.*?(</\1>|\Z)", " ", text)
     text = html.unescape(re.sub("</?[A-Za-z!][^<>]*>", "", text))
     text = " ".join(hide(text, secrets).split())
     return text if len(text) <= WORDS_CHARACTERS else text[:WORDS_CHARACTERS] + "..."
@@ -2597,8 +2613,9 @@ def hide(text: str, secrets: Iterable[str]) -> str:
 @functools.lru_cache(100)
 def key_pattern(secret: str) -> re.Pattern[str]:
     codes = ((re.escape(c), f"{ord(c):02x}") for c in secret)
-    return re.compile(
-        "".join(rf"\\*(?:{c}|(?i:u00{code}|x{code}|%(?:25)*{code}))" for c, code in codes)
+    return re.compile(  # not from each of many backslashes: that takes quadratic time
+        r"(?<!\\)"
+        + "".join(rf"\\*(?:{c}|(?i:u00{code}|x{code}|%(?:25)*{code}))" for c, code in codes)
     )
 
 
@@ -2616,8 +2633,9 @@ class JsonBody:
 
     def __init__(self, raw: bytes) -> None:
         brackets = raw.count(b"{") + raw.count(b"[")
-        if brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS:
-            raise Problem(413, "the body has too many brackets or commas: send less")
+        many = brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS
+        if many or raw.count(b":") > BODY_COLONS:
+            raise Problem(413, "the body has too many brackets, commas or colons: send less")
         try:
             self.fields = from_json(raw, CHECKER)
         except ValueError as error:
@@ -2917,17 +2935,19 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
     Or as it stood when its log had that end.
     """
     items: list[Any] = []
-    for place in range(int(min(answer.end, end)) - 1, answer.start - 1, -1):
-        event = answer[place]
+    for place, event in answer.backwards(RESPONSE_STATES | {"response.output_item.done"}):
+        if place >= end:
+            continue
         if event.type == "response.output_item.done":
             item = from_json(event.data).get("item")
-            items[:0] = [item] if isinstance(item, dict) else []
-        elif event.type in RESPONSE_STATES or place == answer.start:
+            items += [item] if isinstance(item, dict) else []
+        else:
             response = from_json(event.data).get("response")
             if isinstance(response, dict):
-                return response if event.type in RESPONSE_ENDS else response | {"output": items}
+                now = {"output": items[::-1]}
+                return response if event.type in RESPONSE_ENDS else response | now
     return {
-        "id": response_id(answer, None), "object": "response", "output": items,
+        "id": response_id(answer, None), "object": "response", "output": items[::-1],
         "created_at": int(time.time()), "status": "in_progress", "tools": [],
         "model": answer.question.model, "parallel_tool_calls": True, "tool_choice": "auto",
     }  # fmt: skip
@@ -3612,12 +3632,13 @@ class Demo(Model):
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
         question = answer.question
-        asked = from_json(question.body)
+        asked, prompt = from_json(question.body, CHECKER), len(question.body) // 4
         self.answers.drop_question(answer)
         answer.accepted.set()
         relay = Relay(answer, self.metrics)
         make = demo_response if question.api is RESPONSES else demo_chat
-        *events, whole = make(self.words(asked), asked)
+        *events, whole = make(self.words(asked), prompt, asked)
+        del asked  # objects: many times the question's bytes, and the answer takes its time
         if not question.stream:
             await trio.sleep(self.PACE)
             return relay.take_whole(to_json(whole))
@@ -3627,19 +3648,18 @@ class Demo(Model):
         relay.end()
 
 
-def demo_usage(names: str, words: list[str], asked: JSON) -> JSON:
-    prompt = len(to_json(asked)) // 4
+def demo_usage(names: str, words: list[str], prompt: int) -> JSON:
     return dict(zip(names.split(), (prompt, len(words), prompt + len(words)), strict=True))
 
 
-def demo_chat(words: list[str], asked: JSON) -> Iterator[JSON]:
+def demo_chat(words: list[str], prompt: int, asked: JSON) -> Iterator[JSON]:
     """The chunks of a chat completion; last, the whole of it."""
     base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "object": "chat.completion.chunk",
             "created": int(time.time()), "model": "demo"}  # fmt: skip
     for delta in ({"role": "assistant", "content": ""}, *({"content": w} for w in words), {}):
         choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
         yield {**base, "choices": [choice]}
-    usage = demo_usage("prompt_tokens completion_tokens total_tokens", words, asked)
+    usage = demo_usage("prompt_tokens completion_tokens total_tokens", words, prompt)
     if (asked.get("stream_options") or {}).get("include_usage"):
         yield {**base, "choices": [], "usage": usage}
     message = {"role": "assistant", "content": "".join(words)}
@@ -3647,12 +3667,12 @@ def demo_chat(words: list[str], asked: JSON) -> Iterator[JSON]:
     yield {**base, "object": "chat.completion", "choices": [choice], "usage": usage}
 
 
-def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
+def demo_response(words: list[str], prompt: int, asked: JSON) -> Iterator[JSON]:
     """The events of a response; last, the whole of it."""
     part = {"type": "output_text", "text": "".join(words), "annotations": []}
     item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
             "status": "completed", "content": [part]}  # fmt: skip
-    usage = demo_usage("input_tokens output_tokens total_tokens", words, asked)
+    usage = demo_usage("input_tokens output_tokens total_tokens", words, prompt)
     usage |= {"input_tokens_details": {"cached_tokens": 0},
               "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
     whole = {
@@ -3672,6 +3692,7 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
 # task for each reader, as in the usual design.
 
 HTTP2_STREAMS = 100
+HTTP2_BITE = KiB  # h2 takes 0.1 ms for a frame of 10 bytes, and does not pause
 GOODBYE = 0.5  # seconds, for a client that may be stuck
 
 
@@ -3797,7 +3818,10 @@ class Http2(H2Protocol):
         try:
             with self.patience:
                 while data := await self.wire.receive():
-                    await self.handle(RawData(data))
+                    turn = Turn()
+                    for at in range(0, len(data), HTTP2_BITE):
+                        await self.handle(RawData(data[at : at + HTTP2_BITE]))
+                        await turn.pause()
         finally:
             with trio.move_on_after(GOODBYE, shield=True):
                 if self.connection.state_machine.state is not ConnectionState.CLOSED:

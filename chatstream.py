@@ -347,11 +347,11 @@ WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
 
 
 # ─── Delivery ★ ──────────────────────────────────────────────────────────────────────
-# The usual design wakes a task for each reader of each event. Here one task, the pump, makes
-# one plain pass over the readers of every log with news, and writes without waiting. If
-# everything goes well, that is all: no other task runs. What a socket does not take stays
-# with its outlet, and the connection's own task waits for room while the pass goes on. So a
-# slow reader costs the others one failed attempt.
+# The usual design wakes a task for each reader of each event. Here one task, the pump, passes
+# over the readers of every log with news, and writes without waiting. As long as the sockets
+# take everything, no other task runs. What a socket does not take stays with its outlet, and
+# the connection's own task waits for space while the pass goes on. So a slow reader costs the
+# others one failed write.
 
 STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
 LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
@@ -380,71 +380,70 @@ class Turn:
 
 
 class Stuck(trio.BrokenResourceError):
-    """The client takes nothing any more of what we send."""
+    """The peer takes nothing more of what we send."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Outlet:
     """The sending side of a connection: a non-blocking socket, plain or TLS.
 
-    Two kinds of writers share it. The pump calls write_now(), which never waits; the
-    connection's task calls send(), which does. Half a frame inside another one is the end
-    of any protocol, so nobody writes while there is a rest: write_now() is called only if
-    there is none, and send() waits until there is none.
+    Two tasks share it. The pump calls write_now(), which never waits; the connection's task
+    calls send(), which does. A frame in the middle of another one would break any protocol.
+    So write_now() may be called only if nothing is unsent, and send() first waits for that.
     """
 
     socket: Socket
-    rest: memoryview | bytes = b""  # what the socket has not taken yet
+    unsent: memoryview | bytes = b""  # what the socket has not taken yet
     sent: int = 0  # bytes
-    stuck: bool = False  # the peer takes nothing any more
+    stuck: bool = False  # the peer takes nothing more
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
         try:
             taken = self.socket.send(data)
-        except OSError:  # no room, or broken: flush() will see which
+        except OSError:  # full, or broken: flush() finds out which
             taken = 0
         self.sent += taken
         if taken < len(data):
-            self.rest = memoryview(data)[taken:]
+            self.unsent = memoryview(data)[taken:]
 
     async def flush(self) -> None:
-        """Wait until all is written. Raises BrokenResourceError, also if stuck."""
-        while self.rest:
-            await self._wait_for_room()
+        """Wait until nothing is unsent. Raises BrokenResourceError, which may be Stuck."""
+        while self.unsent:
+            await self._wait_for_space()
             try:
-                taken = self.socket.send(self.rest)
+                taken = self.socket.send(self.unsent)
             except NOT_READY:
                 continue
             except OSError as error:
                 raise trio.BrokenResourceError(str(error)) from error
             self.sent += taken
-            self.rest = self.rest[taken:]
+            self.unsent = self.unsent[taken:]
 
     async def send(self, data: bytes) -> None:
-        """Write all of it. Unlike most of Trio, not a checkpoint if it goes out at once."""
+        """Write all of it. This is no checkpoint, unlike most of Trio, if nobody has to wait."""
         await self.flush()
         self.write_now(data)
         await self.flush()
 
-    async def _wait_for_room(self) -> None:
-        """Wait until the socket takes more, as long as the peer takes anything.
+    async def _wait_for_space(self) -> None:
+        """Wait until the socket takes more, as long as the peer acknowledges anything.
 
-        Linux calls a socket writable when a third of its buffer is free. A slow peer may
-        need longer than our limit for that. So what counts is what it acknowledges.
+        Linux calls a socket writable only when a third of its buffer is free, and a slow peer
+        may need longer than STUCK_TIMEOUT for that. So we also look at what it acknowledges.
         """
-        unread, since = self._unacknowledged(), trio.current_time()
+        pending, since = self._unacknowledged(), trio.current_time()
         while trio.current_time() - since < STUCK_TIMEOUT:
             with trio.move_on_after(LOOK_EVERY):
                 return await trio.lowlevel.wait_writable(self.socket)
-            before, unread = unread, self._unacknowledged()
-            if unread < before:
+            before, pending = pending, self._unacknowledged()
+            if pending < before:
                 since = trio.current_time()
         self.stuck = True
         raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
 
     def _unacknowledged(self) -> int:
-        """Bytes not acknowledged by the peer: tcp(7), SIOCOUTQ. 0 where nobody can tell."""
+        """Bytes that the peer has not acknowledged (SIOCOUTQ in tcp(7)); 0 if unknown."""
         raw = bytes(4)
         with contextlib.suppress(OSError):
             if fcntl is not None:
@@ -456,9 +455,9 @@ class Outlet:
 class Reader:
     """A position in a log, on a connection.
 
-    Two drive it. The pump calls catch_up() when there is news; that is a plain function.
-    The connection's task sits in run(), and is needed only for what must wait: room on a
-    full wire, the end of the log, the client leaving.
+    Two tasks drive it. The pump calls catch_up(), a plain function, when there is news. The
+    connection's task stays in run(), and is needed only for what must wait: space in a full
+    socket, the end of the log, the client's leaving.
     """
 
     log: EventLog
@@ -474,7 +473,7 @@ class Reader:
     def catch_up(self, now: float) -> None:
         """Write what is new, as far as the connection takes it. Never waits."""
         log, outlet, framing = self.log, self.outlet, self.framing
-        while self.position < log.end and not outlet.rest:
+        while self.position < log.end and not outlet.unsent:
             frames, position = log.frames(framing, self.position)
             if self.position < log.start:  # they begin with a gap
                 self.gaps += 1
@@ -485,19 +484,19 @@ class Reader:
                 outlet.write_now(frames)
             if not framing.steady:
                 self.quiet_since = now
-        if log.closed or outlet.rest:
+        if log.closed or outlet.unsent:
             self._listening.cancel()
 
     def keep_alive(self, now: float) -> None:
         """Called a few times a second: break a silence that has lasted long enough."""
-        if now - self.quiet_since >= self.framing.every and not self.outlet.rest:
+        if now - self.quiet_since >= self.framing.every and not self.outlet.unsent:
             self.quiet_since = now
             self.write_aside(self.framing.wrap(self.framing.keep_alive))
 
     def write_aside(self, data: bytes) -> None:
-        """Write something that is not an event. Only if the outlet has no rest."""
+        """Write something that is not an event. Nothing may be unsent."""
         self.outlet.write_now(data)
-        if self.outlet.rest:
+        if self.outlet.unsent:
             self._listening.cancel()
 
     def rewind(self, place: int) -> None:
@@ -518,9 +517,9 @@ class Reader:
 
             this task   has nothing to write, and waits in listen()
             the pump    catch_up() writes an event; this task sleeps on
-            the pump    catch_up() fills the wire, and cancels `_listening`
-            this task   wakes up, and waits in flush() for room
-            the pump    catch_up() does nothing, because there is a rest
+            the pump    catch_up() fills the socket, and cancels `_listening`
+            this task   wakes up, and waits in flush() for space
+            the pump    catch_up() does nothing, because something is unsent
             this task   writes what it has missed meanwhile, and waits in listen() again
 
         A cancel that comes while this task waits in flush() cancels a scope that is over. It
@@ -534,7 +533,7 @@ class Reader:
                 if self.dropped:
                     raise trio.BrokenResourceError(self.dropped)
                 self.catch_up(trio.current_time())
-                if self.outlet.rest:
+                if self.outlet.unsent:
                     continue
                 if self.log.closed:
                     return True
@@ -1472,7 +1471,7 @@ class Member(Reader):
         behind much that it said earlier.
         """
         super().keep_alive(now)
-        if now - self.pinged_at < PING_EVERY or self.outlet.rest:
+        if now - self.pinged_at < PING_EVERY or self.outlet.unsent:
             return  # we do not listen while a wire is full: that has its own deadline
         if self.wire.waiting_since < self.pinged_at:
             return self.drop("silent")
@@ -3671,7 +3670,7 @@ class Http2Stream:
         self.protocol = protocol
         self.h2 = protocol.connection
         self.number = number
-        self.rest: bytes | memoryview = b""
+        self.unsent: bytes | memoryview = b""
         self.heard = self.answered = False  # all of the request, of the response
         self.gone = trio.Event()
         self._body_in, self._body = trio.open_memory_channel[bytes](10)
@@ -3720,11 +3719,11 @@ class Http2Stream:
 
     def write_now(self, data: bytes) -> None:
         """Nothing goes out by itself: the reader's own task is called to flush()."""
-        self.rest = data
+        self.unsent = data
 
     async def flush(self) -> None:
-        await self._write(self.rest)
-        self.rest = b""
+        await self._write(self.unsent)
+        self.unsent = b""
 
     async def _write(self, data: bytes | memoryview) -> None:
         """Wait for the client's window, as long as the client takes anything."""

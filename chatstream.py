@@ -6,9 +6,9 @@ One idea carries the whole program:
     Everyone who listens is a position in one.
 
     writers               logs                       readers
-    tick() ──────────▶  clock   ●●●●●●●●──▶   SSE over HTTP
-    a model ─────────▶  answer  ●●●●──▶       WebSocket
-    a member ────────▶  room    ●●●●●●──▶     one JSON body (a short connection)
+    tick() ──────────▶  clock   ●●●●●●●●──▶   SSE or WebSocket
+    a model ─────────▶  answer  ●●●●──▶       SSE, or one JSON body (a short connection)
+    a member ────────▶  room    ●●●●●●──▶     WebSocket
 
 Joining late, resuming after a cut, several readers of one answer, fan-out, slow readers and
 scaling out are then one mechanism, not six. SSE and WebSocket differ only in how an event is
@@ -19,7 +19,7 @@ framed. A request owns its reader; the server owns the writers: that decides eve
     room     1000 events, 1 MiB    50 messages back       with the server
     answer   all, at most 64 MiB   at the beginning       done, stopped, abandoned, failed
 
-The classes, from the idea outwards (★: the part to read first, it needs nothing below):
+The classes, from the idea outwards (★: read these first; they need nothing below):
 
     ★ EventLog, Framing            events, numbered for ever; how they look on a connection
     ★ Outlet, Reader, Pump         who writes what to whom, and when
@@ -115,14 +115,14 @@ if TYPE_CHECKING:
 
 JSON = dict[str, Any]
 AsyncCall = Callable[[], Awaitable[object]]
-Socket = socket.socket  # by a name that no field of a class hides
+Socket = socket.socket  # in a class, a field named `socket` hides the module
 NOTHING: Mapping[str, Any] = {}  # shared by all that have nothing to add
 KiB, MiB = 1024, 1024 * 1024
 logger = logging.getLogger("chatstream")
 
 
 def to_json(value: object) -> str:
-    """Compact JSON that can be encoded: half a surrogate pair stays an escape."""
+    """Compact JSON that can be encoded: a lone surrogate stays an escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
         text.encode()
@@ -132,8 +132,8 @@ def to_json(value: object) -> str:
 
 
 # ─── The log ★ ───────────────────────────────────────────────────────────────────────
-# append() and close() are plain functions: nothing else runs in between, so nobody ever sees
-# half a change. The log calls `on_news` once, and waits for no reader.
+# append() and close() are plain functions: no other task runs before they return, so none ever
+# sees half a change. Each calls `on_news` once, and waits for no reader.
 #
 # A reader costs the log nothing, because its position is a number that the reader keeps. So
 # the log never asks how far its readers are. It forgets by its bounds alone, and a reader that
@@ -143,7 +143,7 @@ def to_json(value: object) -> str:
 #           │                     │          as in a slice: `start` is the first event
 #     · · · ● ● ● ● ● ● ● ● ● ● ●            still kept, `end` the place of the next
 #                   │
-#                position                    a reader's next event
+#                position                    the place of a reader's next event
 
 EVENT_OVERHEAD = 96  # bytes of memory that an Event takes beside its text
 
@@ -158,9 +158,9 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class EventLog:
-    """A bounded list of events, and the readers that stand at places in it.
+    """A bounded list of events, and its readers.
 
-    Places are numbered for ever; an event's id is `<name>-<place>`.
+    Events are numbered for ever. The number is an event's place, and `<name>-<place>` its id.
     """
 
     name: str
@@ -172,8 +172,8 @@ class EventLog:
         self.start = self.end = 0
         self.size = 0  # bytes of memory
         self.closed = False
-        self.readers: dict[Reader, None] = {}  # a set that keeps its order
-        # A token is stored as its text alone: an Event for each would double its size.
+        self.readers: dict[Reader, None] = {}  # for the pump: a set that keeps its order
+        # A plain message is stored as its text alone: an Event would double a model's token.
         self._events: list[Event | str] = []
         self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}  # see frames()
 
@@ -202,7 +202,8 @@ class EventLog:
         self._grow(-self.size)
         self.start = self.end = place
 
-    # A room's places have holes, and an answer's memory is accounted for: they override these.
+    # An index is one in `_events`. Room overrides these, because some of its places are empty;
+    # so does Answer, because its memory is accounted for.
 
     def _forget(self, index: int) -> None:
         self._grow(-size_of(self._events.pop(index)))
@@ -227,7 +228,7 @@ class EventLog:
     def place_after(self, last_event_id: str | None) -> int | None:
         """The place after the event with this id; None if it is not an id of this log.
 
-        That event may be forgotten. Its reader then starts before `start`, with a gap.
+        The log may have forgotten that event: a reader that starts there begins with a gap.
         """
         name, _, place = (last_event_id or "").rpartition("-")
         if name != self.name or not re.fullmatch("[0-9]{1,15}", place):
@@ -235,15 +236,15 @@ class EventLog:
         return int(place) + 1 if int(place) < self.end else None
 
     def frames(self, framing: Framing, place: int) -> tuple[bytes, int]:
-        """The bytes of the events from `place` on, and the place after them.
+        """The bytes of the events from `place` on, and the place after the last of them.
 
-        Most readers stand at the same place: what one of them needs is made once, and kept
-        until the log changes. It is WRITE_BYTES or so, because a slow reader holds what its
-        socket did not take. So its memory is one write, however far back it stands.
+        Most readers stand at the same place, so the bytes are made once, and kept until the
+        log changes. They end with the event that reaches WRITE_BYTES. An outlet keeps what
+        its socket did not take: this bounds it, however far back the reader stands.
         """
         joined = self._joined.get((framing, place))
         if joined is None:
-            if len(self._joined) > 8:  # of stragglers, each at a place of its own
+            if len(self._joined) > 8:  # stragglers, each at its own place, fill it
                 self._joined.clear()
             joined = self._joined[framing, place] = self._join(framing, place)
         return joined
@@ -273,11 +274,11 @@ def size_of(event: Event | str) -> int:
 # The same event, framed for SSE or for WebSocket. Nothing else differs between the two.
 
 SSE_KEEP_ALIVE = HEARTBEAT_EVERY = 4  # seconds; many clients give up after 5 to 10
-WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
+WRITE_BYTES = 64 * KiB  # at which a write to a reader takes no further event
 
 
 def gap(missed: int) -> Event:
-    """How much a reader has missed. It has no place: the client keeps the id that it has."""
+    """How much a reader has missed. It has no id, so that the client keeps its last one."""
     return Event(f'{{"missed": {missed}}}', "gap", {"missed": missed})
 
 
@@ -292,7 +293,7 @@ def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     if "\n" in data or "\r" in data:  # not splitlines(): U+2028 does not end a line
         data = "\ndata: ".join(re.split("\r\n|\r|\n", data))
     id_line = "" if place is None else f"id: {name}-{place}\n"
-    return f"{type_line}data: {data}\n{id_line}\n".encode(errors="replace")
+    return f"{type_line}data: {data}\n{id_line}\n".encode(errors="replace")  # lone surrogates
 
 
 def as_is(data: bytes) -> bytes:
@@ -300,7 +301,7 @@ def as_is(data: bytes) -> bytes:
 
 
 def http_chunk(data: bytes) -> bytes:
-    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1). An empty one would end it."""
+    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1). An empty one would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
@@ -317,7 +318,7 @@ def frame_ws(payload: bytes, opcode: int = TEXT) -> bytes:
 
 
 def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
-    """An event of the room for chatstream.v1, or of the clock, as one JSON text."""
+    """As JSON: an event of the clock, or of the room for a client that speaks chatstream.v1."""
     fields: JSON = {} if place is None else {"id": f"{name}-{place}"}
     if event.type != "message":
         fields |= {"type": event.type, **event.about}
@@ -330,12 +331,12 @@ def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: a fast dict key
 class Framing:
-    """How the events of a log look on one kind of connection. Times in seconds."""
+    """How the events of a log look on one kind of connection."""
 
     frame: Callable[[str, int | None, Event], bytes]
     wrap: Callable[[bytes], bytes] = as_is  # around all that goes out in one write
     keep_alive: bytes = b""
-    every: float = inf
+    every: float = inf  # seconds
     steady: bool = False  # keep-alives at fixed times, not only after silence
 
 
@@ -343,7 +344,7 @@ SSE = Framing(frame_sse, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=http_chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
 WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, steady=True)
-WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
+WS_CLOCK = Framing(frame_ws_json)  # a tick each second keeps it alive
 
 
 # ─── Delivery ★ ──────────────────────────────────────────────────────────────────────

@@ -354,10 +354,10 @@ WS_CLOCK = Framing(frame_ws_json)  # a tick each second keeps it alive
 # the connection's own task waits for space while the pass goes on. So a slow reader costs the
 # others one failed write.
 
-STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
-LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
+STUCK_TIMEOUT = 10  # seconds until a client that takes nothing is dropped
+LOOK_EVERY = 1  # seconds between two looks at what a slow client takes
 TURN = 0.005  # seconds after which a busy loop lets the other tasks run
-NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)  # of a socket
+NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)  # a full socket
 
 
 @dataclasses.dataclass
@@ -454,7 +454,7 @@ class Outlet:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Reader:
-    """A position in a log, on a connection.
+    """A position in a log, and the outlet to which its events go.
 
     Two tasks drive it. The pump calls catch_up(), a plain function, when there is news. The
     connection's task stays in run(), and is needed only for what must wait: space in a full
@@ -462,12 +462,12 @@ class Reader:
     """
 
     log: EventLog
-    outlet: Outlet | Http2Stream
+    outlet: Outlet | Http2Stream  # the latter writes in flush() only
     framing: Framing
     position: int
     delivered: int = 0  # events
     gaps: int = 0
-    dropped: str | None = None  # why, if it was
+    dropped: str | None = None  # why the server has ended it
     quiet_since: float = dataclasses.field(default_factory=trio.current_time)
     _listening: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
 
@@ -476,20 +476,20 @@ class Reader:
         log, outlet, framing = self.log, self.outlet, self.framing
         while self.position < log.end and not outlet.unsent:
             frames, position = log.frames(framing, self.position)
-            if self.position < log.start:  # they begin with a gap
+            if self.position < log.start:  # then `frames` begins with a gap
                 self.gaps += 1
                 self.position = log.start
             self.delivered += position - self.position
             self.position = position
-            if frames:
+            if frames:  # a framing may leave events out
                 outlet.write_now(frames)
             if not framing.steady:
                 self.quiet_since = now
-        if log.closed or outlet.unsent:
+        if log.closed or outlet.unsent:  # run() has to end, or to flush
             self._listening.cancel()
 
     def keep_alive(self, now: float) -> None:
-        """Called a few times a second: break a silence that has lasted long enough."""
+        """Break a silence that has lasted long enough. The server calls it every 250 ms."""
         if now - self.quiet_since >= self.framing.every and not self.outlet.unsent:
             self.quiet_since = now
             self.write_aside(self.framing.wrap(self.framing.keep_alive))
@@ -501,20 +501,20 @@ class Reader:
             self._listening.cancel()
 
     def rewind(self, place: int) -> None:
-        """Go back to this place, if it stands further on: the log begins anew."""
+        """Go back to this place, if the position is past it: the log has started again."""
         self.position = min(self.position, place)
 
     def drop(self, why: str) -> None:
-        """End this reader from outside; its own task raises."""
+        """End this reader from outside: run() raises BrokenResourceError."""
         self.dropped = why
         self._listening.cancel()
 
     async def run(self, listen: AsyncCall) -> bool:
         """Read the log to its end (True), or until the client has left (False).
 
-        `listen` waits for the client, and returns when the client has left. It can be
-        cancelled and called again, with nothing lost. Raises BrokenResourceError when the
-        client takes nothing any more. Two parties meet here, the pump and this task:
+        `listen` returns when the client has left. It can be cancelled and called again, with
+        nothing lost. Raises BrokenResourceError when the client takes nothing more. The pump
+        and this task take turns:
 
             this task   has nothing to write, and waits in listen()
             the pump    catch_up() writes an event; this task sleeps on
@@ -523,9 +523,9 @@ class Reader:
             the pump    catch_up() does nothing, because something is unsent
             this task   writes what it has missed meanwhile, and waits in listen() again
 
-        A cancel that comes while this task waits in flush() cancels a scope that is over. It
-        is not lost: from flush() to the next scope nothing waits, so nothing else runs, and
-        there this task looks at all that a cancel can be for.
+        While this task waits in flush(), no scope is open, and a cancel does nothing. Yet no
+        news is lost: after flush(), this task looks at everything that a cancel can
+        mean, and it enters the next scope before any other task runs.
         """
         self.log.readers[self] = None
         try:
@@ -552,7 +552,7 @@ class Pump:
     """One task for the whole server: in every log with news, every reader catches up."""
 
     def __init__(self) -> None:
-        self._news_in: dict[EventLog, int] = {}  # and how many events
+        self._news_in: dict[EventLog, int] = {}  # and how many times
         self._news = trio.Event()
 
     def notify(self, log: EventLog) -> None:
@@ -564,7 +564,7 @@ class Pump:
 
         After a pass that carried more than one event of a log, the pump rests for as long as
         the pass took. Meanwhile more events come, and the next pass carries them together.
-        A lone event waits for nobody.
+        After a pass with one event of each log, it does not rest.
         """
         while True:
             await self._news.wait()
@@ -573,7 +573,7 @@ class Pump:
             turn, now = Turn(), trio.current_time()
             for log in logs:
                 for n, reader in enumerate(list(log.readers)):
-                    if n % 64 == 63:
+                    if n % 64 == 63:  # pause() is not free
                         await turn.pause()
                     if reader in log.readers:  # it may have left during a pause
                         reader.catch_up(now)
@@ -581,13 +581,14 @@ class Pump:
             if max(logs.values()) > 1:
                 await trio.sleep(turn.total())
             elif turn.total() > TURN / 10:
-                await trio.lowlevel.checkpoint()  # a crowd: let it speak first
+                await trio.lowlevel.checkpoint()  # after a long pass, let others append first
 
 
 async def race_disconnect(disconnected: AsyncCall, wait: AsyncCall) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
-    Two tasks in a nursery, and whichever is first cancels the other. No task is left over.
+    For a request that has no reader yet. It takes two tasks in a nursery: the first to end
+    cancels the other, so none is left over.
     """
 
     async def watch() -> None:

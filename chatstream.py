@@ -132,12 +132,11 @@ def to_json(value: object) -> str:
 
 
 # ─── The log ★ ───────────────────────────────────────────────────────────────────────
-# append() and close() are plain functions: no other task runs before they return, so none ever
-# sees half a change. Each calls `on_news` once, and waits for no reader.
+# append() and close() are plain functions: no other task runs before they return, so none sees
+# half a change. Each calls `on_news` once, and waits for no reader.
 #
-# A reader costs the log nothing, because its position is a number that the reader keeps. So
-# the log never asks how far its readers are. It forgets by its bounds alone, and a reader that
-# stood still for too long finds that `start` has moved past its position.
+# A reader keeps its own position, and the log never asks for it. The log forgets by its bounds
+# alone, and a reader that stood still for too long finds `start` past its position.
 #
 #         start                  end
 #           │                     │          as in a slice: `start` is the first event
@@ -172,7 +171,7 @@ class EventLog:
         self.start = self.end = 0
         self.size = 0  # bytes of memory
         self.closed = False
-        self.readers: dict[Reader, None] = {}  # for the pump: a set that keeps its order
+        self.readers: dict[Reader, None] = {}  # an ordered set, for the pump
         # A plain message is stored as its text alone: an Event would double a model's token.
         self._events: list[Event | str] = []
         self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}  # see frames()
@@ -202,8 +201,8 @@ class EventLog:
         self._grow(-self.size)
         self.start = self.end = place
 
-    # An index is one in `_events`. Room overrides these, because some of its places are empty;
-    # so does Answer, because its memory is accounted for.
+    # An index is one in `_events`. Room, where some places are empty, overrides these; so does
+    # Answer, whose memory is accounted for.
 
     def _forget(self, index: int) -> None:
         self._grow(-size_of(self._events.pop(index)))
@@ -228,7 +227,7 @@ class EventLog:
     def place_after(self, last_event_id: str | None) -> int | None:
         """The place after the event with this id; None if it is not an id of this log.
 
-        The log may have forgotten that event: a reader that starts there begins with a gap.
+        The log may have forgotten that event: its reader then begins with a gap.
         """
         name, _, place = (last_event_id or "").rpartition("-")
         if name != self.name or not re.fullmatch("[0-9]{1,15}", place):
@@ -239,8 +238,8 @@ class EventLog:
         """The bytes of the events from `place` on, and the place after the last of them.
 
         Most readers stand at the same place, so the bytes are made once, and kept until the
-        log changes. They end with the event that reaches WRITE_BYTES. An outlet keeps what
-        its socket did not take: this bounds it, however far back the reader stands.
+        log changes. They end with the event that reaches WRITE_BYTES: a slow reader's outlet
+        keeps no more than this, however far back the reader stands.
         """
         joined = self._joined.get((framing, place))
         if joined is None:
@@ -271,10 +270,8 @@ def size_of(event: Event | str) -> int:
 
 
 # ─── Framing ★ ───────────────────────────────────────────────────────────────────────
-# The same event, framed for SSE or for WebSocket. Nothing else differs between the two.
-
 SSE_KEEP_ALIVE = HEARTBEAT_EVERY = 4  # seconds; many clients give up after 5 to 10
-WRITE_BYTES = 64 * KiB  # at which a write to a reader takes no further event
+WRITE_BYTES = 64 * KiB  # when a write takes no more events
 
 
 def gap(missed: int) -> Event:
@@ -286,7 +283,7 @@ def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     """An event as a block of an event stream (HTML standard, section 9.2.5).
 
     `id:` comes after `data:`, because some clients store an id as soon as they have read its
-    line. With `id:` first, an event that was cut in half would be skipped.
+    line. Otherwise, they would skip an event that was cut in half.
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
@@ -318,7 +315,7 @@ def frame_ws(payload: bytes, opcode: int = TEXT) -> bytes:
 
 
 def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
-    """As JSON: an event of the clock, or of the room for a client that speaks chatstream.v1."""
+    """As JSON: an event of the clock, or of the room for a chatstream.v1 client."""
     fields: JSON = {} if place is None else {"id": f"{name}-{place}"}
     if event.type != "message":
         fields |= {"type": event.type, **event.about}
@@ -352,7 +349,8 @@ WS_CLOCK = Framing(frame_ws_json)  # a tick each second keeps it alive
 # over the readers of every log with news, and writes without waiting. As long as the sockets
 # take everything, no other task runs. What a socket does not take stays with its outlet, and
 # the connection's own task waits for space while the pass goes on. So a slow reader costs the
-# others one failed write.
+# others one failed write. It catches up later, and a gap tells it what the log has forgotten
+# meanwhile. A client that takes nothing at all is dropped.
 
 STUCK_TIMEOUT = 10  # seconds until a client that takes nothing is dropped
 LOOK_EVERY = 1  # seconds between two looks at what a slow client takes
@@ -388,9 +386,9 @@ class Stuck(trio.BrokenResourceError):
 class Outlet:
     """The sending side of a connection: a non-blocking socket, plain or TLS.
 
-    Two tasks share it. The pump calls write_now(), which never waits; the connection's task
-    calls send(), which does. A frame in the middle of another one would break any protocol.
-    So write_now() may be called only if nothing is unsent, and send() first waits for that.
+    The pump calls write_now(), the connection's task send(). A frame in the middle of another
+    one would break any protocol. So write_now() may be called only if nothing is unsent, and
+    send() first waits for that.
     """
 
     socket: Socket
@@ -422,7 +420,7 @@ class Outlet:
             self.unsent = self.unsent[taken:]
 
     async def send(self, data: bytes) -> None:
-        """Write all of it. This is no checkpoint, unlike most of Trio, if nobody has to wait."""
+        """Write all of it. Unlike most of Trio, no checkpoint if it need not wait."""
         await self.flush()
         self.write_now(data)
         await self.flush()
@@ -430,8 +428,8 @@ class Outlet:
     async def _wait_for_space(self) -> None:
         """Wait until the socket takes more, as long as the peer acknowledges anything.
 
-        Linux calls a socket writable only when a third of its buffer is free, and a slow peer
-        may need longer than STUCK_TIMEOUT for that. So we also look at what it acknowledges.
+        Linux calls a socket writable only when a third of its buffer is free. A slow peer may
+        need longer than STUCK_TIMEOUT for that.
         """
         pending, since = self._unacknowledged(), trio.current_time()
         while trio.current_time() - since < STUCK_TIMEOUT:
@@ -454,11 +452,11 @@ class Outlet:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Reader:
-    """A position in a log, and the outlet to which its events go.
+    """A position in a log, and where its events go.
 
     Two tasks drive it. The pump calls catch_up(), a plain function, when there is news. The
-    connection's task stays in run(), and is needed only for what must wait: space in a full
-    socket, the end of the log, the client's leaving.
+    connection's task stays in run() for what must wait: a full socket, the end of the log,
+    the client's leaving.
     """
 
     log: EventLog
@@ -472,7 +470,7 @@ class Reader:
     _listening: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
 
     def catch_up(self, now: float) -> None:
-        """Write what is new, as far as the connection takes it. Never waits."""
+        """Write what is new, as far as the outlet takes it."""
         log, outlet, framing = self.log, self.outlet, self.framing
         while self.position < log.end and not outlet.unsent:
             frames, position = log.frames(framing, self.position)
@@ -523,9 +521,9 @@ class Reader:
             the pump    catch_up() does nothing, because something is unsent
             this task   writes what it has missed meanwhile, and waits in listen() again
 
-        While this task waits in flush(), no scope is open, and a cancel does nothing. Yet no
-        news is lost: after flush(), this task looks at everything that a cancel can
-        mean, and it enters the next scope before any other task runs.
+        While this task waits in flush(), no scope is open, and a cancel does nothing. None is
+        needed: from flush() to the next scope no other task runs, and there this task looks at
+        all that a cancel can mean.
         """
         self.log.readers[self] = None
         try:
@@ -562,9 +560,8 @@ class Pump:
     async def run(self) -> None:
         """Pass after pass. The busier it gets, the more each write carries.
 
-        After a pass that carried more than one event of a log, the pump rests for as long as
-        the pass took. Meanwhile more events come, and the next pass carries them together.
-        After a pass with one event of each log, it does not rest.
+        Only after a pass that carried more than one event of a log, the pump rests for as long
+        as the pass took. Meanwhile more events come, and the next pass carries them together.
         """
         while True:
             await self._news.wait()
@@ -587,8 +584,7 @@ class Pump:
 async def race_disconnect(disconnected: AsyncCall, wait: AsyncCall) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
-    For a request that has no reader yet. It takes two tasks in a nursery: the first to end
-    cancels the other, so none is left over.
+    For a request that has no reader yet. Of two tasks, the first to end cancels the other.
     """
 
     async def watch() -> None:
@@ -604,9 +600,8 @@ async def race_disconnect(disconnected: AsyncCall, wait: AsyncCall) -> bool:
 
 
 # ─── Writers ★ ───────────────────────────────────────────────────────────────────────
-# Each log has its writers, and they belong to the server: a reader that leaves takes nothing
-# with it. The clock has tick(), the room its members, an answer a model. Only an answer looks
-# back: when nobody attends it for a while, it is stopped.
+# They belong to the server: a reader that leaves takes nothing with it. Only an answer needs
+# an audience: when it has had none for a while, it is stopped.
 
 CLOCK_EVENTS = 60
 ROOM_EVENTS, ROOM_BYTES = 1000, MiB
@@ -615,11 +610,11 @@ HEAD_WAIT = 4  # seconds for the model to begin, before the stream starts withou
 
 
 async def tick(clock: EventLog) -> None:
-    """One ticker for all readers: event n is the Unix second n, appended on the second.
+    """Event n is the Unix second n, appended on the second.
 
-    Seconds that were missed (a busy or suspended machine) are made up for, as far back as the
-    log reaches. That also fills the log at the start, so that a reader loses nothing when the
-    server is started again. A clock that is set back is silent until it has caught up.
+    Seconds that a busy or suspended machine has missed are made up for, as far back as the log
+    reaches. That also fills it at the start: a client that resumes after a restart loses
+    nothing. If the system's time is set back, the log is silent until it has caught up.
     """
     while True:
         second = int(time.time())
@@ -637,17 +632,17 @@ class Said(NamedTuple):
     type: str
     name: str
     text: str = ""
-    key: str | None = None  # chosen by the sender, to know its own message by
+    key: str | None = None  # by which the sender knows its own message
 
 
 class Room(EventLog):
     """What is said in the room, and who came and went.
 
-    Its ids carry a token of this start of the server. Without it, event 7 of yesterday's
-    room would pass for event 7 of today's.
+    Its name is random at each start of the server. Otherwise, event 7 of yesterday's room
+    would pass for event 7 of today's.
 
     Comings and goings must not push messages out of the log. So only the last few of them are
-    kept, and the places of the others stay empty: `_places` says where each event stands.
+    kept, and the places of the others stay empty: `_places` has the place of each event kept.
     """
 
     def __init__(self, on_news: Callable[[EventLog], None]) -> None:
@@ -668,7 +663,7 @@ class Room(EventLog):
         place = self._places.pop(index)
         if self._comings and self._comings[0] == place:
             self._comings.popleft()
-        else:  # only a lost message is a gap
+        else:  # only a lost message makes a gap
             self.start = place + 1
 
     def skip_to(self, place: int) -> None:
@@ -677,7 +672,7 @@ class Room(EventLog):
         self._comings.clear()
 
     def add(self, said: Said, at: int, place: int | None = None) -> None:
-        """Append it, `at` a time in milliseconds. Over Redis, it may skip some places."""
+        """Append it, said `at` this time in ms. A `place` from Redis may leave some empty."""
         self.end = self.end if place is None else place
         about: JSON = {"name": said.name, "at": at}
         if said.key is not None:
@@ -696,7 +691,7 @@ class Room(EventLog):
             self.add(said, int(time.time() * 1000))
 
     def history(self) -> int:
-        """Where a new member starts: the last ROOM_HISTORY messages follow that place."""
+        """Where a new member starts: the last ROOM_HISTORY messages begin there."""
         wanted = ROOM_HISTORY
         for place in reversed(self._places):
             wanted -= self[place].type == "message"
@@ -708,10 +703,10 @@ class Room(EventLog):
 class Answer(EventLog):
     """An answer under way, or one that has ended and is kept for late readers.
 
-    Its name has 128 random bits: a client that knows it may read it and stop it. `model` writes
-    it, inside of `scope`, and the linger time is that scope's deadline: no timer needs to be
-    kept. `question` is what was asked, and how its protocol tells an end. `account` is told how
-    much memory the answer takes, and says whether there is so much.
+    Its name has 128 random bits: a client that knows it may read the answer and stop it.
+    `model` writes it inside `scope`, whose deadline ends the linger time without a timer.
+    `question` is what was asked, and how its protocol ends an answer. `account` is told how
+    much memory is taken, and says whether there is enough. A Problem is an error for clients.
     """
 
     def __init__(
@@ -724,19 +719,19 @@ class Answer(EventLog):
         self.model = model
         self.linger = linger  # seconds that it goes on with nobody there
         self.account = account
-        # Who attends it
-        self.attendants = 0
+        # What keeps it going
+        self.attendants = 0  # requests, also before they read; "background" counts as one
         self.scope = trio.CancelScope()
         # How it goes
         self.begun = trio.current_time()
         self.accepted = trio.Event()  # the model has begun to answer, or it has ended
         self.ended = trio.Event()
-        self.headers: dict[str, str] = {}  # of the upstream's, for our response
+        self.headers: dict[str, str] = {}  # from the upstream, for our response
         # How it ended
         self.problem: Problem | None = None
-        self.refused = False  # before it was accepted: then the status says so
-        self.kept = True  # for late readers
-        self.affordable = True  # there is memory for it
+        self.refused = False  # it ended before it was accepted: the HTTP status says so
+        self.kept = True  # late readers may have it
+        self.affordable = True  # else its writer gives up
 
     def attend(self) -> None:
         self.attendants += 1
@@ -757,13 +752,13 @@ class Answer(EventLog):
             self.leave()
 
     async def started(self) -> None:
-        """Wait until the first reader can be answered.
+        """Wait until the response can begin: a stream with the answer, any other at its end.
 
-        A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a question
-        that is repeated before its answer has a name is paid for twice.
+        A stream begins after HEAD_WAIT in any case: clients give up after 5 s, and one that
+        has not been told the answer's name asks again, and pays twice.
         """
         question = self.question
-        patient = question.polled or not question.stream
+        patient = question.polled or not question.stream  # polled: the model names the response
         with trio.move_on_after(inf if patient else HEAD_WAIT):
             await (self.accepted if question.stream else self.ended).wait()
 
@@ -772,7 +767,7 @@ class Answer(EventLog):
         self.affordable = self.account(size)
 
     def finish(self, problem: Problem | None = None) -> None:
-        """End it, in exactly one way: whoever sees an end calls this, the first call counts."""
+        """End it once: whatever sees an end calls this, and the first call counts."""
         if self.closed:
             return
         self.problem = problem
@@ -787,7 +782,7 @@ class Answer(EventLog):
         self.ended.set()
 
     def discard(self) -> None:
-        """End this copy of an answer that goes on elsewhere: without an event."""
+        """End this copy, without an event: the answer goes on in another process."""
         self.kept = False
         self.close()
 

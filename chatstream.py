@@ -349,8 +349,8 @@ WS_CLOCK = Framing(frame_ws_json)  # a tick each second keeps it alive
 # over the readers of every log with news, and writes without waiting. As long as the sockets
 # take everything, no other task runs. What a socket does not take stays with its outlet, and
 # the connection's own task waits for space while the pass goes on. So a slow reader costs the
-# others one failed write. It catches up later, and a gap tells it what the log has forgotten
-# meanwhile. A client that takes nothing at all is dropped.
+# others one failed write. It catches up later; a gap tells it how much the log has forgotten.
+# A client that takes nothing at all is dropped.
 
 STUCK_TIMEOUT = 10  # seconds until a client that takes nothing is dropped
 LOOK_EVERY = 1  # seconds between two looks at what a slow client takes

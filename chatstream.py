@@ -6,9 +6,9 @@ One idea carries the whole program:
     Everyone who listens is a position in one.
 
     writers               logs                       readers
-    tick() ──────────▶  clock   ●●●●●●●●──▶   SSE over HTTP
-    a model ─────────▶  answer  ●●●●──▶       WebSocket
-    a member ────────▶  room    ●●●●●●──▶     one JSON body (a short connection)
+    tick() ──────────▶  clock   ●●●●●●●●──▶   SSE or WebSocket
+    a model ─────────▶  answer  ●●●●──▶       SSE, or one JSON body (a short connection)
+    a member ────────▶  room    ●●●●●●──▶     WebSocket
 
 Joining late, resuming after a cut, several readers of one answer, fan-out, slow readers and
 scaling out are then one mechanism, not six. SSE and WebSocket differ only in how an event is
@@ -19,7 +19,7 @@ framed. A request owns its reader; the server owns the writers: that decides eve
     room     1000 events, 1 MiB    50 messages back       with the server
     answer   all, at most 64 MiB   at the beginning       done, stopped, abandoned, failed
 
-The classes, from the idea outwards (★: the part to read first, it needs nothing below):
+The classes, from the idea outwards (★: read these first; they need nothing below):
 
     ★ EventLog, Framing            events, numbered for ever; how they look on a connection
     ★ Outlet, Reader, Pump         who writes what to whom, and when
@@ -115,14 +115,14 @@ if TYPE_CHECKING:
 
 JSON = dict[str, Any]
 AsyncCall = Callable[[], Awaitable[object]]
-Socket = socket.socket  # by a name that no field of a class hides
+Socket = socket.socket  # in a class, a field named `socket` hides the module
 NOTHING: Mapping[str, Any] = {}  # shared by all that have nothing to add
 KiB, MiB = 1024, 1024 * 1024
 logger = logging.getLogger("chatstream")
 
 
 def to_json(value: object) -> str:
-    """Compact JSON that can be encoded: half a surrogate pair stays an escape."""
+    """Compact JSON that can be encoded: a lone surrogate stays an escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
         text.encode()
@@ -132,18 +132,17 @@ def to_json(value: object) -> str:
 
 
 # ─── The log ★ ───────────────────────────────────────────────────────────────────────
-# append() and close() are plain functions: nothing else runs in between, so nobody ever sees
-# half a change. The log calls `on_news` once, and waits for no reader.
+# append() and close() are plain functions: no other task runs before they return, so none sees
+# half a change. Each calls `on_news` once, and waits for no reader.
 #
-# A reader costs the log nothing, because its position is a number that the reader keeps. So
-# the log never asks how far its readers are. It forgets by its bounds alone, and a reader that
-# stood still for too long finds that `start` has moved past its position.
+# A reader keeps its own position, and the log never asks for it. The log forgets by its bounds
+# alone, and a reader that stood still for too long finds `start` past its position.
 #
 #         start                  end
 #           │                     │          as in a slice: `start` is the first event
 #     · · · ● ● ● ● ● ● ● ● ● ● ●            still kept, `end` the place of the next
 #                   │
-#                position                    a reader's next event
+#                position                    the place of a reader's next event
 
 EVENT_OVERHEAD = 96  # bytes of memory that an Event takes beside its text
 
@@ -158,9 +157,9 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class EventLog:
-    """A bounded list of events, and the readers that stand at places in it.
+    """A bounded list of events, and its readers.
 
-    Places are numbered for ever; an event's id is `<name>-<place>`.
+    Events are numbered for ever. The number is an event's place, and `<name>-<place>` its id.
     """
 
     name: str
@@ -172,8 +171,8 @@ class EventLog:
         self.start = self.end = 0
         self.size = 0  # bytes of memory
         self.closed = False
-        self.readers: dict[Reader, None] = {}  # a set that keeps its order
-        # A token is stored as its text alone: an Event for each would double its size.
+        self.readers: dict[Reader, None] = {}  # an ordered set, for the pump
+        # A plain message is stored as its text alone: an Event would double a model's token.
         self._events: list[Event | str] = []
         self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}  # see frames()
 
@@ -202,7 +201,8 @@ class EventLog:
         self._grow(-self.size)
         self.start = self.end = place
 
-    # A room's places have holes, and an answer's memory is accounted for: they override these.
+    # An index is one in `_events`. Room, where some places are empty, overrides these; so does
+    # Answer, whose memory is accounted for.
 
     def _forget(self, index: int) -> None:
         self._grow(-size_of(self._events.pop(index)))
@@ -233,7 +233,7 @@ class EventLog:
     def place_after(self, last_event_id: str | None) -> int | None:
         """The place after the event with this id; None if it is not an id of this log.
 
-        That event may be forgotten. Its reader then starts before `start`, with a gap.
+        The log may have forgotten that event: its reader then begins with a gap.
         """
         name, _, place = (last_event_id or "").rpartition("-")
         if name != self.name or not re.fullmatch("[0-9]{1,15}", place):
@@ -241,15 +241,15 @@ class EventLog:
         return int(place) + 1 if int(place) < self.end else None
 
     def frames(self, framing: Framing, place: int) -> tuple[bytes, int]:
-        """The bytes of the events from `place` on, and the place after them.
+        """The bytes of the events from `place` on, and the place after the last of them.
 
-        Most readers stand at the same place: what one of them needs is made once, and kept
-        until the log changes. It is WRITE_BYTES or so, because a slow reader holds what its
-        socket did not take. So its memory is one write, however far back it stands.
+        Most readers stand at the same place, so the bytes are made once, and kept until the
+        log changes. They end with the event that reaches WRITE_BYTES: a slow reader's outlet
+        keeps no more than this, however far back the reader stands.
         """
         joined = self._joined.get((framing, place))
         if joined is None:
-            if len(self._joined) > 8:  # of stragglers, each at a place of its own
+            if len(self._joined) > 8:  # stragglers, each at its own place, fill it
                 self._joined.clear()
             joined = self._joined[framing, place] = self._join(framing, place)
         return joined
@@ -276,14 +276,12 @@ def size_of(event: Event | str) -> int:
 
 
 # ─── Framing ★ ───────────────────────────────────────────────────────────────────────
-# The same event, framed for SSE or for WebSocket. Nothing else differs between the two.
-
 SSE_KEEP_ALIVE = HEARTBEAT_EVERY = 4  # seconds; many clients give up after 5 to 10
-WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
+WRITE_BYTES = 64 * KiB  # when a write takes no more events
 
 
 def gap(missed: int) -> Event:
-    """How much a reader has missed. It has no place: the client keeps the id that it has."""
+    """How much a reader has missed. It has no id, so that the client keeps its last one."""
     return Event(f'{{"missed": {missed}}}', "gap", {"missed": missed})
 
 
@@ -291,14 +289,14 @@ def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     """An event as a block of an event stream (HTML standard, section 9.2.5).
 
     `id:` comes after `data:`, because some clients store an id as soon as they have read its
-    line. With `id:` first, an event that was cut in half would be skipped.
+    line. Otherwise, they would skip an event that was cut in half.
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
     if "\n" in data or "\r" in data:  # not splitlines(): U+2028 does not end a line
         data = "\ndata: ".join(re.split("\r\n|\r|\n", data))
     id_line = "" if place is None else f"id: {name}-{place}\n"
-    return f"{type_line}data: {data}\n{id_line}\n".encode(errors="replace")
+    return f"{type_line}data: {data}\n{id_line}\n".encode(errors="replace")  # lone surrogates
 
 
 def as_is(data: bytes) -> bytes:
@@ -306,7 +304,7 @@ def as_is(data: bytes) -> bytes:
 
 
 def http_chunk(data: bytes) -> bytes:
-    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1). An empty one would end it."""
+    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1). An empty one would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
@@ -323,7 +321,7 @@ def frame_ws(payload: bytes, opcode: int = TEXT) -> bytes:
 
 
 def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
-    """An event of the room for chatstream.v1, or of the clock, as one JSON text."""
+    """As JSON: an event of the clock, or of the room for a chatstream.v1 client."""
     fields: JSON = {} if place is None else {"id": f"{name}-{place}"}
     if event.type != "message":
         fields |= {"type": event.type, **event.about}
@@ -336,12 +334,12 @@ def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: a fast dict key
 class Framing:
-    """How the events of a log look on one kind of connection. Times in seconds."""
+    """How the events of a log look on one kind of connection."""
 
     frame: Callable[[str, int | None, Event], bytes]
     wrap: Callable[[bytes], bytes] = as_is  # around all that goes out in one write
     keep_alive: bytes = b""
-    every: float = inf
+    every: float = inf  # seconds
     steady: bool = False  # keep-alives at fixed times, not only after silence
 
 
@@ -349,20 +347,21 @@ SSE = Framing(frame_sse, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=http_chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
 WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, steady=True)
-WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
+WS_CLOCK = Framing(frame_ws_json)  # a tick each second keeps it alive
 
 
 # ─── Delivery ★ ──────────────────────────────────────────────────────────────────────
-# The usual design wakes a task for each reader of each event. Here one task, the pump, makes
-# one plain pass over the readers of every log with news, and writes without waiting. If
-# everything goes well, that is all: no other task runs. What a socket does not take stays
-# with its outlet, and the connection's own task waits for room while the pass goes on. So a
-# slow reader costs the others one failed attempt.
+# The usual design wakes a task for each reader of each event. Here one task, the pump, passes
+# over the readers of every log with news, and writes without waiting. As long as the sockets
+# take everything, no other task runs. What a socket does not take stays with its outlet, and
+# the connection's own task waits for space while the pass goes on. So a slow reader costs the
+# others one failed write. It catches up later; a gap tells it how much the log has forgotten.
+# A client that takes nothing at all is dropped.
 
-STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
-LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
+STUCK_TIMEOUT = 10  # seconds until a client that takes nothing is dropped
+LOOK_EVERY = 1  # seconds between two looks at what a slow client takes
 TURN = 0.005  # seconds after which a busy loop lets the other tasks run
-NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)  # of a socket
+NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)  # a full socket
 
 
 @dataclasses.dataclass
@@ -386,73 +385,72 @@ class Turn:
 
 
 class Stuck(trio.BrokenResourceError):
-    """The client takes nothing any more of what we send."""
+    """The peer takes nothing more of what we send."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Outlet:
     """The sending side of a connection: a non-blocking socket, plain or TLS.
 
-    Two kinds of writers share it. The pump calls write_now(), which never waits; the
-    connection's task calls send(), which does. Half a frame inside another one is the end
-    of any protocol, so nobody writes while there is a rest: write_now() is called only if
-    there is none, and send() waits until there is none.
+    The pump calls write_now(), the connection's task send(). A frame in the middle of another
+    one would break any protocol. So write_now() may be called only if nothing is unsent, and
+    send() first waits for that.
     """
 
     socket: Socket
-    rest: memoryview | bytes = b""  # what the socket has not taken yet
+    unsent: memoryview | bytes = b""  # what the socket has not taken yet
     sent: int = 0  # bytes
-    stuck: bool = False  # the peer takes nothing any more
+    stuck: bool = False  # the peer takes nothing more
     patience: float = 0  # seconds that it may take nothing; 0: STUCK_TIMEOUT
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
         try:
             taken = self.socket.send(data)
-        except OSError:  # no room, or broken: flush() will see which
+        except OSError:  # full, or broken: flush() finds out which
             taken = 0
         self.sent += taken
         if taken < len(data):
-            self.rest = memoryview(data)[taken:]
+            self.unsent = memoryview(data)[taken:]
 
     async def flush(self) -> None:
-        """Wait until all is written. Raises BrokenResourceError, also if stuck."""
-        while self.rest:
-            await self._wait_for_room()
+        """Wait until nothing is unsent. Raises BrokenResourceError, which may be Stuck."""
+        while self.unsent:
+            await self._wait_for_space()
             try:
-                taken = self.socket.send(self.rest)
+                taken = self.socket.send(self.unsent)
             except NOT_READY:
                 continue
             except OSError as error:
                 raise trio.BrokenResourceError(str(error)) from error
             self.sent += taken
-            self.rest = self.rest[taken:]
+            self.unsent = self.unsent[taken:]
 
     async def send(self, data: bytes) -> None:
-        """Write all of it. Unlike most of Trio, not a checkpoint if it goes out at once."""
+        """Write all of it. Unlike most of Trio, no checkpoint if it need not wait."""
         await self.flush()
         self.write_now(data)
         await self.flush()
 
-    async def _wait_for_room(self) -> None:
-        """Wait until the socket takes more, as long as the peer takes anything.
+    async def _wait_for_space(self) -> None:
+        """Wait until the socket takes more, as long as the peer acknowledges anything.
 
-        Linux calls a socket writable when a third of its buffer is free. A slow peer may
-        need longer than our limit for that. So what counts is what it acknowledges.
+        Linux calls a socket writable only when a third of its buffer is free. A slow peer may
+        need longer than STUCK_TIMEOUT for that.
         """
-        unread, since = self._unacknowledged(), trio.current_time()
+        pending, since = self._unacknowledged(), trio.current_time()
         patience = self.patience or STUCK_TIMEOUT
         while trio.current_time() - since < patience:
             with trio.move_on_after(LOOK_EVERY):
                 return await trio.lowlevel.wait_writable(self.socket)
-            before, unread = unread, self._unacknowledged()
-            if unread < before:
+            before, pending = pending, self._unacknowledged()
+            if pending < before:
                 since = trio.current_time()
         self.stuck = True
         raise Stuck(f"it read nothing for {patience:g} s")
 
     def _unacknowledged(self) -> int:
-        """Bytes not acknowledged by the peer: tcp(7), SIOCOUTQ. 0 where nobody can tell."""
+        """Bytes that the peer has not acknowledged (SIOCOUTQ in tcp(7)); 0 if unknown."""
         raw = bytes(4)
         with contextlib.suppress(OSError):
             if fcntl is not None:
@@ -462,78 +460,78 @@ class Outlet:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Reader:
-    """A position in a log, on a connection.
+    """A position in a log, and where its events go.
 
-    Two drive it. The pump calls catch_up() when there is news; that is a plain function.
-    The connection's task sits in run(), and is needed only for what must wait: room on a
-    full wire, the end of the log, the client leaving.
+    Two tasks drive it. The pump calls catch_up(), a plain function, when there is news. The
+    connection's task stays in run() for what must wait: a full socket, the end of the log,
+    the client's leaving.
     """
 
     log: EventLog
-    outlet: Outlet | Http2Stream
+    outlet: Outlet | Http2Stream  # the latter writes in flush() only
     framing: Framing
     position: int
     delivered: int = 0  # events
     gaps: int = 0
-    dropped: str | None = None  # why, if it was
+    dropped: str | None = None  # why the server has ended it
     quiet_since: float = dataclasses.field(default_factory=trio.current_time)
     _listening: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
 
     def catch_up(self, now: float) -> None:
-        """Write what is new, as far as the connection takes it. Never waits."""
+        """Write what is new, as far as the outlet takes it."""
         log, outlet, framing = self.log, self.outlet, self.framing
-        while self.position < log.end and not outlet.rest:
+        while self.position < log.end and not outlet.unsent:
             frames, position = log.frames(framing, self.position)
-            if self.position < log.start:  # they begin with a gap
+            if self.position < log.start:  # then `frames` begins with a gap
                 self.gaps += 1
                 self.position = log.start
             self.delivered += position - self.position
             self.position = position
-            if frames:
+            if frames:  # a framing may leave events out
                 outlet.write_now(frames)
             if not framing.steady:
                 self.quiet_since = now
-        if log.closed or outlet.rest:
+        if log.closed or outlet.unsent:  # run() has to end, or to flush
             self._listening.cancel()
 
     def keep_alive(self, now: float) -> None:
-        """Called a few times a second: break a silence that has lasted long enough."""
-        if now - self.quiet_since >= self.framing.every and not self.outlet.rest:
+        """Break a silence that has lasted long enough. The server calls it every 250 ms."""
+        if now - self.quiet_since >= self.framing.every and not self.outlet.unsent:
             self.quiet_since = now
             self.write_aside(self.framing.wrap(self.framing.keep_alive))
 
     def write_aside(self, data: bytes) -> None:
-        """Write something that is not an event. Only if the outlet has no rest."""
+        """Write something that is not an event. Nothing may be unsent."""
         self.outlet.write_now(data)
-        if self.outlet.rest:
+        if self.outlet.unsent:
             self._listening.cancel()
 
     def rewind(self, place: int) -> None:
-        """Go back to this place, if it stands further on: the log begins anew."""
+        """Go back to this place, if the position is past it: the log has started again."""
         self.position = min(self.position, place)
 
     def drop(self, why: str) -> None:
-        """End this reader from outside; its own task raises."""
+        """End this reader from outside: run() raises BrokenResourceError."""
         self.dropped = why
         self._listening.cancel()
 
     async def run(self, listen: AsyncCall) -> bool:
         """Read the log to its end (True), or until the client has left (False).
 
-        `listen` waits for the client, and returns when the client has left. It can be
-        cancelled and called again, with nothing lost. Raises BrokenResourceError when the
-        client takes nothing any more. Two parties meet here, the pump and this task:
+        `listen` returns when the client has left. It can be cancelled and called again, with
+        nothing lost. Raises BrokenResourceError when the client takes nothing more. The pump
+        and this task take turns:
 
             this task   has nothing to write, and waits in listen()
             the pump    catch_up() writes an event; this task sleeps on
-            the pump    catch_up() fills the wire, and cancels `_listening`
-            this task   wakes up, and waits in flush() for room
-            the pump    catch_up() does nothing, because there is a rest
+            the pump    catch_up() fills the socket, and cancels `_listening`
+            this task   wakes up, and waits in flush() for space
+            the pump    catch_up() does nothing, because something is unsent
             this task   writes what it has missed meanwhile, and waits in listen() again
 
-        A cancel that comes while this task waits in flush() cancels a scope that is over. It
-        is not lost: from flush() to the next scope nothing waits, so nothing else runs, and
-        there this task looks at all that a cancel can be for.
+        While this task waits in flush(), no scope is open, and a cancel does nothing. None is
+        needed: from flush() to the next scope no other task runs, and there this task looks at
+        all that a cancel can mean.
         """
         self.log.readers[self] = None
         try:
@@ -542,7 +540,7 @@ class Reader:
                 if self.dropped:
                     raise trio.BrokenResourceError(self.dropped)
                 self.catch_up(trio.current_time())
-                if self.outlet.rest:
+                if self.outlet.unsent:
                     continue
                 if self.log.closed:
                     return True
@@ -560,7 +558,7 @@ class Pump:
     """One task for the whole server: in every log with news, every reader catches up."""
 
     def __init__(self) -> None:
-        self._news_in: dict[EventLog, int] = {}  # and how many events
+        self._news_in: dict[EventLog, int] = {}  # and how many times
         self._news = trio.Event()
 
     def notify(self, log: EventLog) -> None:
@@ -570,9 +568,8 @@ class Pump:
     async def run(self) -> None:
         """Pass after pass. The busier it gets, the more each write carries.
 
-        After a pass that carried more than one event of a log, the pump rests for as long as
-        the pass took. Meanwhile more events come, and the next pass carries them together.
-        A lone event waits for nobody.
+        Only after a pass that carried more than one event of a log, the pump rests for as long
+        as the pass took. Meanwhile more events come, and the next pass carries them together.
         """
         while True:
             await self._news.wait()
@@ -581,7 +578,7 @@ class Pump:
             turn, now = Turn(), trio.current_time()
             for log in logs:
                 for n, reader in enumerate(list(log.readers)):
-                    if n % 64 == 63:
+                    if n % 64 == 63:  # pause() is not free
                         await turn.pause()
                     if reader in log.readers:  # it may have left during a pause
                         reader.catch_up(now)
@@ -589,13 +586,13 @@ class Pump:
             if max(logs.values()) > 1:
                 await trio.sleep(turn.total())
             elif turn.total() > TURN / 10:
-                await trio.lowlevel.checkpoint()  # a crowd: let it speak first
+                await trio.lowlevel.checkpoint()  # after a long pass, let others append first
 
 
 async def race_disconnect(disconnected: AsyncCall, wait: AsyncCall) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
-    Two tasks in a nursery, and whichever is first cancels the other. No task is left over.
+    For a request that has no reader yet. Of two tasks, the first to end cancels the other.
     """
 
     async def watch() -> None:
@@ -611,9 +608,8 @@ async def race_disconnect(disconnected: AsyncCall, wait: AsyncCall) -> bool:
 
 
 # ─── Writers ★ ───────────────────────────────────────────────────────────────────────
-# Each log has its writers, and they belong to the server: a reader that leaves takes nothing
-# with it. The clock has tick(), the room its members, an answer a model. Only an answer looks
-# back: when nobody attends it for a while, it is stopped.
+# They belong to the server: a reader that leaves takes nothing with it. Only an answer needs
+# an audience: when it has had none for a while, it is stopped.
 
 CLOCK_EVENTS = 60
 ROOM_EVENTS, ROOM_BYTES = 1000, MiB
@@ -622,11 +618,11 @@ HEAD_WAIT = 4  # seconds for the model to begin, before the stream starts withou
 
 
 async def tick(clock: EventLog) -> None:
-    """One ticker for all readers: event n is the Unix second n, appended on the second.
+    """Event n is the Unix second n, appended on the second.
 
-    Seconds that were missed (a busy or suspended machine) are made up for, as far back as the
-    log reaches. That also fills the log at the start, so that a reader loses nothing when the
-    server is started again. A clock that is set back is silent until it has caught up.
+    Seconds that a busy or suspended machine has missed are made up for, as far back as the log
+    reaches. That also fills it at the start: a client that resumes after a restart loses
+    nothing. If the system's time is set back, the log is silent until it has caught up.
     """
     while True:
         second = int(time.time())
@@ -644,17 +640,17 @@ class Said(NamedTuple):
     type: str
     name: str
     text: str = ""
-    key: str | None = None  # chosen by the sender, to know its own message by
+    key: str | None = None  # by which the sender knows its own message
 
 
 class Room(EventLog):
     """What is said in the room, and who came and went.
 
-    Its ids carry a token of this start of the server. Without it, event 7 of yesterday's
-    room would pass for event 7 of today's.
+    Its name is random at each start of the server. Otherwise, event 7 of yesterday's room
+    would pass for event 7 of today's.
 
     Comings and goings must not push messages out of the log. So only the last few of them are
-    kept, and the places of the others stay empty: `_places` says where each event stands.
+    kept, and the places of the others stay empty: `_places` has the place of each event kept.
     """
 
     def __init__(self, on_news: Callable[[EventLog], None]) -> None:
@@ -675,7 +671,7 @@ class Room(EventLog):
         place = self._places.pop(index)
         if self._comings and self._comings[0] == place:
             self._comings.popleft()
-        else:  # only a lost message is a gap
+        else:  # only a lost message makes a gap
             self.start = place + 1
 
     def skip_to(self, place: int) -> None:
@@ -684,7 +680,7 @@ class Room(EventLog):
         self._comings.clear()
 
     def add(self, said: Said, at: int, place: int | None = None) -> None:
-        """Append it, `at` a time in milliseconds. Over Redis, it may skip some places."""
+        """Append it, said `at` this time in ms. A `place` from Redis may leave some empty."""
         self.end = self.end if place is None else place
         about: JSON = {"name": said.name, "at": at}
         if said.key is not None:
@@ -703,7 +699,7 @@ class Room(EventLog):
             self.add(said, int(time.time() * 1000))
 
     def history(self) -> int:
-        """Where a new member starts: the last ROOM_HISTORY messages follow that place."""
+        """Where a new member starts: the last ROOM_HISTORY messages begin there."""
         wanted = ROOM_HISTORY
         for place in reversed(self._places):
             wanted -= self[place].type == "message"
@@ -715,10 +711,10 @@ class Room(EventLog):
 class Answer(EventLog):
     """An answer under way, or one that has ended and is kept for late readers.
 
-    Its name has 128 random bits: a client that knows it may read it and stop it. `model` writes
-    it, inside of `scope`, and the linger time is that scope's deadline: no timer needs to be
-    kept. `question` is what was asked, and how its protocol tells an end. `account` is told how
-    much memory the answer takes, and says whether there is so much.
+    Its name has 128 random bits: a client that knows it may read the answer and stop it.
+    `model` writes it inside `scope`, whose deadline ends the linger time without a timer.
+    `question` is what was asked, and how its protocol ends an answer. `account` is told how
+    much memory is taken, and says whether there is enough. A Problem is an error for clients.
     """
 
     def __init__(
@@ -731,19 +727,19 @@ class Answer(EventLog):
         self.model = model
         self.linger = linger  # seconds that it goes on with nobody there
         self.account = account
-        # Who attends it
-        self.attendants = 0
+        # What keeps it going
+        self.attendants = 0  # requests, also before they read; "background" counts as one
         self.scope = trio.CancelScope()
         # How it goes
         self.begun = trio.current_time()
         self.accepted = trio.Event()  # the model has begun to answer, or it has ended
         self.ended = trio.Event()
-        self.headers: dict[str, str] = {}  # of the upstream's, for our response
+        self.headers: dict[str, str] = {}  # from the upstream, for our response
         # How it ended
         self.problem: Problem | None = None
-        self.refused = False  # before it was accepted: then the status says so
-        self.kept = True  # for late readers
-        self.affordable = True  # there is memory for it
+        self.refused = False  # it ended before it was accepted: the HTTP status says so
+        self.kept = True  # late readers may have it
+        self.affordable = True  # else its writer gives up
 
     def attend(self) -> None:
         self.attendants += 1
@@ -764,13 +760,13 @@ class Answer(EventLog):
             self.leave()
 
     async def started(self) -> None:
-        """Wait until the first reader can be answered.
+        """Wait until the response can begin: a stream with the answer, any other at its end.
 
-        A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a question
-        that is repeated before its answer has a name is paid for twice.
+        A stream begins after HEAD_WAIT in any case: clients give up after 5 s, and one that
+        has not been told the answer's name asks again, and pays twice.
         """
         question = self.question
-        patient = question.polled or not question.stream
+        patient = question.polled or not question.stream  # polled: the model names the response
         with trio.move_on_after(inf if patient else HEAD_WAIT):
             await (self.accepted if question.stream else self.ended).wait()
 
@@ -779,7 +775,7 @@ class Answer(EventLog):
         self.affordable = self.account(size)
 
     def finish(self, problem: Problem | None = None) -> None:
-        """End it, in exactly one way: whoever sees an end calls this, the first call counts."""
+        """End it once: whatever sees an end calls this, and the first call counts."""
         if self.closed:
             return
         self.problem = problem
@@ -794,7 +790,7 @@ class Answer(EventLog):
         self.ended.set()
 
     def discard(self) -> None:
-        """End this copy of an answer that goes on elsewhere: without an event."""
+        """End this copy, without an event: the answer goes on in another process."""
         self.kept = False
         self.close()
 
@@ -1482,7 +1478,7 @@ class Member(Reader):
         behind much that it said earlier.
         """
         super().keep_alive(now)
-        if now - self.pinged_at < PING_EVERY or self.outlet.rest:
+        if now - self.pinged_at < PING_EVERY or self.outlet.unsent:
             return  # we do not listen while a wire is full: that has its own deadline
         if self.wire.waiting_since < self.pinged_at:
             return self.drop("silent")
@@ -3703,7 +3699,7 @@ class Http2Stream:
         self.protocol = protocol
         self.h2 = protocol.connection
         self.number = number
-        self.rest: bytes | memoryview = b""
+        self.unsent: bytes | memoryview = b""
         self.heard = self.answered = False  # all of the request, of the response
         self.gone = trio.Event()
         self._body_in, self._body = trio.open_memory_channel[bytes](10)
@@ -3749,11 +3745,11 @@ class Http2Stream:
 
     def write_now(self, data: bytes) -> None:
         """Nothing goes out by itself: the reader's own task is called to flush()."""
-        self.rest = data
+        self.unsent = data
 
     async def flush(self) -> None:
-        await self._write(self.rest)
-        self.rest = b""
+        await self._write(self.unsent)
+        self.unsent = b""
 
     async def _write(self, data: bytes | memoryview) -> None:
         """Wait for the client's window, as long as the client takes anything."""

@@ -1114,7 +1114,6 @@ class Http1:
                 # could be taken for it.
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
-                self.conn.start_next_cycle()
                 del request  # with its body; the next one may be long in coming
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except (Problem, h11.RemoteProtocolError) as error:
@@ -1124,12 +1123,17 @@ class Http1:
 
     async def next_request(self) -> Request | None:
         """The next request's head; None if the client leaves instead of asking."""
-        first, raw = self.conn.their_http_version is None, self.conn.trailing_data[0]
+        # A client may send empty lines before a request (RFC 9112, section 2.2); h11 takes none.
+        first, (raw, ended) = not self.wire.sent, self.conn.trailing_data
+        raw = raw.lstrip(b"\r\n")
+        self.conn = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
+        for data in [raw] * bool(raw) + [b""] * ended:
+            self.conn.receive_data(data)
         with trio.move_on_after(HEAD_TIMEOUT if first or raw else IDLE_TIMEOUT) as scope:
             while (event := self.conn.next_event()) is h11.NEED_DATA:
                 data = await self.wire.receive()
                 if data and not raw:
-                    data = data.lstrip(b"\r\n")  # RFC 9112, section 2.2
+                    data = data.lstrip(b"\r\n")
                     if not data:
                         continue
                     scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIMEOUT)

@@ -6,9 +6,9 @@ One idea carries the whole program:
     Everyone who listens is a position in one.
 
     writers               logs                       readers
-    tick() ──────────▶  clock   ●●●●●●●●──▶   SSE over HTTP
-    a model ─────────▶  answer  ●●●●──▶       WebSocket
-    a member ────────▶  room    ●●●●●●──▶     one JSON body (a short connection)
+    tick() ──────────▶  clock   ●●●●●●●●──▶   SSE or WebSocket
+    a model ─────────▶  answer  ●●●●──▶       SSE, or one JSON body (a short connection)
+    a member ────────▶  room    ●●●●●●──▶     WebSocket
 
 Joining late, resuming after a cut, several readers of one answer, fan-out, slow readers and
 scaling out are then one mechanism, not six. SSE and WebSocket differ only in how an event is
@@ -19,7 +19,7 @@ framed. A request owns its reader; the server owns the writers: that decides eve
     room     1000 events, 1 MiB    50 messages back       with the server
     answer   all, at most 64 MiB   at the beginning       done, stopped, abandoned, failed
 
-The classes, from the idea outwards (★: the part to read first, it needs nothing below):
+The classes, from the idea outwards (★: read these first; they need nothing below):
 
     ★ EventLog, Framing            events, numbered for ever; how they look on a connection
     ★ Outlet, Reader, Pump         who writes what to whom, and when
@@ -115,14 +115,14 @@ if TYPE_CHECKING:
 
 JSON = dict[str, Any]
 AsyncCall = Callable[[], Awaitable[object]]
-Socket = socket.socket  # by a name that no field of a class hides
+Socket = socket.socket  # in a class, a field named `socket` hides the module
 NOTHING: Mapping[str, Any] = {}  # shared by all that have nothing to add
 KiB, MiB = 1024, 1024 * 1024
 logger = logging.getLogger("chatstream")
 
 
 def to_json(value: object) -> str:
-    """Compact JSON that can be encoded: half a surrogate pair stays an escape."""
+    """Compact JSON that can be encoded: a lone surrogate stays an escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
         text.encode()
@@ -132,18 +132,17 @@ def to_json(value: object) -> str:
 
 
 # ─── The log ★ ───────────────────────────────────────────────────────────────────────
-# append() and close() are plain functions: nothing else runs in between, so nobody ever sees
-# half a change. The log calls `on_news` once, and waits for no reader.
+# append() and close() are plain functions: no other task runs before they return, so none sees
+# half a change. Each calls `on_news` once, and waits for no reader.
 #
-# A reader costs the log nothing, because its position is a number that the reader keeps. So
-# the log never asks how far its readers are. It forgets by its bounds alone, and a reader that
-# stood still for too long finds that `start` has moved past its position.
+# A reader keeps its own position, and the log never asks for it. The log forgets by its bounds
+# alone, and a reader that stood still for too long finds `start` past its position.
 #
 #         start                  end
 #           │                     │          as in a slice: `start` is the first event
 #     · · · ● ● ● ● ● ● ● ● ● ● ●            still kept, `end` the place of the next
 #                   │
-#                position                    a reader's next event
+#                position                    the place of a reader's next event
 
 EVENT_OVERHEAD = 96  # bytes of memory that an Event takes beside its text
 
@@ -158,9 +157,9 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class EventLog:
-    """A bounded list of events, and the readers that stand at places in it.
+    """A bounded list of events, and its readers.
 
-    Places are numbered for ever; an event's id is `<name>-<place>`.
+    Events are numbered for ever. The number is an event's place, and `<name>-<place>` its id.
     """
 
     name: str
@@ -172,8 +171,8 @@ class EventLog:
         self.start = self.end = 0
         self.size = 0  # bytes of memory
         self.closed = False
-        self.readers: dict[Reader, None] = {}  # a set that keeps its order
-        # A token is stored as its text alone: an Event for each would double its size.
+        self.readers: dict[Reader, None] = {}  # an ordered set, for the pump
+        # A plain message is stored as its text alone: an Event would double a model's token.
         self._events: list[Event | str] = []
         self._joined: dict[tuple[Framing, int], tuple[bytes, int]] = {}  # see frames()
 
@@ -202,7 +201,8 @@ class EventLog:
         self._grow(-self.size)
         self.start = self.end = place
 
-    # A room's places have holes, and an answer's memory is accounted for: they override these.
+    # An index is one in `_events`. Room, where some places are empty, overrides these; so does
+    # Answer, whose memory is accounted for.
 
     def _forget(self, index: int) -> None:
         self._grow(-size_of(self._events.pop(index)))
@@ -221,13 +221,19 @@ class EventLog:
     def __getitem__(self, place: int) -> Event:
         return self._at(self._index(place))[1]
 
+    def backwards(self, types: Iterable[str]) -> Iterator[tuple[int, Event]]:
+        """The first event, and all of these types, each with its place; the last one first."""
+        for index in reversed(range(len(self._events))):
+            if index == 0 or getattr(self._events[index], "type", "") in types:
+                yield self._at(index)
+
     def id(self, place: int) -> str:
         return f"{self.name}-{place}"
 
     def place_after(self, last_event_id: str | None) -> int | None:
         """The place after the event with this id; None if it is not an id of this log.
 
-        That event may be forgotten. Its reader then starts before `start`, with a gap.
+        The log may have forgotten that event: its reader then begins with a gap.
         """
         name, _, place = (last_event_id or "").rpartition("-")
         if name != self.name or not re.fullmatch("[0-9]{1,15}", place):
@@ -235,15 +241,15 @@ class EventLog:
         return int(place) + 1 if int(place) < self.end else None
 
     def frames(self, framing: Framing, place: int) -> tuple[bytes, int]:
-        """The bytes of the events from `place` on, and the place after them.
+        """The bytes of the events from `place` on, and the place after the last of them.
 
-        Most readers stand at the same place: what one of them needs is made once, and kept
-        until the log changes. It is WRITE_BYTES or so, because a slow reader holds what its
-        socket did not take. So its memory is one write, however far back it stands.
+        Most readers stand at the same place, so the bytes are made once, and kept until the
+        log changes. They end with the event that reaches WRITE_BYTES: a slow reader's outlet
+        keeps no more than this, however far back the reader stands.
         """
         joined = self._joined.get((framing, place))
         if joined is None:
-            if len(self._joined) > 8:  # of stragglers, each at a place of its own
+            if len(self._joined) > 8:  # stragglers, each at its own place, fill it
                 self._joined.clear()
             joined = self._joined[framing, place] = self._join(framing, place)
         return joined
@@ -270,14 +276,12 @@ def size_of(event: Event | str) -> int:
 
 
 # ─── Framing ★ ───────────────────────────────────────────────────────────────────────
-# The same event, framed for SSE or for WebSocket. Nothing else differs between the two.
-
 SSE_KEEP_ALIVE = HEARTBEAT_EVERY = 4  # seconds; many clients give up after 5 to 10
-WRITE_BYTES = 64 * KiB  # of one log, to one reader, at a time
+WRITE_BYTES = 64 * KiB  # when a write takes no more events
 
 
 def gap(missed: int) -> Event:
-    """How much a reader has missed. It has no place: the client keeps the id that it has."""
+    """How much a reader has missed. It has no id, so that the client keeps its last one."""
     return Event(f'{{"missed": {missed}}}', "gap", {"missed": missed})
 
 
@@ -285,14 +289,14 @@ def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     """An event as a block of an event stream (HTML standard, section 9.2.5).
 
     `id:` comes after `data:`, because some clients store an id as soon as they have read its
-    line. With `id:` first, an event that was cut in half would be skipped.
+    line. Otherwise, they would skip an event that was cut in half.
     """
     type_line = "" if event.type == "message" else f"event: {event.type}\n"
     data = event.data
     if "\n" in data or "\r" in data:  # not splitlines(): U+2028 does not end a line
         data = "\ndata: ".join(re.split("\r\n|\r|\n", data))
     id_line = "" if place is None else f"id: {name}-{place}\n"
-    return f"{type_line}data: {data}\n{id_line}\n".encode(errors="replace")
+    return f"{type_line}data: {data}\n{id_line}\n".encode(errors="replace")  # lone surrogates
 
 
 def as_is(data: bytes) -> bytes:
@@ -300,7 +304,7 @@ def as_is(data: bytes) -> bytes:
 
 
 def http_chunk(data: bytes) -> bytes:
-    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1). An empty one would end it."""
+    """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1). An empty one would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
@@ -317,7 +321,7 @@ def frame_ws(payload: bytes, opcode: int = TEXT) -> bytes:
 
 
 def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
-    """An event of the room for chatstream.v1, or of the clock, as one JSON text."""
+    """As JSON: an event of the clock, or of the room for a chatstream.v1 client."""
     fields: JSON = {} if place is None else {"id": f"{name}-{place}"}
     if event.type != "message":
         fields |= {"type": event.type, **event.about}
@@ -330,12 +334,12 @@ def frame_ws_json(name: str, place: int | None, event: Event) -> bytes:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: a fast dict key
 class Framing:
-    """How the events of a log look on one kind of connection. Times in seconds."""
+    """How the events of a log look on one kind of connection."""
 
     frame: Callable[[str, int | None, Event], bytes]
     wrap: Callable[[bytes], bytes] = as_is  # around all that goes out in one write
     keep_alive: bytes = b""
-    every: float = inf
+    every: float = inf  # seconds
     steady: bool = False  # keep-alives at fixed times, not only after silence
 
 
@@ -343,20 +347,21 @@ SSE = Framing(frame_sse, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=http_chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
 WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, steady=True)
-WS_CLOCK = Framing(frame_ws_json)  # a tick a second is sign of life enough
+WS_CLOCK = Framing(frame_ws_json)  # a tick each second keeps it alive
 
 
 # ─── Delivery ★ ──────────────────────────────────────────────────────────────────────
-# The usual design wakes a task for each reader of each event. Here one task, the pump, makes
-# one plain pass over the readers of every log with news, and writes without waiting. If
-# everything goes well, that is all: no other task runs. What a socket does not take stays
-# with its outlet, and the connection's own task waits for room while the pass goes on. So a
-# slow reader costs the others one failed attempt.
+# The usual design wakes a task for each reader of each event. Here one task, the pump, passes
+# over the readers of every log with news, and writes without waiting. As long as the sockets
+# take everything, no other task runs. What a socket does not take stays with its outlet, and
+# the connection's own task waits for space while the pass goes on. So a slow reader costs the
+# others one failed write. It catches up later; a gap tells it how much the log has forgotten.
+# A client that takes nothing at all is dropped.
 
-STUCK_TIMEOUT = 10  # seconds for a client that takes nothing of what we send
-LOOK_EVERY = 1  # seconds between two looks at what a slow client has taken
+STUCK_TIMEOUT = 10  # seconds until a client that takes nothing is dropped
+LOOK_EVERY = 1  # seconds between two looks at what a slow client takes
 TURN = 0.005  # seconds after which a busy loop lets the other tasks run
-NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)  # of a socket
+NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)  # a full socket
 
 
 @dataclasses.dataclass
@@ -380,71 +385,72 @@ class Turn:
 
 
 class Stuck(trio.BrokenResourceError):
-    """The client takes nothing any more of what we send."""
+    """The peer takes nothing more of what we send."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Outlet:
     """The sending side of a connection: a non-blocking socket, plain or TLS.
 
-    Two kinds of writers share it. The pump calls write_now(), which never waits; the
-    connection's task calls send(), which does. Half a frame inside another one is the end
-    of any protocol, so nobody writes while there is a rest: write_now() is called only if
-    there is none, and send() waits until there is none.
+    The pump calls write_now(), the connection's task send(). A frame in the middle of another
+    one would break any protocol. So write_now() may be called only if nothing is unsent, and
+    send() first waits for that.
     """
 
     socket: Socket
-    rest: memoryview | bytes = b""  # what the socket has not taken yet
+    unsent: memoryview | bytes = b""  # what the socket has not taken yet
     sent: int = 0  # bytes
-    stuck: bool = False  # the peer takes nothing any more
+    stuck: bool = False  # the peer takes nothing more
+    patience: float = 0  # seconds that it may take nothing; 0: STUCK_TIMEOUT
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
         try:
             taken = self.socket.send(data)
-        except OSError:  # no room, or broken: flush() will see which
+        except OSError:  # full, or broken: flush() finds out which
             taken = 0
         self.sent += taken
         if taken < len(data):
-            self.rest = memoryview(data)[taken:]
+            self.unsent = memoryview(data)[taken:]
 
     async def flush(self) -> None:
-        """Wait until all is written. Raises BrokenResourceError, also if stuck."""
-        while self.rest:
-            await self._wait_for_room()
+        """Wait until nothing is unsent. Raises BrokenResourceError, which may be Stuck."""
+        while self.unsent:
+            await self._wait_for_space()
             try:
-                taken = self.socket.send(self.rest)
+                taken = self.socket.send(self.unsent)
             except NOT_READY:
                 continue
             except OSError as error:
                 raise trio.BrokenResourceError(str(error)) from error
             self.sent += taken
-            self.rest = self.rest[taken:]
+            self.unsent = self.unsent[taken:]
 
     async def send(self, data: bytes) -> None:
-        """Write all of it. Unlike most of Trio, not a checkpoint if it goes out at once."""
+        """Write all of it. Unlike most of Trio, no checkpoint if it need not wait."""
         await self.flush()
         self.write_now(data)
         await self.flush()
 
-    async def _wait_for_room(self) -> None:
-        """Wait until the socket takes more, as long as the peer takes anything.
+    async def _wait_for_space(self) -> None:
+        """Wait until the socket takes more, as long as the peer acknowledges anything.
 
-        Linux calls a socket writable when a third of its buffer is free. A slow peer may
-        need longer than our limit for that. So what counts is what it acknowledges.
+        Linux calls a socket writable only when a third of its buffer is free. A slow peer may
+        need longer than STUCK_TIMEOUT for that.
         """
-        unread, since = self._unacknowledged(), trio.current_time()
-        while trio.current_time() - since < STUCK_TIMEOUT:
+        pending, since = self._unacknowledged(), trio.current_time()
+        patience = self.patience or STUCK_TIMEOUT
+        while trio.current_time() - since < patience:
             with trio.move_on_after(LOOK_EVERY):
                 return await trio.lowlevel.wait_writable(self.socket)
-            before, unread = unread, self._unacknowledged()
-            if unread < before:
+            before, pending = pending, self._unacknowledged()
+            if pending < before:
                 since = trio.current_time()
         self.stuck = True
-        raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
+        raise Stuck(f"it read nothing for {patience:g} s")
 
     def _unacknowledged(self) -> int:
-        """Bytes not acknowledged by the peer: tcp(7), SIOCOUTQ. 0 where nobody can tell."""
+        """Bytes that the peer has not acknowledged (SIOCOUTQ in tcp(7)); 0 if unknown."""
         raw = bytes(4)
         with contextlib.suppress(OSError):
             if fcntl is not None:
@@ -454,78 +460,78 @@ class Outlet:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Reader:
-    """A position in a log, on a connection.
+    """A position in a log, and where its events go.
 
-    Two drive it. The pump calls catch_up() when there is news; that is a plain function.
-    The connection's task sits in run(), and is needed only for what must wait: room on a
-    full wire, the end of the log, the client leaving.
+    Two tasks drive it. The pump calls catch_up(), a plain function, when there is news. The
+    connection's task stays in run() for what must wait: a full socket, the end of the log,
+    the client's leaving.
     """
 
     log: EventLog
-    outlet: Outlet | Http2Stream
+    outlet: Outlet | Http2Stream  # the latter writes in flush() only
     framing: Framing
     position: int
     delivered: int = 0  # events
     gaps: int = 0
-    dropped: str | None = None  # why, if it was
+    dropped: str | None = None  # why the server has ended it
     quiet_since: float = dataclasses.field(default_factory=trio.current_time)
     _listening: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
 
     def catch_up(self, now: float) -> None:
-        """Write what is new, as far as the connection takes it. Never waits."""
+        """Write what is new, as far as the outlet takes it."""
         log, outlet, framing = self.log, self.outlet, self.framing
-        while self.position < log.end and not outlet.rest:
+        while self.position < log.end and not outlet.unsent:
             frames, position = log.frames(framing, self.position)
-            if self.position < log.start:  # they begin with a gap
+            if self.position < log.start:  # then `frames` begins with a gap
                 self.gaps += 1
                 self.position = log.start
             self.delivered += position - self.position
             self.position = position
-            if frames:
+            if frames:  # a framing may leave events out
                 outlet.write_now(frames)
             if not framing.steady:
                 self.quiet_since = now
-        if log.closed or outlet.rest:
+        if log.closed or outlet.unsent:  # run() has to end, or to flush
             self._listening.cancel()
 
     def keep_alive(self, now: float) -> None:
-        """Called a few times a second: break a silence that has lasted long enough."""
-        if now - self.quiet_since >= self.framing.every and not self.outlet.rest:
+        """Break a silence that has lasted long enough. The server calls it every 250 ms."""
+        if now - self.quiet_since >= self.framing.every and not self.outlet.unsent:
             self.quiet_since = now
             self.write_aside(self.framing.wrap(self.framing.keep_alive))
 
     def write_aside(self, data: bytes) -> None:
-        """Write something that is not an event. Only if the outlet has no rest."""
+        """Write something that is not an event. Nothing may be unsent."""
         self.outlet.write_now(data)
-        if self.outlet.rest:
+        if self.outlet.unsent:
             self._listening.cancel()
 
     def rewind(self, place: int) -> None:
-        """Go back to this place, if it stands further on: the log begins anew."""
+        """Go back to this place, if the position is past it: the log has started again."""
         self.position = min(self.position, place)
 
     def drop(self, why: str) -> None:
-        """End this reader from outside; its own task raises."""
+        """End this reader from outside: run() raises BrokenResourceError."""
         self.dropped = why
         self._listening.cancel()
 
     async def run(self, listen: AsyncCall) -> bool:
         """Read the log to its end (True), or until the client has left (False).
 
-        `listen` waits for the client, and returns when the client has left. It can be
-        cancelled and called again, with nothing lost. Raises BrokenResourceError when the
-        client takes nothing any more. Two parties meet here, the pump and this task:
+        `listen` returns when the client has left. It can be cancelled and called again, with
+        nothing lost. Raises BrokenResourceError when the client takes nothing more. The pump
+        and this task take turns:
 
             this task   has nothing to write, and waits in listen()
             the pump    catch_up() writes an event; this task sleeps on
-            the pump    catch_up() fills the wire, and cancels `_listening`
-            this task   wakes up, and waits in flush() for room
-            the pump    catch_up() does nothing, because there is a rest
+            the pump    catch_up() fills the socket, and cancels `_listening`
+            this task   wakes up, and waits in flush() for space
+            the pump    catch_up() does nothing, because something is unsent
             this task   writes what it has missed meanwhile, and waits in listen() again
 
-        A cancel that comes while this task waits in flush() cancels a scope that is over. It
-        is not lost: from flush() to the next scope nothing waits, so nothing else runs, and
-        there this task looks at all that a cancel can be for.
+        While this task waits in flush(), no scope is open, and a cancel does nothing. None is
+        needed: from flush() to the next scope no other task runs, and there this task looks at
+        all that a cancel can mean.
         """
         self.log.readers[self] = None
         try:
@@ -534,7 +540,7 @@ class Reader:
                 if self.dropped:
                     raise trio.BrokenResourceError(self.dropped)
                 self.catch_up(trio.current_time())
-                if self.outlet.rest:
+                if self.outlet.unsent:
                     continue
                 if self.log.closed:
                     return True
@@ -552,7 +558,7 @@ class Pump:
     """One task for the whole server: in every log with news, every reader catches up."""
 
     def __init__(self) -> None:
-        self._news_in: dict[EventLog, int] = {}  # and how many events
+        self._news_in: dict[EventLog, int] = {}  # and how many times
         self._news = trio.Event()
 
     def notify(self, log: EventLog) -> None:
@@ -562,9 +568,8 @@ class Pump:
     async def run(self) -> None:
         """Pass after pass. The busier it gets, the more each write carries.
 
-        After a pass that carried more than one event of a log, the pump rests for as long as
-        the pass took. Meanwhile more events come, and the next pass carries them together.
-        A lone event waits for nobody.
+        Only after a pass that carried more than one event of a log, the pump rests for as long
+        as the pass took. Meanwhile more events come, and the next pass carries them together.
         """
         while True:
             await self._news.wait()
@@ -573,7 +578,7 @@ class Pump:
             turn, now = Turn(), trio.current_time()
             for log in logs:
                 for n, reader in enumerate(list(log.readers)):
-                    if n % 64 == 63:
+                    if n % 64 == 63:  # pause() is not free
                         await turn.pause()
                     if reader in log.readers:  # it may have left during a pause
                         reader.catch_up(now)
@@ -581,13 +586,13 @@ class Pump:
             if max(logs.values()) > 1:
                 await trio.sleep(turn.total())
             elif turn.total() > TURN / 10:
-                await trio.lowlevel.checkpoint()  # a crowd: let it speak first
+                await trio.lowlevel.checkpoint()  # after a long pass, let others append first
 
 
 async def race_disconnect(disconnected: AsyncCall, wait: AsyncCall) -> bool:
     """Wait for something (True), but no longer than the client stays (False).
 
-    Two tasks in a nursery, and whichever is first cancels the other. No task is left over.
+    For a request that has no reader yet. Of two tasks, the first to end cancels the other.
     """
 
     async def watch() -> None:
@@ -603,9 +608,8 @@ async def race_disconnect(disconnected: AsyncCall, wait: AsyncCall) -> bool:
 
 
 # ─── Writers ★ ───────────────────────────────────────────────────────────────────────
-# Each log has its writers, and they belong to the server: a reader that leaves takes nothing
-# with it. The clock has tick(), the room its members, an answer a model. Only an answer looks
-# back: when nobody attends it for a while, it is stopped.
+# They belong to the server: a reader that leaves takes nothing with it. Only an answer needs
+# an audience: when it has had none for a while, it is stopped.
 
 CLOCK_EVENTS = 60
 ROOM_EVENTS, ROOM_BYTES = 1000, MiB
@@ -614,11 +618,11 @@ HEAD_WAIT = 4  # seconds for the model to begin, before the stream starts withou
 
 
 async def tick(clock: EventLog) -> None:
-    """One ticker for all readers: event n is the Unix second n, appended on the second.
+    """Event n is the Unix second n, appended on the second.
 
-    Seconds that were missed (a busy or suspended machine) are made up for, as far back as the
-    log reaches. That also fills the log at the start, so that a reader loses nothing when the
-    server is started again. A clock that is set back is silent until it has caught up.
+    Seconds that a busy or suspended machine has missed are made up for, as far back as the log
+    reaches. That also fills it at the start: a client that resumes after a restart loses
+    nothing. If the system's time is set back, the log is silent until it has caught up.
     """
     while True:
         second = int(time.time())
@@ -636,17 +640,17 @@ class Said(NamedTuple):
     type: str
     name: str
     text: str = ""
-    key: str | None = None  # chosen by the sender, to know its own message by
+    key: str | None = None  # by which the sender knows its own message
 
 
 class Room(EventLog):
     """What is said in the room, and who came and went.
 
-    Its ids carry a token of this start of the server. Without it, event 7 of yesterday's
-    room would pass for event 7 of today's.
+    Its name is random at each start of the server. Otherwise, event 7 of yesterday's room
+    would pass for event 7 of today's.
 
     Comings and goings must not push messages out of the log. So only the last few of them are
-    kept, and the places of the others stay empty: `_places` says where each event stands.
+    kept, and the places of the others stay empty: `_places` has the place of each event kept.
     """
 
     def __init__(self, on_news: Callable[[EventLog], None]) -> None:
@@ -667,7 +671,7 @@ class Room(EventLog):
         place = self._places.pop(index)
         if self._comings and self._comings[0] == place:
             self._comings.popleft()
-        else:  # only a lost message is a gap
+        else:  # only a lost message makes a gap
             self.start = place + 1
 
     def skip_to(self, place: int) -> None:
@@ -676,7 +680,7 @@ class Room(EventLog):
         self._comings.clear()
 
     def add(self, said: Said, at: int, place: int | None = None) -> None:
-        """Append it, `at` a time in milliseconds. Over Redis, it may skip some places."""
+        """Append it, said `at` this time in ms. A `place` from Redis may leave some empty."""
         self.end = self.end if place is None else place
         about: JSON = {"name": said.name, "at": at}
         if said.key is not None:
@@ -695,7 +699,7 @@ class Room(EventLog):
             self.add(said, int(time.time() * 1000))
 
     def history(self) -> int:
-        """Where a new member starts: the last ROOM_HISTORY messages follow that place."""
+        """Where a new member starts: the last ROOM_HISTORY messages begin there."""
         wanted = ROOM_HISTORY
         for place in reversed(self._places):
             wanted -= self[place].type == "message"
@@ -707,10 +711,10 @@ class Room(EventLog):
 class Answer(EventLog):
     """An answer under way, or one that has ended and is kept for late readers.
 
-    Its name has 128 random bits: a client that knows it may read it and stop it. `model` writes
-    it, inside of `scope`, and the linger time is that scope's deadline: no timer needs to be
-    kept. `question` is what was asked, and how its protocol tells an end. `account` is told how
-    much memory the answer takes, and says whether there is so much.
+    Its name has 128 random bits: a client that knows it may read the answer and stop it.
+    `model` writes it inside `scope`, whose deadline ends the linger time without a timer.
+    `question` is what was asked, and how its protocol ends an answer. `account` is told how
+    much memory is taken, and says whether there is enough. A Problem is an error for clients.
     """
 
     def __init__(
@@ -723,19 +727,19 @@ class Answer(EventLog):
         self.model = model
         self.linger = linger  # seconds that it goes on with nobody there
         self.account = account
-        # Who attends it
-        self.attendants = 0
+        # What keeps it going
+        self.attendants = 0  # requests, also before they read; "background" counts as one
         self.scope = trio.CancelScope()
         # How it goes
         self.begun = trio.current_time()
         self.accepted = trio.Event()  # the model has begun to answer, or it has ended
         self.ended = trio.Event()
-        self.headers: dict[str, str] = {}  # of the upstream's, for our response
+        self.headers: dict[str, str] = {}  # from the upstream, for our response
         # How it ended
         self.problem: Problem | None = None
-        self.refused = False  # before it was accepted: then the status says so
-        self.kept = True  # for late readers
-        self.affordable = True  # there is memory for it
+        self.refused = False  # it ended before it was accepted: the HTTP status says so
+        self.kept = True  # late readers may have it
+        self.affordable = True  # else its writer gives up
 
     def attend(self) -> None:
         self.attendants += 1
@@ -756,13 +760,13 @@ class Answer(EventLog):
             self.leave()
 
     async def started(self) -> None:
-        """Wait until the first reader can be answered.
+        """Wait until the response can begin: a stream with the answer, any other at its end.
 
-        A stream starts after HEAD_WAIT in any case. Clients give up after 5 s, and a question
-        that is repeated before its answer has a name is paid for twice.
+        A stream begins after HEAD_WAIT in any case: clients give up after 5 s, and one that
+        has not been told the answer's name asks again, and pays twice.
         """
         question = self.question
-        patient = question.polled or not question.stream
+        patient = question.polled or not question.stream  # polled: the model names the response
         with trio.move_on_after(inf if patient else HEAD_WAIT):
             await (self.accepted if question.stream else self.ended).wait()
 
@@ -771,7 +775,7 @@ class Answer(EventLog):
         self.affordable = self.account(size)
 
     def finish(self, problem: Problem | None = None) -> None:
-        """End it, in exactly one way: whoever sees an end calls this, the first call counts."""
+        """End it once: whatever sees an end calls this, and the first call counts."""
         if self.closed:
             return
         self.problem = problem
@@ -786,7 +790,7 @@ class Answer(EventLog):
         self.ended.set()
 
     def discard(self) -> None:
-        """End this copy of an answer that goes on elsewhere: without an event."""
+        """End this copy, without an event: the answer goes on in another process."""
         self.kept = False
         self.close()
 
@@ -1016,8 +1020,12 @@ class Wire(Outlet):
     waiting_since: float = inf  # when we began to wait for bytes; inf: we do not
 
     async def receive(self) -> bytes:
-        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated."""
+        """The next bytes; b"" when the peer has ended. Can be cancelled and repeated.
+
+        Always a checkpoint: a client that sends faster than we read stops nobody.
+        """
         self.waiting_since = trio.current_time()
+        await trio.lowlevel.checkpoint()
         while (data := self.receive_now()) is None:
             await trio.lowlevel.wait_readable(self.socket)
         self.waiting_since = inf
@@ -1269,8 +1277,11 @@ class FrameParser:
         self._buffer += data
 
     def next(self) -> tuple[int, str | bytes] | None:
-        """A whole message, text as str, or a control frame. None: feed me more."""
-        while frame := self._next_frame():
+        """A whole message, text as str, or a control frame. None: feed me more.
+
+        CONTINUATION stands for a fragment that is not the last one.
+        """
+        if frame := self._next_frame():
             final, opcode, payload = frame
             if opcode >= CLOSE:
                 return opcode, payload
@@ -1288,6 +1299,7 @@ class FrameParser:
                 text, opcode = "".join(self._parts), self._opcode
                 self._opcode, self._size, self._parts = CONTINUATION, 0, []
                 return opcode, text if opcode == TEXT else b""  # which nobody wants
+            return CONTINUATION, b""
         return None
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
@@ -1365,7 +1377,7 @@ def frame_ws_plain(suffix: str, name: str, place: int | None, event: Event) -> b
 def check_handshake(request: Request) -> None:
     """Refuse what trio-websocket would fail on (RFC 6455, section 4.2.1)."""
     headers = request.headers
-    upgrades = re.split(r"\s*,\s*", headers.get("connection", "").lower())
+    upgrades = map(str.strip, headers.get("connection", "").lower().split(","))
     if request.method != "GET" or request.version != "1.1" or "upgrade" not in upgrades:
         raise Problem(400, "a WebSocket begins with GET, HTTP/1.1 and Connection: Upgrade")
     if headers.get("sec-websocket-version") != "13":
@@ -1425,7 +1437,7 @@ def clean_name(name: str) -> str:
     A tower of combining marks is cut to two; a guest has a number.
     """
     shown, marks = "", 0
-    for c in filter(str.isprintable, INVISIBLE.sub("", unicodedata.normalize("NFKC", name))):
+    for c in filter(str.isprintable, INVISIBLE.sub("", unicodedata.normalize("NFKC", name[:500]))):
         is_mark = unicodedata.combining(c) or unicodedata.category(c) == "Me"
         marks = marks + 1 if is_mark else 0
         if marks <= 2:
@@ -1470,7 +1482,7 @@ class Member(Reader):
         behind much that it said earlier.
         """
         super().keep_alive(now)
-        if now - self.pinged_at < PING_EVERY or self.outlet.rest:
+        if now - self.pinged_at < PING_EVERY or self.outlet.unsent:
             return  # we do not listen while a wire is full: that has its own deadline
         if self.wire.waiting_since < self.pinged_at:
             return self.drop("silent")
@@ -1504,7 +1516,7 @@ class Member(Reader):
                     self.owed = frame_ws(cast(bytes, payload), PONG)
                 elif opcode == CLOSE:
                     raise parse_close(cast(bytes, payload))
-                elif opcode != PONG:
+                elif opcode not in (PONG, CONTINUATION):
                     self.chatter = 0
                     self.turn = max(self.turn, trio.current_time()) + 1 / (rate or inf)
                     await self.pass_on(say, payload)
@@ -1563,7 +1575,8 @@ class Member(Reader):
 
 BODY_BYTES, BODY_SILENCE, BODY_TIMEOUT = 16 * MiB, 10, 120
 BODIES_BYTES = 64 * MiB  # what has come of all the bodies being read
-BODY_BRACKETS, BODY_COMMAS = 300_000, 1_000_000  # parsing takes 0.1 s at these limits
+BODY_BRACKETS, BODY_COMMAS = 300_000, 1_000_000  # parsing takes 0.1 s at these limits,
+BODY_COLONS = 300_000  # because each name is remembered
 SSE_RETRY = 2  # seconds
 SSE_HEADERS = {
     "content-type": "text/event-stream",
@@ -1635,7 +1648,7 @@ class BodyBudget:
         """
         length = request.headers.get("content-length", "")
         announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
-        body, end = bytearray(), trio.current_time() + BODY_TIMEOUT
+        body, end, turn = bytearray(), trio.current_time() + BODY_TIMEOUT, Turn()
         close = {"connection": "close"}  # what is left of the body would come next
         with trio.CancelScope() as scope:
             self.scopes[scope] = None
@@ -1651,6 +1664,7 @@ class BodyBudget:
                     self.size += len(data)
                     if self.size > BODIES_BYTES and self.scopes:
                         self.scopes.popitem(last=False)[0].cancel()
+                    await turn.pause()  # a packet may have thousands of pieces
             finally:
                 self.scopes.pop(scope, None)
                 self.size -= len(body)
@@ -2193,9 +2207,11 @@ class App:
                     raise Problem(400, wrong, param="Last-Event-ID")
                 start = place
             request.extra |= {"x-answer-id": answer.name, **answer.headers}
-            if answer.closed and start == answer.end and request.method != "POST":
+            seen = answer.closed and start == answer.end
+            if seen and last_event_id != answer.name and request.method != "POST":
                 # To an EventSource this says: do not come back (HTML standard 9.2.3).
-                # A client that repeats a POST would take it for a failure.
+                # A client that repeats a POST would take it for a failure, and so does
+                # OpenAI's SDK for Node, which names no event but a sequence_number.
                 return await request.respond(204)
             await self.stream(request, answer, start, last_event_id)
 
@@ -2580,7 +2596,7 @@ def clean_words(text: str, secrets: Iterable[str]) -> str:
     A key with a tag inside would be put together by stripping, and a key that is cut in half
     could not be found.
     """
-    text = re.sub(r"(?is)<(script|style)\b[^<>]*>.*?</\1>", " ", text)
+    text = re.sub(r"(?is)<(script|style)\b[^<>]*>.*?(</\1>|\Z)", " ", text)
     text = html.unescape(re.sub("</?[A-Za-z!][^<>]*>", "", text))
     text = " ".join(hide(text, secrets).split())
     return text if len(text) <= WORDS_CHARACTERS else text[:WORDS_CHARACTERS] + "..."
@@ -2597,8 +2613,9 @@ def hide(text: str, secrets: Iterable[str]) -> str:
 @functools.lru_cache(100)
 def key_pattern(secret: str) -> re.Pattern[str]:
     codes = ((re.escape(c), f"{ord(c):02x}") for c in secret)
-    return re.compile(
-        "".join(rf"\\*(?:{c}|(?i:u00{code}|x{code}|%(?:25)*{code}))" for c, code in codes)
+    return re.compile(  # not from each of many backslashes: that takes quadratic time
+        r"(?<!\\)"
+        + "".join(rf"\\*(?:{c}|(?i:u00{code}|x{code}|%(?:25)*{code}))" for c, code in codes)
     )
 
 
@@ -2616,8 +2633,9 @@ class JsonBody:
 
     def __init__(self, raw: bytes) -> None:
         brackets = raw.count(b"{") + raw.count(b"[")
-        if brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS:
-            raise Problem(413, "the body has too many brackets or commas: send less")
+        many = brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS
+        if many or raw.count(b":") > BODY_COLONS:
+            raise Problem(413, "the body has too many brackets, commas or colons: send less")
         try:
             self.fields = from_json(raw, CHECKER)
         except ValueError as error:
@@ -2731,7 +2749,7 @@ class Relay:
         for n, choice in enumerate(choices if isinstance(choices, list) else ()):
             if isinstance(choice, dict):
                 index = str(choice.get("index", n))
-                if choice.get("finish_reason") is not None:
+                if choice.get("finish_reason"):  # "" is none: some send it with each chunk
                     self.choices[index] = True
                 elif index not in self.choices:
                     self.choices[index] = False
@@ -2917,17 +2935,19 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
     Or as it stood when its log had that end.
     """
     items: list[Any] = []
-    for place in range(int(min(answer.end, end)) - 1, answer.start - 1, -1):
-        event = answer[place]
+    for place, event in answer.backwards(RESPONSE_STATES | {"response.output_item.done"}):
+        if place >= end:
+            continue
         if event.type == "response.output_item.done":
             item = from_json(event.data).get("item")
-            items[:0] = [item] if isinstance(item, dict) else []
-        elif event.type in RESPONSE_STATES or place == answer.start:
+            items += [item] if isinstance(item, dict) else []
+        else:
             response = from_json(event.data).get("response")
             if isinstance(response, dict):
-                return response if event.type in RESPONSE_ENDS else response | {"output": items}
+                now = {"output": items[::-1]}
+                return response if event.type in RESPONSE_ENDS else response | now
     return {
-        "id": response_id(answer, None), "object": "response", "output": items,
+        "id": response_id(answer, None), "object": "response", "output": items[::-1],
         "created_at": int(time.time()), "status": "in_progress", "tools": [],
         "model": answer.question.model, "parallel_tool_calls": True, "tool_choice": "auto",
     }  # fmt: skip
@@ -3029,6 +3049,7 @@ PASSED_BACK = re.compile(
 )
 LIKE_A_STREAM = re.compile(rb"(\xef\xbb\xbf)?\s*(data|event|id|retry)?:")
 NOT_JSON = re.compile(rb"(\xef\xbb\xbf)?+\s*+[^\s{\[]")
+CODINGS = re.compile("gzip|deflate|compress|br|zstd")  # other names, such as "none", mean nothing
 CUT = (trio.BrokenResourceError, OSError, h11.RemoteProtocolError)  # of an exchange
 Headers = dict[str, str]
 
@@ -3094,7 +3115,7 @@ class Exchange:
         if self.status not in (204, 304):
             self.chunked = "transfer-encoding" in self.headers
             self.left = 0 if self.chunked else int(self.headers.get("content-length", sys.maxsize))
-        self.coded = self.headers.get("content-encoding", "").lower() not in ("", "identity")
+        self.coded = bool(CODINGS.search(self.headers.get("content-encoding", "").lower()))
         self.rest = b"\r\n" + body if self.chunked else body
         if not (self.chunked or self.left):
             self.ended.set()
@@ -3160,8 +3181,11 @@ class Exchange:
 
     def passed_back(self) -> Headers:
         """What of its headers goes on to the client."""
-        headers = self.headers.items()
-        return {k: hide(v, self.secrets) for k, v in headers if PASSED_BACK.fullmatch(k)}
+        return {
+            name: hide(value, self.secrets)
+            for name, value in self.headers.items()
+            if PASSED_BACK.fullmatch(name) and value.isascii() and value.isprintable()
+        }
 
 
 class Intake:
@@ -3268,7 +3292,8 @@ class Upstream(Model):
         """Everything that a willing upstream says. Its first bytes tell what it is."""
         question, answer.headers = answer.question, exchange.passed_back()
         relay, parser = Relay(answer, self.metrics, exchange.secrets), SSEParser(EVENT_BYTES)
-        kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
+        named = exchange.headers.get("content-type", "")
+        kind = named.partition(";")[0].strip().lower()
         begins = NOT_JSON if kind == "text/event-stream" else LIKE_A_STREAM
         if question.stream == (begins is NOT_JSON) and not question.polled:
             answer.accepted.set()  # a polled one is answered when its response has a name
@@ -3297,7 +3322,8 @@ class Upstream(Model):
                 relay.take(ServerSentEvent("[DONE]", "message"))
             relay.end()
         elif kind == "text/html" or (kind != "application/json" and NOT_JSON.match(first)):
-            raise upstream_problem(f"the upstream sent {kind or 'nothing'!r}, not an answer")
+            shown = clean_words(named, exchange.secrets) or "nothing"
+            raise upstream_problem(f"the upstream sent {shown!r}, not an answer")
         else:
             relay.take_whole(first.decode("utf-8-sig", errors="replace"))
 
@@ -3339,6 +3365,8 @@ class Upstream(Model):
         return shown.reply
 
     async def model(self, name: str, headers: Headers) -> Reply:
+        if ".." in name.split("/"):  # it would lead elsewhere, with the server's key
+            raise Problem(404, "no model is called so", code="model_not_found", param="model")
         if not self.settings.model:
             return await self.short(f"/models/{quote(name)}", headers)
         return Reply(to_json(model_object(self.choose(name))))
@@ -3421,10 +3449,11 @@ class Upstream(Model):
         body, exchange.room = bytearray(), WORDS_BYTES
         with contextlib.suppress(Problem, *CUT), trio.move_on_after(5):
             await self.intake.read(exchange, body.extend)
+        text = body.decode("utf-8-sig", errors="replace")
         try:
-            said = from_json(bytes(body))
+            said = from_json(text)
         except ValueError:
-            said = body.decode(errors="replace")
+            said = text
         status = status if 400 <= status < 600 else 502
         problem = reason_given(status, said, exchange.secrets)
         problem.headers = exchange.passed_back()
@@ -3442,7 +3471,7 @@ class Upstream(Model):
         """The last one kept, if it has not said goodbye. Those that are too old are closed."""
         while self.idle:
             wire, since = self.idle.pop()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*CUT):
                 if since > trio.current_time() - IDLE_WIRE_KEPT and wire.receive_now() is None:
                     return wire
             wire.close()
@@ -3468,15 +3497,15 @@ class Upstream(Model):
         stream = await trio.open_tcp_stream(to.hostname or "", port)
         sock = socket.socket(fileno=stream.socket.detach())
         sock.setblocking(False)
-        watch_for_life(sock, VANISHED_TIMEOUT)
-        wire = Wire(sock)
+        watch_for_life(sock, VANISHED_TIMEOUT, may_wait=True)
+        wire = Wire(sock, patience=self.settings.patience)
         try:
             if tls := self.tls:
                 if self.proxy:
                     await self.tunnel(wire)
                 host = self.url.hostname
                 sock = tls.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=host)
-                wire = Wire(sock)
+                wire = Wire(sock, patience=self.settings.patience)
                 await shake_tls(sock)
         except BaseException:
             wire.close()
@@ -3505,12 +3534,17 @@ def unreachable(error: BaseException) -> str:
     return os.strerror(number) if number else "no connection"
 
 
-def watch_for_life(sock: socket.socket, seconds: int) -> None:
-    """Let the system notice a peer whose network is gone, where it can (tcp(7))."""
+def watch_for_life(sock: socket.socket, seconds: int, may_wait: bool = False) -> None:
+    """Let the system notice a peer whose network is gone, where it can (tcp(7)).
+
+    TCP_USER_TIMEOUT also ends a peer that is there and does not read: an upstream that is
+    busy, or still loading its model, may wait with a long question.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", seconds // 3), ("TCP_KEEPINTVL", seconds // 6),
-        ("TCP_USER_TIMEOUT", seconds * 1000), ("TCP_NODELAY", 1),
+        ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 0 if may_wait else seconds * 1000),
+        ("TCP_NODELAY", 1),
     ):  # fmt: skip
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -3598,12 +3632,13 @@ class Demo(Model):
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
         question = answer.question
-        asked = from_json(question.body)
+        asked, prompt = from_json(question.body, CHECKER), len(question.body) // 4
         self.answers.drop_question(answer)
         answer.accepted.set()
         relay = Relay(answer, self.metrics)
         make = demo_response if question.api is RESPONSES else demo_chat
-        *events, whole = make(self.words(asked), asked)
+        *events, whole = make(self.words(asked), prompt, asked)
+        del asked  # objects: many times the question's bytes, and the answer takes its time
         if not question.stream:
             await trio.sleep(self.PACE)
             return relay.take_whole(to_json(whole))
@@ -3613,19 +3648,18 @@ class Demo(Model):
         relay.end()
 
 
-def demo_usage(names: str, words: list[str], asked: JSON) -> JSON:
-    prompt = len(to_json(asked)) // 4
+def demo_usage(names: str, words: list[str], prompt: int) -> JSON:
     return dict(zip(names.split(), (prompt, len(words), prompt + len(words)), strict=True))
 
 
-def demo_chat(words: list[str], asked: JSON) -> Iterator[JSON]:
+def demo_chat(words: list[str], prompt: int, asked: JSON) -> Iterator[JSON]:
     """The chunks of a chat completion; last, the whole of it."""
     base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "object": "chat.completion.chunk",
             "created": int(time.time()), "model": "demo"}  # fmt: skip
     for delta in ({"role": "assistant", "content": ""}, *({"content": w} for w in words), {}):
         choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
         yield {**base, "choices": [choice]}
-    usage = demo_usage("prompt_tokens completion_tokens total_tokens", words, asked)
+    usage = demo_usage("prompt_tokens completion_tokens total_tokens", words, prompt)
     if (asked.get("stream_options") or {}).get("include_usage"):
         yield {**base, "choices": [], "usage": usage}
     message = {"role": "assistant", "content": "".join(words)}
@@ -3633,12 +3667,12 @@ def demo_chat(words: list[str], asked: JSON) -> Iterator[JSON]:
     yield {**base, "object": "chat.completion", "choices": [choice], "usage": usage}
 
 
-def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
+def demo_response(words: list[str], prompt: int, asked: JSON) -> Iterator[JSON]:
     """The events of a response; last, the whole of it."""
     part = {"type": "output_text", "text": "".join(words), "annotations": []}
     item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
             "status": "completed", "content": [part]}  # fmt: skip
-    usage = demo_usage("input_tokens output_tokens total_tokens", words, asked)
+    usage = demo_usage("input_tokens output_tokens total_tokens", words, prompt)
     usage |= {"input_tokens_details": {"cached_tokens": 0},
               "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
     whole = {
@@ -3658,6 +3692,7 @@ def demo_response(words: list[str], asked: JSON) -> Iterator[JSON]:
 # task for each reader, as in the usual design.
 
 HTTP2_STREAMS = 100
+HTTP2_BITE = KiB  # h2 takes 0.1 ms for a frame of 10 bytes, and does not pause
 GOODBYE = 0.5  # seconds, for a client that may be stuck
 
 
@@ -3668,7 +3703,7 @@ class Http2Stream:
         self.protocol = protocol
         self.h2 = protocol.connection
         self.number = number
-        self.rest: bytes | memoryview = b""
+        self.unsent: bytes | memoryview = b""
         self.heard = self.answered = False  # all of the request, of the response
         self.gone = trio.Event()
         self._body_in, self._body = trio.open_memory_channel[bytes](10)
@@ -3714,11 +3749,11 @@ class Http2Stream:
 
     def write_now(self, data: bytes) -> None:
         """Nothing goes out by itself: the reader's own task is called to flush()."""
-        self.rest = data
+        self.unsent = data
 
     async def flush(self) -> None:
-        await self._write(self.rest)
-        self.rest = b""
+        await self._write(self.unsent)
+        self.unsent = b""
 
     async def _write(self, data: bytes | memoryview) -> None:
         """Wait for the client's window, as long as the client takes anything."""
@@ -3783,7 +3818,10 @@ class Http2(H2Protocol):
         try:
             with self.patience:
                 while data := await self.wire.receive():
-                    await self.handle(RawData(data))
+                    turn = Turn()
+                    for at in range(0, len(data), HTTP2_BITE):
+                        await self.handle(RawData(data[at : at + HTTP2_BITE]))
+                        await turn.pause()
         finally:
             with trio.move_on_after(GOODBYE, shield=True):
                 if self.connection.state_machine.state is not ConnectionState.CLOSED:
@@ -4424,13 +4462,13 @@ def complete(settings: JSON, environ: Mapping[str, str]) -> Settings:
 
 
 def split_url(url: str, *schemes: str) -> SplitResult | None:
-    """Its parts, if it has one of these schemes, and a host."""
+    """Its parts, if it is in ASCII and has one of these schemes, and a host."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in schemes and parts.hostname and parts.port != 0
     except ValueError:
         return None
-    return parts if good else None
+    return parts if good and re.fullmatch("[!-~]+", url) else None
 
 
 def base_url(text: str) -> str:
@@ -4438,7 +4476,7 @@ def base_url(text: str) -> str:
     if not text:
         return ""
     parts = split_url(text, "http", "https")
-    if not parts or "@" in parts.netloc or not re.fullmatch("[!-~]+", text):
+    if not parts or "@" in parts.netloc:
         wanted = "a base URL in ASCII, such as http://host:port/v1, with no key in it"
         raise UsageError(f"--upstream or OPENAI_BASE_URL must be {wanted}")
     path = parts.path.rstrip("/") or ("" if parts.query else "/v1")

@@ -44,6 +44,7 @@ from kit import (
     frame,
     head,
     health,
+    measured,
     narrow,
     need,
     paused,
@@ -319,6 +320,61 @@ async def test_many_requests_in_one_packet_stop_nobody(serve):
     assert asked > 20
 
 
+def handshake_bytes():
+    lines = [f"{k}: {v}" for k, v in HANDSHAKE.items()]
+    return head("GET", "/room", "Host: localhost", *lines)
+
+
+PIECES = head("POST", "/nothing", "Host: localhost", "Transfer-Encoding: chunked")
+UPGRADES = ["Host: localhost", "Upgrade: websocket", f"Connection: x{' ' * 15_000}y"]
+PACKETS = {
+    "a body in pieces of one byte": PIECES + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n",
+    "blanks in a header": head("GET", "/room", *UPGRADES),
+    "fragments of nothing": handshake_bytes()
+    + frame(TEXT, b"", fin=False)
+    + frame(0, b"", fin=False) * 30_000,
+    "blank lines": b"\r\n" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", PACKETS)
+async def test_no_bytes_of_one_client_hold_the_others_up(serve, name):
+    server = serve(program=measured(0.03))
+    async with unharmed(server), connect(server.http) as connection:
+        with suppress(*BROKEN):
+            await connection.send(PACKETS[name])
+            with trio.move_on_after(2):
+                await drain(connection, 2)
+    assert "held:" not in server.stderr_text(), server.stderr_text()
+
+
+async def test_the_demo_keeps_no_question_while_it_answers(serve):
+    server = serve()
+    question = json.dumps({"messages": [{"role": "user", "content": "a"}] * 100_000}).encode()
+    before = resident(server.process.pid)
+    async with unharmed(server), AsyncExitStack() as stack:
+        for _ in range(8):
+            url = server.http + CHAT
+            await (await stack.enter_async_context(stream("POST", url, None, question))).event()
+        assert resident(server.process.pid) - before < 120 << 20
+
+
+async def test_a_number_without_end_is_no_fault_of_the_demo(demo):
+    question = (
+        json.dumps(asking("Hello", model="demo"))[:-1].encode() + b', "seed": ' + b"9" * 5000 + b"}"
+    )
+    async with unharmed(demo):
+        assert (await fetch("POST", demo.http + OPENAI, None, question)).status == 200
+
+
+async def test_names_without_end_are_refused(demo):
+    """A parser remembers each of them: half a second for a million."""
+    names = b",".join(b'"%x":0' % n for n in range(310_000))
+    question = json.dumps(asking("Hello"))[:-1].encode() + b', "x": {' + names + b"}}"
+    async with unharmed(demo):
+        assert (await fetch("POST", demo.http + OPENAI, None, question)).status == 413
+
+
 async def read_heads(connection, count, scope):
     for _ in range(count):
         assert (await connection.response("HEAD")).status == 200
@@ -375,11 +431,6 @@ async def deaf(stack, count, url, request):
     for _ in range(count):
         connection = await stack.enter_async_context(narrow(url))
         await connection.send(request)
-
-
-def handshake_bytes():
-    lines = [f"{k}: {v}" for k, v in HANDSHAKE.items()]
-    return head("GET", "/room", "Host: localhost", *lines)
 
 
 async def test_members_that_never_read_are_dropped_and_delay_nobody(serve):

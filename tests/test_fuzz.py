@@ -218,7 +218,8 @@ def heard_by_us(pieces):
                     if close.reason in NOT_CLOSE:
                         return heard, close.code
                     return [*heard, (opcode, (close.code, close.reason))], None
-                heard.append(said)
+                if opcode:  # else it is a fragment, and more of them will come
+                    heard.append(said)
     except WebSocketClose as close:
         return heard, close.code
     return heard, None

@@ -200,6 +200,7 @@ HIDDEN = {
     ),
     "where the text is cut": ("x" * 490 + KEY, "text/plain"),
     "where the text is cut, later": ("x" * 495 + KEY, "text/plain"),
+    "behind backslashes": ("\\" * 50_000 + KEY, "text/plain"),  # in linear time
     "many times": ((KEY + " ") * 200, "text/plain"),
 }
 

@@ -38,19 +38,19 @@ class Outlet:
     """A wire into memory, which takes so many bytes before it is full."""
 
     def __init__(self, room=inf):
-        self.taken, self.rest, self.room = b"", b"", room
+        self.taken, self.unsent, self.room = b"", b"", room
         self.writes = 0
         self._more_room = trio.Event()
 
     def write_now(self, data):
-        assert not self.rest, "written to while something was on its way"
+        assert not self.unsent, "written to while something was on its way"
         self.writes += 1
-        self.rest = data
+        self.unsent = data
         self._take()
 
     def _take(self):
-        size = int(min(self.room, len(self.rest)))
-        self.taken, self.rest = self.taken + self.rest[:size], self.rest[size:]
+        size = int(min(self.room, len(self.unsent)))
+        self.taken, self.unsent = self.taken + self.unsent[:size], self.unsent[size:]
         self.room -= size
 
     def make_room(self, size):
@@ -60,7 +60,7 @@ class Outlet:
         self._more_room = trio.Event()
 
     async def flush(self):
-        while self.rest:
+        while self.unsent:
             await self._more_room.wait()
 
     @property
@@ -209,7 +209,7 @@ async def test_a_reader_of_a_log_that_has_ended_gets_all_and_returns(autojump_cl
     outlet = Outlet(room=10)
 
     async def read_slowly():
-        while outlet.rest or outlet.room <= 0:
+        while outlet.unsent or outlet.room <= 0:
             outlet.make_room(700)
             await trio.sleep(1)
 
@@ -227,7 +227,7 @@ async def test_who_falls_behind_is_told_how_much_is_missing(pumped, nursery, aut
     for n in range(25):
         pumped.append(str(n))
         await settle()
-    assert outlet.rest
+    assert outlet.unsent
     outlet.make_room(inf)
     pumped.close()
     await settle()

@@ -178,6 +178,14 @@ async def test_a_model_that_is_not_there_is_told_in_the_upstreams_words(free):
     assert response.error["message"] == "No model none here."
 
 
+@pytest.mark.parametrize("path", ["../files", "..%2f..%2fadmin", "a/%2e%2e/../files"])
+async def test_the_name_of_a_model_leads_nowhere_else(free, library, path):
+    """The server's key goes with it."""
+    response = await fetch("GET", f"{free.http}/v1/models/{path}")
+    assert response.status == 404
+    assert not [heard for heard in library.heard if ".." in heard.target]
+
+
 async def test_the_demo_shows_its_model(demo):
     assert (await fetch("GET", demo.http + "/v1/models/demo")).json["id"] == "demo"
     response = await fetch("GET", demo.http + "/v1/models/other")

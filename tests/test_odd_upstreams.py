@@ -34,10 +34,12 @@ from kit import (
     need_module,
     openai_client,
     plain,
+    program,
     run_to_exit,
     sse,
     stream,
     text_of,
+    until,
 )
 
 HELLO, STOP = delta("Hello"), delta(finish="stop")
@@ -96,6 +98,7 @@ WHOLE = {
     "[DONE] and a tab": list(sse(SAID + b"data:[DONE]\t\r\n\r\n")),
     "[DONE] as an event of its own name": list(sse(SAID + b"event: done\ndata: [DONE]\n\n")),
     "[DONE] with no finish_reason": list(sse(HELLO, DONE)),
+    "no [DONE], an empty finish_reason until the last": list(sse(delta("Hello", finish=""), STOP)),
 }
 
 
@@ -116,6 +119,7 @@ CUT = {
     "finish_reason, then a reset": no_length(HELLO, STOP, 0.05, RST),
     "finish_reason, then less than its length": [LENGTH, SAID, FIN],
     "inside [DONE]": list(sse(HELLO, b"data: [DON")),
+    "an empty finish_reason": list(sse(delta("Hello", finish=""))),
 }
 
 
@@ -219,6 +223,7 @@ REASONS = {
     "text": CONTEXT.encode(),
     "html": f"<html><h1>400</h1><p>{CONTEXT}</p></html>".encode(),
     "one inside the other": {"error": {"error": {"message": CONTEXT}}},
+    "byte order mark": b"\xef\xbb\xbf" + json.dumps({"error": CONTEXT}).encode(),
 }
 
 
@@ -235,7 +240,7 @@ async def test_a_refusal_is_told_in_the_upstreams_words(relay, upstream, way, na
     response = await refusal(relay, way, prompt)
     assert response.status == 400
     assert CONTEXT in response.error["message"]
-    assert "<" not in response.error["message"]
+    assert not set("<{") & set(response.error["message"])
     assert response.json["type"] == "error"
 
 
@@ -374,6 +379,25 @@ async def test_silence_before_a_whole_answer_is_a_504(impatient, upstream):
     assert len(upstream.asked(prompt)) == 1
 
 
+class Late(Background):
+    """It is busy with something else, and reads a question two seconds late."""
+
+    async def handle(self, transport):
+        await trio.sleep(2)
+        connection = Connection(transport)
+        head = (await connection.up_to(b"\r\n\r\n")).lower()
+        await connection.exactly(int(head.partition(b"content-length: ")[2].split()[0]))
+        await transport.send_all(b"".join(answer("Hello")))
+
+
+@STREAMED
+async def test_a_long_question_may_be_read_late(serve, path):
+    with Late() as late:
+        url = f"http://127.0.0.1:{late.port}/v1"
+        server = serve("--upstream", url, "--model", "m", program=program(STUCK_TIMEOUT=1))
+        assert_whole(await events_of(server, path, "A" * (8 << 20)))
+
+
 # ----------------------------------------------------------------------------- sizes
 
 MIB = 1 << 20
@@ -439,6 +463,8 @@ HEADS = {
     "201": headed("Content-Type: text/event-stream", status=201),
     "202": headed("Content-Type: text/event-stream; charset=utf-8", status=202),
     "capitals": headed("CONTENT-TYPE: Text/Event-Stream"),
+    "coded by nothing": headed("Content-Type: text/event-stream", "Content-Encoding: none"),
+    "coded by a charset": headed("Content-Type: text/event-stream", "Content-Encoding: UTF-8"),
 }
 
 
@@ -626,6 +652,8 @@ UNUSABLE = {
     "a key with an end of line inside": {"OPENAI_API_KEY": "sk-0123\r\n456789"},
     "a key not in ASCII": {"OPENAI_API_KEY": "sk-0123456\u4f60789"},
     "a proxy that is none": {"HTTP_PROXY": "socks5://127.0.0.1:9"},
+    "a proxy with a blank inside": {"HTTP_PROXY": "http://127.0.0.1 :9"},
+    "a proxy not in ASCII": {"HTTP_PROXY": "http://\u4f60..:9"},
 }
 
 
@@ -697,6 +725,20 @@ async def test_the_goodbye_of_a_kept_connection_is_not_the_answer(alone, way, en
     assert response.status == 200
     assert b"error" not in response.body
     assert len(upstream.asked(prompt)) == 2
+
+
+@WAY
+@pytest.mark.parametrize("end", [FIN, RST])
+async def test_a_kept_connection_that_has_ended_is_not_used(alone, way, end):
+    upstream, server = alone
+    steps = list(answer("Hello")) if WAYS[way][1] else [plain(200, chat_whole())]
+    prompts = [upstream.script(*steps, 0.1, end), upstream.script(*steps)]
+    for prompt in prompts:
+        path, body = question(way, prompt)
+        response = await fetch("POST", server.http + path, None, body)
+        assert response.status == 200
+        assert b"error" not in response.body
+        await until(lambda: upstream.asked(prompts[0])[0].closed_at)
 
 
 @WAY
@@ -798,6 +840,7 @@ BACK = {
     "x-ratelimit-remaining-tokens": "99",
 }
 NOT_BACK = {"Set-Cookie": "a=b", "X-Internal": "c", "Server": "theirs"}
+NOT_BACK |= {"openai-model": "caf\u00e9", "x-ratelimit-reset": "1\x7f"}  # what no header may be
 BACK_REFUSED = {"retry-after": "7", "retry-after-ms": "7000", "x-should-retry": "false"}
 
 

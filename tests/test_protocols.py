@@ -206,6 +206,16 @@ def test_node_resumes_after_any_event(sdks, relay, upstream):
             assert numbers == list(range(len(response_stream())))
 
 
+def test_after_the_last_event_there_is_nothing_and_no_error(sdks, relay, upstream):
+    """To the SDK for Node, a 204 is one."""
+    prompt = upstream.script(*told(BOOK, response_stream()))
+    seen = sdks("node: openai responses", relay, prompt)
+    where = {"id": seen["ids"][0], "after": seen["numbers"][-1]}
+    rest = sdks("node: openai retrieve", relay, **where)
+    assert "error" not in rest
+    assert rest["numbers"] == []
+
+
 def test_the_rest_of_an_answer_that_is_not_there_yet(openai, relay, upstream):
     gate, events = Gate(), response_stream()
     prompt = upstream.script(*told(BOOK, [*events[:6], gate, *events[6:]]))
@@ -355,8 +365,10 @@ async def test_cancel_tells_the_readers(relay, upstream):
     prompt = upstream.script(*told(BOOK, [*response_stream()[:6], HOLD]))
     body = PROTOCOLS["responses"].ask(prompt) | {"stream": True}
     async with stream("POST", relay.http + RESPONSES, None, body) as response:
-        first = await response.event()
+        first, *_ = [await response.event() for _ in range(6)]
         name = first.json["response"]["id"]
+        for _ in range(5):
+            await response.event()
         await fetch("POST", f"{relay.http}{RESPONSES}/{name}/cancel")
         *_, error, last = await response.events()
     assert error.type == "error"

@@ -652,6 +652,7 @@ async def test_the_key_is_in_no_log_no_error_and_no_page(serve, upstream):
         [b"rubbish " + SECRET.encode() + b"\r\n\r\n", FIN],
         sse(HELLO, f"data: {SECRET}\n\n".encode(), DONE),
         [plain(302, b"", f"Location: http://{SECRET}.example/")],
+        [plain(200, b"rubbish", content_type=SECRET)],
     ]
     for script in map(list, scripts):
         for path in (CHAT, OPENAI):

@@ -4,6 +4,7 @@ Hypercorn speaks HTTP/2; a client may break its rules in ways that no library se
 these tests have a client of their own (hostile.H2), besides Chromium.
 """
 
+import itertools
 import json
 import re
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from hpack import NeverIndexedHeaderTuple
 from hyperframe import frame as frames
 from kit import (
     CHAT,
@@ -38,6 +40,7 @@ from kit import (
     health,
     http2,
     insecure,
+    measured,
     narrow,
     need,
     program,
@@ -419,6 +422,28 @@ async def test_a_flood_of_small_frames_delays_nobody(secure, flood):
                 await client.raw(flood * 100)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # or it hangs up
+
+
+async def test_no_frames_of_one_client_hold_the_others_up(serve, certificate):
+    """However many come in one packet, and whatever h2 makes of each."""
+    server = serve(*certificate, program=measured(0.03))
+    async with unharmed(server), http2(server.http) as client:
+        number = await client.ask("/clock")
+        opened = range(number + 2, number + 6002, 2)
+        fields = {":method": "GET", ":scheme": "https", ":authority": "localhost", ":path": "/time"}
+        head = client.conn.encoder.encode(
+            itertools.starmap(NeverIndexedHeaderTuple, fields.items())
+        )
+        asked = [
+            serialized(frames.HeadersFrame, n, data=head, flags=["END_HEADERS"]) for n in opened
+        ]
+        gone = [serialized(frames.RstStreamFrame, n, error_code=8) for n in opened]
+        grown = serialized(frames.WindowUpdateFrame, number, window_increment=1)
+        await client.raw(grown * 10_000)
+        await client.raw(b"".join(itertools.chain.from_iterable(zip(asked, gone, strict=True))))
+        client.conn.highest_outbound_stream_id = opened[-1]
+        assert (await client.whole(await client.ask("/time")))[0] == 200
+    assert "held:" not in server.stderr_text(), server.stderr_text()
 
 
 async def test_requests_that_are_reset_at_once_leave_nothing(secure):

@@ -153,6 +153,27 @@ signal.signal(signal.SIGUSR1, tell)
 sys.exit(chatstream.main())
 """
 
+# Starts the server, and says in its log when nobody else had a turn for too long.
+MEASURED = """
+import sys, time
+sys.path.insert(0, {root!r})
+import chatstream, trio
+class Turns(trio.abc.Instrument):
+    def before_task_step(self, task):
+        self.began = time.thread_time()  # of the processor: other programs do not count
+    def after_task_step(self, task):
+        if (took := time.thread_time() - self.began) > {seconds}:
+            print(f"held: {{took:.3f}} s by {{task.name}}", file=sys.stderr, flush=True)
+run = trio.run
+trio.run = lambda *args: run(*args, instruments=[Turns()])
+sys.exit(chatstream.main())
+"""
+
+
+def measured(seconds):
+    """A program for serve(): it tells of each turn that takes longer."""
+    return [sys.executable, "-c", MEASURED.format(root=str(ROOT), seconds=seconds)]
+
 
 def program(**limits):
     """A program for serve(): with these time limits, unless all is done in full."""

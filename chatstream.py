@@ -830,6 +830,11 @@ def abandoned() -> Problem:
     return Problem(400, "nobody was reading, so this answer was stopped", "abandoned")
 
 
+def too_busy() -> Problem:
+    busy = "too many answers are under way: try again in a moment"
+    return Problem(503, busy, "server_busy", headers={"retry-after": "5"})
+
+
 def server_stopping() -> Problem:
     retry = {"retry-after": "5"}
     return Problem(503, "the server is stopping: ask again", "server_stopping", headers=retry)
@@ -910,20 +915,16 @@ class Answers:
         If all places are taken, the one that nobody has attended for the longest time
         is stopped.
         """
-        busy = "too many answers are under way: try again in a moment"
-        too_busy = Problem(503, busy, "server_busy", headers={"retry-after": "5"})
         background = sum(answer.question.background for answer in self.running)
         if question.background and background >= ANSWERS_BACKGROUND:
-            raise too_busy
+            raise too_busy()
         if len(self.open()) >= ANSWERS_RUNNING:
             alone = [answer for answer in self.open() if not answer.attendants]
             if not alone:
-                raise too_busy
+                raise too_busy()
             self.stop(min(alone, key=lambda a: a.scope.deadline), abandoned())
         size = len(question.body) + ANSWER_OVERHEAD
-        if not self.account(size):
-            self.held -= size
-            raise too_busy
+        self.reserve(size)
         name = name or secrets.token_hex(16)
         answer = Answer(name, question, model, self.linger, self.on_news, self.account)
         answer.size = size
@@ -949,6 +950,12 @@ class Answers:
         while self.held > ANSWERS_BYTES and self.ended:
             self.forget(next(iter(self.ended)))
         return self.held <= ANSWERS_BYTES
+
+    def reserve(self, size: int) -> None:
+        """Count so many bytes, until they are taken off `held`. Raises Problem 503."""
+        if not self.account(size):
+            self.held -= size
+            raise too_busy()
 
     async def run(self, answer: Answer) -> None:
         """The writer of an answer, from the first word to the end, whatever happens."""
@@ -1122,7 +1129,6 @@ class Http1:
                 # could be taken for it.
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
-                self.conn.start_next_cycle()
                 del request  # with its body; the next one may be long in coming
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except (Problem, h11.RemoteProtocolError) as error:
@@ -1132,12 +1138,17 @@ class Http1:
 
     async def next_request(self) -> Request | None:
         """The next request's head; None if the client leaves instead of asking."""
-        first, raw = self.conn.their_http_version is None, self.conn.trailing_data[0]
+        # A client may send empty lines before a request (RFC 9112, section 2.2); h11 takes none.
+        first, (raw, ended) = not self.wire.sent, self.conn.trailing_data
+        raw = raw.lstrip(b"\r\n")
+        self.conn = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
+        for data in [raw] * bool(raw) + [b""] * ended:
+            self.conn.receive_data(data)
         with trio.move_on_after(HEAD_TIMEOUT if first or raw else IDLE_TIMEOUT) as scope:
             while (event := self.conn.next_event()) is h11.NEED_DATA:
                 data = await self.wire.receive()
                 if data and not raw:
-                    data = data.lstrip(b"\r\n")  # RFC 9112, section 2.2
+                    data = data.lstrip(b"\r\n")
                     if not data:
                         continue
                     scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIMEOUT)
@@ -2063,7 +2074,15 @@ class App:
     async def post_short(self, request: Request, path: str) -> None:
         """Embeddings, count_tokens: nothing that one could follow."""
         body = JsonBody(request.body)
-        await self.pass_through(request, lambda headers: self.model.post(path, headers, body))
+        if path != "/embeddings":
+            body.choose(self.model.choose(body.model))
+        raw = request.body = body.raw()
+        del body  # its objects, while the model thinks
+        self.answers.reserve(len(raw))
+        try:
+            await self.pass_through(request, lambda headers: self.model.short(path, headers, raw))
+        finally:
+            self.answers.held -= len(raw)
 
     async def pass_through(
         self, request: Request, ask: Callable[[dict[str, str]], Awaitable[Reply]]
@@ -3276,8 +3295,9 @@ class Upstream(Model):
     async def write(self, answer: Answer) -> None:
         question = answer.question
         if not question.model:
-            body = JsonBody(question.body)
-            body.choose(await self.first_model(question.headers))
+            first = await self.first_model(question.headers)
+            body = JsonBody(question.body)  # now: its objects would take memory while it waits
+            body.choose(first)
             question.body, question.model = body.raw(), body.model
             del body  # which may be long, and the answer takes its time
         async with self.asking(question.api.path, question.headers, question.body) as exchange:
@@ -3331,11 +3351,6 @@ class Upstream(Model):
         async with self.asking(path, headers, body) as exchange:
             await self.intake.read(exchange, read.extend)
         return Reply(read.decode(errors="replace"), exchange.passed_back())
-
-    async def post(self, path: str, headers: Headers, body: JsonBody) -> Reply:
-        if path != "/embeddings":
-            body.choose(self.choose(body.model))
-        return await self.short(path, headers, body.raw())
 
     async def models(self, headers: Headers) -> Reply:
         """The list of models: the pinned ones, or the upstream's as it came.
@@ -3612,7 +3627,7 @@ class Demo(Model):
             raise model_not_found(name, ["demo"])
         return Reply(to_json(model_object(name)))
 
-    async def post(self, path: str, headers: dict[str, str], body: JsonBody) -> Reply:
+    async def short(self, path: str, headers: dict[str, str], body: bytes) -> Reply:
         raise self.only_chats()
 
     def words(self, asked: JSON) -> list[str]:

@@ -30,6 +30,7 @@ from kit import (
     TAIL,
     TEXT,
     Gate,
+    Upstream,
     answer,
     answer_pings,
     asking,
@@ -283,6 +284,30 @@ async def test_a_question_takes_its_own_size_and_not_that_of_its_parts(serve, up
                 await connection.send(start + body)
         await until(lambda: len(upstream.asked(prompt)) == 20, 60)
         assert resident(server.process.pid) - before < 200 << 20
+
+
+EMBEDDINGS = "/v1/embeddings"
+
+
+@pytest.mark.parametrize("path", [OPENAI, EMBEDDINGS])
+async def test_nobody_keeps_a_questions_objects_while_an_upstream_thinks(serve, path):
+    """About which model to ask, or about vectors: 1 MiB, or 8 if the question were kept."""
+    more = ",".join([NOTHING_MUCH[0]] * 140_000)
+    asked = '"input":"a"' if path == EMBEDDINGS else '"messages":[{"role":"user"}]'
+    body = f'{{{asked},"more":[{more}]}}'.encode()
+    with Upstream() as upstream:
+        upstream.other = lambda heard: [HOLD]
+        upstream.script(HOLD)
+        server = serve("--upstream", upstream.url)
+        before = resident(server.process.pid)
+        async with AsyncExitStack() as stack:
+            for _ in range(20):
+                connection = await stack.enter_async_context(connect(server.http))
+                length = f"Content-Length: {len(body)}"
+                await connection.send(head("POST", path, "Host: localhost", length) + body)
+            await trio.sleep(2)
+            await until(lambda: len(upstream.heard) == (20 if path == EMBEDDINGS else 1))
+            assert resident(server.process.pid) - before < 120 << 20
 
 
 async def test_a_connection_that_waits_keeps_nothing_of_its_last_question(serve):

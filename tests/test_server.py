@@ -334,6 +334,21 @@ async def test_pipelined_requests_are_answered_in_order(demo):
         assert "status" in (await (await connection.response()).read()).json
 
 
+@pytest.mark.parametrize("pause", [0, 0.1])
+async def test_empty_lines_before_any_request_are_ignored(demo, pause):
+    """In one packet with the request before them, as old clients end a body, or alone."""
+    one = b"POST /time HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
+    async with connect(demo.http) as connection:
+        for packet in [b"\r\n" + one + b"\r\n\r\n" + one + b"\r\n", one + b"\r\n", one]:
+            await connection.send(packet)
+            await trio.sleep(pause)
+        for _ in range(4):
+            assert (await (await connection.response()).read()).status == 405
+        await connection.send(b"\r\n")
+        await trio.sleep(pause)
+        assert (await (await connection.request("GET", "/time")).read()).status == 200
+
+
 async def test_http_1_0_gets_the_clock_too(demo):
     async with connect(demo.http) as connection:
         await connection.send(b"GET /clock HTTP/1.0\r\nHost: localhost\r\n\r\n")

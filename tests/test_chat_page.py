@@ -856,7 +856,7 @@ def test_an_open_server_asks_for_no_token(profile, demo, expect):
 
 
 def test_text_from_right_to_left(profile, model, demo, upstream, expect):
-    arabic = "مرحبا **بك**.\n\n- واحد\n- اثنان\n"
+    arabic = "مرحبا **بك**.\n\n- واحد\n- اثنان\n\n| عدد | سعر |\n|---|---|\n| 1 | one |\n"
     page = profile.open(from_http(model))
     ask(page, upstream.script(*answer(arabic)))
     expect(page.locator("#send")).to_be_visible()
@@ -866,6 +866,8 @@ def test_text_from_right_to_left(profile, model, demo, upstream, expect):
         .evaluate_all("all => all.map((part) => getComputedStyle(part).direction)")
     )
     assert sides[0] == sides[1] == "rtl"
+    cells = "all => all.map((cell) => getComputedStyle(cell).textAlign)"
+    assert set(last_answer(page).locator("th, td").evaluate_all(cells)) == {"right"}
     page = profile.open(from_http(demo))
     ask(page, "שלום")
     direction = "(e) => getComputedStyle(e).direction"

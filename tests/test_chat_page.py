@@ -103,6 +103,18 @@ def test_text_is_text(profile, model, upstream, expect):
     assert page.locator("#log img, #log b").count() == 0
 
 
+def test_an_answer_can_be_copied_without_the_clipboard_proper(profile, model, upstream, expect):
+    denied = "navigator.clipboard.writeText = () => Promise.reject(new Error())"
+    profile.context.add_init_script(denied)
+    page = profile.open(from_http(model))
+    ask(page, upstream.script(*answer("One.")))
+    page.get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_focused()
+    page.locator("#question").focus()
+    page.keyboard.press("ControlOrMeta+v")
+    expect(page.locator("#question")).to_have_value("One.")
+
+
 def test_an_answer_can_be_copied(profile, model, upstream, expect):
     profile.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = profile.open(from_http(model))
@@ -523,6 +535,35 @@ def test_the_last_question_can_be_edited(profile, model, upstream, expect):
     assert [message["content"] for message in said] == [first, "First.", right]
 
 
+def test_a_draft_is_back_after_an_edit(profile, model, upstream, expect):
+    page = profile.open(from_http(model))
+    asked = upstream.script(*answer("One."))
+    ask(page, asked)
+    expect(last_answer(page)).to_have_text("One.")
+    page.fill("#question", "a draft")
+    page.get_by_role("button", name="Edit").click()
+    expect(page.locator("#question")).to_have_value(asked)
+    page.keyboard.press("Escape")
+    expect(page.locator("#question")).to_have_value("a draft")
+    page.get_by_role("button", name="Edit").click()
+    page.keyboard.press("Enter")
+    expect(page.locator("#question")).to_have_value("a draft")
+
+
+def test_a_question_that_was_cleared_is_not_edited(profile, model, upstream, expect):
+    page = profile.open(from_http(model))
+    ask(page, upstream.script(*answer("One.")))
+    expect(last_answer(page)).to_have_text("One.")
+    other = profile.open(from_http(model))
+    page.get_by_role("button", name="Edit").click()
+    expect(page.locator("#editing")).to_be_visible()
+    other.get_by_role("button", name="New chat").click()
+    expect(page.locator("#editing")).to_be_hidden()
+    ask(page, upstream.script(*answer("Two.")))
+    expect(last_answer(page)).to_have_text("Two.")
+    expect(questions_on(page)).to_have_count(1)
+
+
 def test_a_stopped_answer_can_be_tried_again(profile, model, upstream, expect):
     scripts = iter([sse(delta("Half"), HOLD), answer("All of it.")])
     page = profile.open(from_http(model))
@@ -670,6 +711,14 @@ def test_an_answer_is_watched_on_two_screens(chromium, profile, model, upstream,
     assert len(upstream.asked(prompt)) == 1
 
 
+def test_what_the_store_should_not_have_is_not_believed(profile, demo, expect):
+    page = profile.open(from_http(demo))
+    name = page.evaluate("`chatstream.conversation ${SERVER.origin}${SERVER.pathname}`")
+    page.evaluate("name => localStorage.setItem(name, '{\"messages\": []}')", name)
+    page.reload()
+    expect(page.locator("#chat-state")).to_have_text("Ready. Model: demo")
+
+
 def test_an_address_of_no_answer(profile, demo, expect):
     profile.network_fails = True
     page = profile.open(from_http(demo, "answer/nobody-knows-it"))
@@ -733,7 +782,7 @@ def test_each_server_has_a_conversation_of_its_own(profile, serve, demo, expect)
     expect(questions_on(page)).to_have_text("My secret")
 
 
-@pytest.mark.parametrize("name", ["constructor", "__proto__", "nonsense"])
+@pytest.mark.parametrize("name", ["constructor", "__proto__", "nonsense", "answer/.."])
 def test_an_address_of_no_view_shows_the_chat(profile, demo, expect, name):
     page = profile.open(from_http(demo, name))
     expect(page.locator("#question")).to_be_visible()
@@ -807,7 +856,7 @@ def test_an_open_server_asks_for_no_token(profile, demo, expect):
 
 
 def test_text_from_right_to_left(profile, model, demo, upstream, expect):
-    arabic = "مرحبا **بك**.\n\n- واحد\n- اثنان\n"
+    arabic = "مرحبا **بك**.\n\n- واحد\n- اثنان\n\n| عدد | سعر |\n|---|---|\n| 1 | one |\n"
     page = profile.open(from_http(model))
     ask(page, upstream.script(*answer(arabic)))
     expect(page.locator("#send")).to_be_visible()
@@ -817,6 +866,8 @@ def test_text_from_right_to_left(profile, model, demo, upstream, expect):
         .evaluate_all("all => all.map((part) => getComputedStyle(part).direction)")
     )
     assert sides[0] == sides[1] == "rtl"
+    cells = "all => all.map((cell) => getComputedStyle(cell).textAlign)"
+    assert set(last_answer(page).locator("th, td").evaluate_all(cells)) == {"right"}
     page = profile.open(from_http(demo))
     ask(page, "שלום")
     direction = "(e) => getComputedStyle(e).direction"

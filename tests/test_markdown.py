@@ -106,6 +106,8 @@ BLOCKS = {
     "a | b\nc": "<p>a | b\nc</p>",
     "- [ ] to do": "<ul><li><p>[ ] to do</p></li></ul>",
     "-": "<ul><li></li></ul>",
+    "#\tHead\n-\ta\n\n\tb\n1.\tc": "<h2>Head</h2><ul><li><p>a</p><p>b</p></li></ul>"
+    '<ol start="1"><li><p>c</p></li></ol>',
     "<b>bold</b> &amp; <!-- x -->": "<p>&lt;b&gt;bold&lt;/b&gt; &amp;amp; &lt;!-- x --&gt;</p>",
 }
 
@@ -143,6 +145,13 @@ INLINE = {
     + LINK.format("https://x.example/%E4%B8%80%E9%A1%B5", "https://x.example/一页")
     + "。后文",
     "<https://x.example/>": LINK.format("https://x.example/", "https://x.example/"),
+    "<https://x.example/?a=*b*> https://x.example/(*c*)": LINK.format(
+        "https://x.example/?a=*b*", "https://x.example/?a=*b*"
+    )
+    + " "
+    + LINK.format("https://x.example/(*c*)", "https://x.example/(*c*)"),
+    r"[w](https://x.example/a\_b\)c)": LINK.format("https://x.example/a_b)c", "w"),
+    r"\$5 and \$10, a \< b \& c": "$5 and $10, a &lt; b &amp; c",
     "![alt](https://x.example/i.png)": "!" + LINK.format("https://x.example/i.png", "alt"),
     r"\(a_1 * b_2\) and \[ x_* y_* \] $$a*b*c$$": r"\(a_1 * b_2\) and "
     r"\[ x_* y_* \] $$a*b*c$$",

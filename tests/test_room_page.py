@@ -105,12 +105,14 @@ def test_what_was_said_during_a_cut_follows(profile, party, expect):
     line.is_down = True
     line.cut()
     expect(ann.locator("#room-state")).to_contain_text("Connection lost")
+    expect(ann.locator("#members")).to_be_hidden()
     speak(bob, "meanwhile")
     speak(ann, "not yet")
     expect(ann.locator("#room-state")).to_contain_text("not sent yet")
     expect(ann.locator("#words")).to_have_value("not yet")
     line.is_down = False
     expect(said(ann)).to_have_text(["before", "meanwhile"], timeout=20_000)
+    expect(ann.locator("#members")).to_contain_text("Here now")
     ann.press("#words", "Enter")
     expect(said(bob)).to_have_text(["before", "meanwhile", "not yet"])
 

@@ -16,7 +16,8 @@
   const log = $("log");
   const turns = new Map(); // a message's key -> its Turn
   const { reading } = conversation;
-  let editing = null; // the question that is being edited
+  let editing = null; // the question that is being edited ...
+  let draft = ""; // ... and what was in the field before
   let restore = null; // brings back the conversation that was cleared
   let watched = null; // the Turn of an answer that was opened by its address
 
@@ -173,12 +174,18 @@
   }
 
   function edit(asked) {
-    if (!isBusy()) put(asked.content, asked);
+    if (isBusy()) return;
+    if (!isEditing()) draft = question.value;
+    put(asked.content, asked);
   }
 
-  /* Into the field, in place of what was there. */
-  function put(text, edited = null) {
+  /* Not if its question was cleared since, here or in another tab. */
+  const isEditing = () => conversation.messages.includes(editing);
+
+  /* Into the field; without a text, what was there before a question was edited. */
+  function put(text = draft, edited = null) {
     editing = edited;
+    if (!edited) draft = "";
     question.value = text;
     question.focus();
     fit();
@@ -225,7 +232,7 @@
 
   /* `#answer/<id>`: an answer by its own address, on whatever device. */
   function watch() {
-    const [, id] = /^#answer\/([\w.-]+)$/.exec(location.hash) ?? [];
+    const [, id] = /^#answer\/([\w-]+)$/.exec(location.hash) ?? [];
     if (watched?.message.id === id) return;
     reading.delete(watched?.message.key);
     watched?.stream.close();
@@ -251,7 +258,7 @@
       "welcome": !isEmpty || watched,
       "fresh": isEmpty || watched,
       "undo": !restore || watched,
-      "editing": !editing,
+      "editing": !isEditing(),
       "send": isBusy(),
       "stop": !isBusy(),
       "cut-chat": reading.size === 0 && !network.left,
@@ -312,8 +319,8 @@
     if (!text) return;
     if (isBusy()) return void ($("chat-state").textContent = say("chat-busy"));
     const { messages } = conversation;
-    if (messages.includes(editing)) conversation.drop(messages.slice(messages.indexOf(editing)));
-    put("");
+    if (isEditing()) conversation.drop(messages.slice(messages.indexOf(editing)));
+    put();
     ask(text);
   });
 
@@ -326,7 +333,7 @@
 
   addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing || shown !== "chat") return;
-    if (editing) put("");
+    if (isEditing()) put();
     else if (isBusy()) stop();
   });
 
@@ -348,7 +355,7 @@
     question.focus();
   });
 
-  $("cancel").addEventListener("click", () => put(""));
+  $("cancel").addEventListener("click", () => put());
   $("model").addEventListener("change", ({ target }) => store.set(MODEL, target.value));
 
   function fit() {

@@ -20,7 +20,7 @@ const conversation = (() => {
   }
 
   function join(ours, theirs) {
-    if (!theirs?.messages || theirs.begun < ours.begun) return ours;
+    if (!theirs?.dropped || theirs.begun < ours.begun) return ours;
     if (theirs.begun > ours.begun) return theirs;
     const dropped = [...new Set([...ours.dropped, ...theirs.dropped])];
     const joined = new Map(theirs.messages.map((message) => [message.key, message]));

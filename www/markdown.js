@@ -16,10 +16,10 @@ const Markdown = (() => {
   const BUDGET = 8; // ms of one frame
 
   const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
-  const HEADING = /^ {0,3}(#{1,6}) +(.+?)(?: +#+)? *$/;
+  const HEADING = /^ {0,3}(#{1,6})[ \t]+(.+?)(?: +#+)? *$/;
   const FENCE = /^( *)(`{3,}|~{3,}) *([^\s`]*)[^`]*$/;
   const QUOTE = /^ {0,3}> ?/;
-  const ITEM = /^( *)(?:[-*+]|(\d{1,9})[.)])( +|$)/;
+  const ITEM = /^( *)(?:[-*+]|(\d{1,9})[.)])([ \t]+|$)/;
   const DELIMITER = /^ *\|? *:?-+:? *(\| *:?-+:? *)*\|? *$/;
   /* The beginning of a line that may still become one of these is not shown yet. */
   const UNDECIDED = /^[\s>]*([-+*_=#|:\s]*|\d{1,9}[.)]?|[`~\\$]{1,2}|(`{3}|~{3}).*)$/;
@@ -199,7 +199,7 @@ const Markdown = (() => {
   const MARKS = /\\|`+|\*+|_+|\[|<?https?:\/\/|\$/g;
   const FORMULA = /\\\([^]*?\\\)|\\\[[^]*?\\\]|\$\$[^]*?\$\$|\$[^\s$](?:[^$\n]*[^\s$])?\$(?!\d)/y;
   const LABEL = /\[((?:\\.|`[^`]*`|\[[^[\]]*\]|[^[\]\\`])+)\]/.source;
-  const TARGET = /\(<?((?:\([^\s()]*\)|[^\s()<>])+)>?(?:\s+"[^"]*")?\s*\)/.source;
+  const TARGET = /\(<?((?:\\\S|\([^\s()]*\)|[^\s()<>\\])+)>?(?:\s+"[^"]*")?\s*\)/.source;
   /* Not of an address: the punctuation behind it, and a bracket that it did not open. */
   const PART = /\([^\s<>()]*\)|[^\s<>()"`|\u3000-\u303f\uff00-\uffef]/.source;
   const LAST = /\([^\s<>()]*\)|[^\s<>()"`|\u3000-\u303f\uff00-\uffef.,;:!?*_'\]}]/.source;
@@ -208,13 +208,14 @@ const Markdown = (() => {
      open there may be more to come: what is begun is taken for what it will be. */
   const INLINE = [
     [FORMULA, ([all]) => all],
-    [/\\([\\`*_~#|>+.!\n-])/y, ([, escaped]) => escaped],
+    [/\\([\\`*_~#|<>&$+.!\n-])/y, ([, escaped]) => escaped],
     [/(`+)([^]*?[^`])\1(?!`)/y, ([, , code]) => codeOf(code)],
     [/`+([^]*)/y, ([, code], { isOpen }) => isOpen && codeOf(code)],
-    [new RegExp(LABEL + TARGET, "y"), ([, label, url], context) => linkTo(url, label, context)],
+    [new RegExp(LABEL + TARGET, "y"), ([, label, url], context) =>
+      linkTo(url.replace(/\\([!-/:-@[-`{-~])/g, "$1"), label, context)],
     [new RegExp(`${LABEL}\\([^\\s()]*$`, "y"), ([, label], context) => linkToCome(label, context)],
-    [new RegExp(`<?(https?://(?:${PART})*(?:${LAST}))>?`, "y"), ([, url], context) =>
-      linkTo(url, url, context)],
+    [/<(https?:\/\/[^\s<>]+)>/y, ([, url], context) => autolink(url, context)],
+    [new RegExp(`https?://(?:${PART})*(?:${LAST})`, "y"), ([url], context) => autolink(url, context)],
     ...emphasis("\\*", "[\\p{N}_]|(?![\\u2e80-\\ud7ff\\uf900-\\ufaff])\\p{L}"),
     ...emphasis("_", "[\\p{L}\\p{N}_]"),
   ];
@@ -284,6 +285,13 @@ const Markdown = (() => {
     } catch {
       return null; // not whole: no page of ours
     }
+  }
+
+  /* Its marks are not Markdown. */
+  function autolink(url, context) {
+    const made = linkTo(url, "", context);
+    made?.append(url);
+    return made;
   }
 
   const linkToCome = (label, context) => context.isOpen && link(label, context);
@@ -464,15 +472,20 @@ function copyButton(text) {
   const button = element("button", { type: "button", className: "plain" }, say("copy"));
   button.addEventListener("click", async () => {
     await copy(text());
+    button.focus(); // which the text area may have had
     button.textContent = say("copied");
     setTimeout(() => (button.textContent = say("copy")), 1500);
   });
   return button;
 }
 
-/* The clipboard proper is there on https, localhost and file:// only. */
+/* The clipboard proper is there on https, localhost and file:// only, and may be denied. */
 async function copy(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  try {
+    return await navigator.clipboard.writeText(text);
+  } catch {
+    // as it was done before
+  }
   const area = element("textarea", { value: text, className: "unseen" });
   document.body.append(area);
   area.select();

@@ -147,6 +147,7 @@
   function changed(state, detail) {
     wire.state("wire-room", state, detail);
     $("room-state").textContent = say(`room-${state}`);
+    if (state !== "open") showPresent(0); // until the server says who is there
     if (state === "waiting") giveBack(say("room-cut"));
     if (state === "closed" && detail) out(say("room-refused", detail.reason)); // for good
   }

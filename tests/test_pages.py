@@ -116,7 +116,7 @@ def test_axe_finds_nothing(chromium, model, upstream, axe, expect, scheme, width
     expect(page.locator("#wire-body li").first).to_be_visible()
     check("stopped, failed, with frames")
     page.click("nav a[href='#clock']")
-    expect(page.locator("#face")).to_contain_text("0")
+    expect(page.locator("#face")).to_contain_text(re.compile(r"\d"))
     check("clock")
     page.click("nav a[href='#room']")
     check("room, before joining")

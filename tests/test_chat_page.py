@@ -76,6 +76,8 @@ def test_a_finished_answer_is_announced_once(profile, model, upstream, expect):
     expect(page.locator("#send")).to_be_visible()
     expect(last_answer(page)).to_have_text("One two three.")
     assert page.evaluate("announced") == ["Answer: One two three."]
+    ask(page, upstream.script(*answer("# A\n- b *c*\n\n```py\nd\n```\n")))
+    wait_until(lambda: page.evaluate("announced")[1:] == ["Answer: A\nb c\nd"])
     expect(page.get_by_role("log", name="Conversation")).to_have_attribute("aria-live", "off")
 
 

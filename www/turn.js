@@ -3,6 +3,8 @@
 /* One message of the chat on the page: a question, or an answer with its reasoning, what
    became of it, its numbers, and what can be done with it. */
 
+const SAID = ":is(h2, h3, h4, h5, h6, p, pre, th, td)";
+
 class Turn {
   constructor(message, acts) {
     Object.assign(this, { message, acts });
@@ -97,12 +99,11 @@ class Turn {
     return this.message.state === "done" ? "regenerate" : "again";
   }
 
-  /* What a screen reader is to say: without the words around code. */
+  /* What a screen reader is to say: without the words around code. (`innerText` would lay out
+     all of a long answer.) */
   spoken() {
-    this.body.classList.add("spoken");
-    const text = this.body.innerText;
-    this.body.classList.remove("spoken");
-    return text;
+    const parts = this.body.querySelectorAll(`${SAID}:not(.code-head)`);
+    return [...parts].map(({ textContent }) => textContent).join("\n");
   }
 
   trouble() {

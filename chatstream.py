@@ -401,7 +401,7 @@ class Outlet:
     unsent: memoryview | bytes = b""  # what the socket has not taken yet
     sent: int = 0  # bytes
     stuck: bool = False  # the peer takes nothing more
-    patience: float = 0  # seconds that it may take nothing; 0: STUCK_TIMEOUT
+    patience: float = dataclasses.field(default_factory=lambda: STUCK_TIMEOUT)  # seconds
 
     def write_now(self, data: bytes) -> None:
         """Write without waiting. What the socket does not take is left to flush()."""
@@ -439,15 +439,14 @@ class Outlet:
         need longer than STUCK_TIMEOUT for that.
         """
         pending, since = self._unacknowledged(), trio.current_time()
-        patience = self.patience or STUCK_TIMEOUT
-        while trio.current_time() - since < patience:
+        while trio.current_time() - since < self.patience:
             with trio.move_on_after(LOOK_EVERY):
                 return await trio.lowlevel.wait_writable(self.socket)
             before, pending = pending, self._unacknowledged()
             if pending < before:
                 since = trio.current_time()
         self.stuck = True
-        raise Stuck(f"it read nothing for {patience:g} s")
+        raise Stuck(f"it read nothing for {self.patience:g} s")
 
     def _unacknowledged(self) -> int:
         """Bytes that the peer has not acknowledged (SIOCOUTQ in tcp(7)); 0 if unknown."""
@@ -713,8 +712,9 @@ class Answer(EventLog):
 
     Its name has 128 random bits: a client that knows it may read the answer and stop it.
     `model` writes it inside `scope`, whose deadline ends the linger time without a timer.
-    `question` is what was asked, and how its protocol ends an answer. `account` is told how
-    much memory is taken, and says whether there is enough. A Problem is an error for clients.
+    `question` is what was asked, and its `api` knows how an answer ends. `account` is told
+    how much memory is taken, and says whether there is enough. A Problem is an error for
+    clients.
     """
 
     def __init__(
@@ -780,7 +780,7 @@ class Answer(EventLog):
             return
         self.problem = problem
         self.refused = problem is not None and not self.accepted.is_set()
-        for event in self.question.closing(self, problem):
+        for event in self.question.api.closing(self, problem):
             self.append(event.data, event.type)
         self.close()
 
@@ -885,10 +885,6 @@ class Question:
     background: bool = False  # the answer goes on with nobody there
     polled: bool = False  # the client does not listen: it will ask how it stands
     previous: str = ""  # the previous_response_id as the client named it
-
-    def closing(self, answer: Answer, problem: Problem | None) -> list[Event]:
-        """The last events of its answer."""
-        return self.api.closing(answer, problem)
 
 
 @dataclasses.dataclass(eq=False)
@@ -1129,6 +1125,7 @@ class Http1:
                 # could be taken for it.
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
+                self.renew()
                 del request  # with its body; the next one may be long in coming
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except (Problem, h11.RemoteProtocolError) as error:
@@ -1136,19 +1133,26 @@ class Http1:
         await self.wire.finish()
         return None
 
+    def renew(self) -> None:
+        """A parser for the next request, which starts behind the empty lines before it.
+
+        A client may send those (RFC 9112, section 2.2), and h11 takes none.
+        """
+        raw, ended = self.conn.trailing_data
+        self.conn = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
+        if raw := raw.lstrip(b"\r\n"):
+            self.conn.receive_data(raw)
+        if ended:
+            self.conn.receive_data(b"")
+
     async def next_request(self) -> Request | None:
         """The next request's head; None if the client leaves instead of asking."""
-        # A client may send empty lines before a request (RFC 9112, section 2.2); h11 takes none.
-        first, (raw, ended) = not self.wire.sent, self.conn.trailing_data
-        raw = raw.lstrip(b"\r\n")
-        self.conn = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
-        for data in [raw] * bool(raw) + [b""] * ended:
-            self.conn.receive_data(data)
+        first, raw = not self.wire.sent, self.conn.trailing_data[0]
         with trio.move_on_after(HEAD_TIMEOUT if first or raw else IDLE_TIMEOUT) as scope:
             while (event := self.conn.next_event()) is h11.NEED_DATA:
                 data = await self.wire.receive()
                 if data and not raw:
-                    data = data.lstrip(b"\r\n")
+                    data = data.lstrip(b"\r\n")  # as in renew()
                     if not data:
                         continue
                     scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIMEOUT)
@@ -1212,9 +1216,8 @@ class Http1:
         await self._send(h11.Data(last), h11.EndOfMessage())
 
     def _head(self, status: int, headers: Mapping[str, str]) -> h11.Response:
-        pairs = [*headers.items(), ("date", http_date(int(time.time())))]
         reason = http.client.responses.get(status, "")
-        return h11.Response(status_code=status, headers=pairs, reason=reason)
+        return h11.Response(status_code=status, headers=dated(headers), reason=reason)
 
     async def _send(self, *events: h11.Event) -> None:
         """All in one write."""
@@ -1232,6 +1235,10 @@ class Http1:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers, body = problem_response(problem)
             await self.respond(problem.status, headers | {"connection": "close"}, body)
+
+
+def dated(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [*headers.items(), ("date", http_date(int(time.time())))]
 
 
 @functools.lru_cache(1)  # it is the same for all responses of a second
@@ -1463,8 +1470,8 @@ def free_name(wanted: str, taken: set[str]) -> str:
 class Member(Reader):
     """A reader on a WebSocket; in the room it also speaks.
 
-    One task, as for any reader: while it waits to be allowed to say more, or for room
-    on its wire, it does not read, and TCP lets the client feel that.
+    One task does both. While it waits until it may say more, or until its socket has space,
+    it does not read, and TCP slows the client down.
     """
 
     __slots__ = ("chatter", "close", "frames", "name", "owed", "pinged_at", "turn", "wire")
@@ -1581,9 +1588,9 @@ class Member(Reader):
 # as a Problem. One policy for Host, Origin and the token, one shape of error.
 
 BODY_BYTES, BODY_SILENCE, BODY_TIMEOUT = 16 * MiB, 10, 120
-BODIES_BYTES = 64 * MiB  # what has come of all the bodies being read
-BODY_BRACKETS, BODY_COMMAS = 300_000, 1_000_000  # parsing takes 0.1 s at these limits,
-BODY_COLONS = 300_000  # because each name is remembered
+BODIES_BYTES = 64 * MiB  # of all the bodies that are still arriving
+# At these limits, parsing takes 0.1 s. A colon counts as a bracket does: a name is an object.
+BODY_BRACKETS, BODY_COMMAS, BODY_COLONS = 300_000, 1_000_000, 300_000
 SSE_RETRY = 2  # seconds
 SSE_HEADERS = {
     "content-type": "text/event-stream",
@@ -1616,14 +1623,6 @@ TOKEN_COOKIE = "chatstream_token"
 OPEN, PUBLIC, OWN = "open", "public", "own"
 
 
-def from_json(text: str | bytes, decoder: json.JSONDecoder | None = None) -> Any:
-    """Parse JSON as RFC 8259 has it. Raises ValueError."""
-    try:
-        return (decoder or DECODER).decode(text if isinstance(text, str) else text.decode())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def _finite(text: str) -> float:
     """Python also takes NaN, and reads 1e999 as infinity: no browser could parse that."""
     number = float(text)
@@ -1637,10 +1636,18 @@ DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 CHECKER = json.JSONDecoder(parse_constant=_finite, parse_int=float)
 
 
-class BodyBudget:
-    """All the bodies that are being read: what has come of them is BODIES_BYTES at most.
+def from_json(text: str | bytes, decoder: json.JSONDecoder = DECODER) -> Any:
+    """Parse JSON as RFC 8259 has it. Raises ValueError."""
+    try:
+        return decoder.decode(text if isinstance(text, str) else text.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
-    Beyond that, the body that has been coming for the longest is given up.
+
+class BodyBudget:
+    """All the bodies that are still arriving: together, they take BODIES_BYTES at most.
+
+    Beyond that, the body that began to arrive first is given up.
     """
 
     def __init__(self) -> None:
@@ -2641,7 +2648,7 @@ def key_pattern(secret: str) -> re.Pattern[str]:
 
 
 class JsonBody:
-    """A question as JSON: parsed once, to be checked, and changed only where it must be.
+    """A question as JSON: parsed to be checked, and changed only where it must be.
 
     What need not change goes on byte for byte. Raises Problem 400, 413.
     """
@@ -2651,15 +2658,18 @@ class JsonBody:
         many = brackets > BODY_BRACKETS or raw.count(b",") > BODY_COMMAS
         if many or raw.count(b":") > BODY_COLONS:
             raise Problem(413, "the body has too many brackets, commas or colons: send less")
-        try:
-            self.fields = from_json(raw, CHECKER)
-        except ValueError as error:
-            raise self.no_json(error) from None
+        self._raw = raw
+        self.fields = self._parse(CHECKER)
         if not isinstance(self.fields, dict):
             raise Problem(400, 'send a JSON object, such as {"messages": [...]}')
         self.model = str(self.fields.get("model") or "")
         self.changes: JSON = {}  # None takes the field out
-        self._raw = raw
+
+    def _parse(self, decoder: json.JSONDecoder) -> Any:
+        try:
+            return from_json(self._raw, decoder)
+        except ValueError as error:
+            raise Problem(400, f"the body is not JSON: {error}"[:300]) from None
 
     def choose(self, model: str) -> None:
         # A second "model" may be the one that counts for the upstream.
@@ -2676,14 +2686,7 @@ class JsonBody:
 
     def exact(self) -> JSON:
         """All of it, with its numbers as they are."""
-        try:
-            return cast(JSON, from_json(self._raw))
-        except ValueError as error:
-            raise self.no_json(error) from None
-
-    @staticmethod
-    def no_json(error: ValueError) -> Problem:
-        return Problem(400, f"the body is not JSON: {error}"[:300])
+        return cast(JSON, self._parse(DECODER))
 
 
 def check_question(fields: JSON, api: Api) -> None:
@@ -3087,7 +3090,7 @@ class Exchange:
     Bytes are life: where there is patience, any of them moves the limit.
     """
 
-    # The line end behind a chunk is read with what follows it. The first one is lent one.
+    # A chunk's last line end is read with what follows it. begin() puts one before the first.
     SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n")
     LAST = re.compile(rb"\r\n0+[ \t]*(?:;.*)?(?:\r\n[!#-'*+\-.0-9A-Z^-z|~]+:.*)*\r\n\r\n")
 
@@ -3105,7 +3108,9 @@ class Exchange:
     unzip: Any = None
     left: int = 0  # bytes, of a chunk or of all
     rest: bytes = b""  # what waits for more, or follows the body
-    ended: trio.Event = dataclasses.field(default_factory=trio.Event)  # the body, or all hope
+    ended: trio.Event = dataclasses.field(
+        default_factory=trio.Event
+    )  # the body has ended, or failed
     failed: Exception | None = None
     reusable: bool = False  # the connection, after a good end
 
@@ -3174,7 +3179,7 @@ class Exchange:
                 raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
             take(payload)
         last = self.LAST.match(self.rest) if size else None
-        whole = b"\r\n\r\n" if size else b"\r\n"  # then more of it will not make it good
+        whole = b"\r\n\r\n" if size else b"\r\n"  # if it is there, more bytes will not help
         if last or not (self.chunked or self.left):
             self.rest = self.rest[last.end() :] if last else self.rest
             self.ended.set()
@@ -3698,9 +3703,9 @@ def demo_response(words: list[str], prompt: int, asked: JSON) -> Iterator[JSON]:
 
 
 # ─── HTTP/2 ──────────────────────────────────────────────────────────────────────────
-# Hypercorn speaks it, on our wire; to our handlers each stream is one more
-# HttpConnection. A stream has a window and a task of its own, so here each event wakes a
-# task for each reader, as in the usual design.
+# Hypercorn speaks it, on our wire. To our handlers, a stream is what a connection is over
+# HTTP/1. It has a window and a task of its own, so here each event wakes a task for each
+# reader, as in the usual design.
 
 HTTP2_STREAMS = 100
 HTTP2_BITE = KiB  # h2 takes 0.1 ms for a frame of 10 bytes, and does not pause
@@ -3739,9 +3744,9 @@ class Http2Stream:
         await self.gone.wait()
 
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        pairs = [*headers.items(), ("date", http_date(int(time.time())))]
-        raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in pairs if k != "connection"]
-        self.h2.send_headers(self.number, [(b":status", b"%d" % status), *raw])
+        raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in dated(headers)]
+        own = [(name, value) for name, value in raw if name != b"connection"]
+        self.h2.send_headers(self.number, [(b":status", b"%d" % status), *own])
         await self.protocol._flush()
         await self._write(body)
 
@@ -3771,15 +3776,15 @@ class Http2Stream:
         data = memoryview(data)
         while data:
             with trio.move_on_after(STUCK_TIMEOUT):
-                while (room := self._room()) <= 0:
+                while (space := self._space()) <= 0:
                     await self.protocol.news.wait()
-            if room <= 0:
+            if space <= 0:
                 raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
-            self.h2.send_data(self.number, data[:room])
-            data = data[room:]
+            self.h2.send_data(self.number, data[:space])
+            data = data[space:]
             await self.protocol._flush()
 
-    def _room(self) -> int:
+    def _space(self) -> int:
         if self.gone.is_set():
             raise trio.BrokenResourceError("the client has left")
         window = self.h2.local_flow_control_window(self.number)
@@ -3801,9 +3806,9 @@ class Http2(H2Protocol):
     def __init__(
         self, wire: Wire, handle: Callable[[Request], Awaitable[None]], tasks: TaskGroup
     ) -> None:
-        asgi: Any = None
+        unused: Any = None  # an ASGI app, and the state that it would share
         super().__init__(
-            asgi, Config(), WorkerContext(None), tasks, asgi, True, None, None, self.on_event
+            unused, Config(), WorkerContext(None), tasks, unused, True, None, None, self.on_event
         )
         self.wire = wire
         self.handle_request = handle
@@ -3903,10 +3908,10 @@ async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) 
 # entry that is read twice changes nothing: after any trouble, all is read again.
 #
 # The processes tell each other their state, once a second and when it changes: their
-# counts, which copies somebody reads, which of these are to be stopped. One of which we
-# hear nothing for SILENCE seconds, while we hear ourselves, is gone. Redis, and each of
-# them, may also stand still and wake up later: so nothing waits for Redis longer than
-# REDIS_TIMEOUT, and a message that its sender was told is not stored will not turn up.
+# counts, which copies somebody reads, which of these are to be stopped. A process is gone
+# when it has said nothing for SILENCE seconds in which we heard ourselves. Redis and each
+# process may stand still and wake up later. So nothing waits for Redis longer than
+# REDIS_TIMEOUT, and a message does not turn up after its sender was told that it is lost.
 #
 #   room           stream of what was said, each entry with its place in the log
 #   room:comings   list: which entries of the room are comings and goings

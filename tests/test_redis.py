@@ -59,6 +59,18 @@ def pair(serve, redis, upstream):
     return two(serve, redis, upstream)
 
 
+@contextlib.asynccontextmanager
+async def read_by_both(pair, upstream):
+    """An answer in its middle, a reader of it in each process, and its key in Redis."""
+    a, b = pair
+    gate = Gate()
+    prompt = upstream.script(*answer("a ", gate, "b"))
+    async with asked(a, prompt) as here, stream("GET", at(b, here)) as there:
+        first = await here.events(1)
+        assert await there.events(1) == first
+        yield here, there, gate, f"chatstream:2:answer:{here.headers['x-answer-id']}"
+
+
 def closed(upstream, prompt):
     (heard,) = upstream.asked(prompt)
     return heard.closed_at is not None
@@ -321,14 +333,8 @@ async def test_what_redis_has_lost_of_an_answer(pair, redis, upstream, lost):
 
 
 async def test_an_end_that_redis_lost_before_it_was_read(pair, redis, upstream):
-    a, b = pair
-    gate = Gate()
-    prompt = upstream.script(*answer("a ", gate, "b"))
-    async with asked(a, prompt) as here, stream("GET", at(b, here)) as there:
-        first = await here.events(1)
-        assert await there.events(1) == first
-        key = f"chatstream:2:answer:{here.headers['x-answer-id']}"
-        with frozen(b.process):
+    async with read_by_both(pair, upstream) as (here, there, gate, key):
+        with frozen(pair[1].process):
             await trio.sleep(0.3)  # until it has no XREAD under way
             gate.open()
             rest = await here.events()
@@ -479,12 +485,8 @@ async def test_a_key_of_another_type_is_replaced(pair, redis, upstream, key):
 @pytest.mark.parametrize("commands", [JUNK, FULL, WRONG_TYPES], ids=["junk", "full", "wrong type"])
 async def test_what_is_not_ours_in_an_answer(pair, redis, upstream, commands):
     a, b = pair
-    gate = Gate()
-    prompt = upstream.script(*answer("a ", gate, "b"))
-    async with asked(a, prompt) as here, stream("GET", at(b, here)) as there:
-        first = await here.events(1)
-        assert await there.events(1) == first
-        spoil(redis, f"chatstream:2:answer:{here.headers['x-answer-id']}", commands)
+    async with read_by_both(pair, upstream) as (here, there, gate, key):
+        spoil(redis, key, commands)
         gate.open()
         rest = await here.events()
         with trio.fail_after(10):

@@ -118,12 +118,13 @@ AsyncCall = Callable[[], Awaitable[object]]
 Socket = socket.socket  # in a class, a field named `socket` hides the module
 NOTHING: Mapping[str, Any] = {}  # shared by all that have nothing to add
 KiB, MiB = 1024, 1024 * 1024
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 logger = logging.getLogger("chatstream")
 
 
 def to_json(value: object) -> str:
     """Compact JSON that can be encoded: a lone surrogate stays an escape."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = ENCODER.encode(value)
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -561,8 +562,9 @@ class Pump:
         self._news = trio.Event()
 
     def notify(self, log: EventLog) -> None:
-        self._news_in[log] = self._news_in.get(log, 0) + 1
-        self._news.set()
+        if log.readers:
+            self._news_in[log] = self._news_in.get(log, 0) + 1
+            self._news.set()
 
     async def run(self) -> None:
         """Pass after pass. The busier it gets, the more each write carries.
@@ -801,6 +803,7 @@ class Answer(EventLog):
 
 ANSWER_BYTES = 64 * MiB
 ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
+LONG_QUESTION = 64 * KiB
 ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
 
 
@@ -848,8 +851,8 @@ class Model:
     async def run(self) -> None:
         """What it has to do while the server runs."""
 
-    def check(self, api: Api) -> None:
-        """Raises Problem if it does not speak this protocol."""
+    def prepare(self, question: Question, fields: JSON) -> None:
+        """Look at what is asked. Raises Problem if it does not speak this protocol."""
 
     async def write(self, answer: Answer) -> None:
         """Write the answer to its end. Raises Problem if there will be none."""
@@ -885,6 +888,7 @@ class Question:
     background: bool = False  # the answer goes on with nobody there
     polled: bool = False  # the client does not listen: it will ask how it stands
     previous: str = ""  # the previous_response_id as the client named it
+    prepared: Any = None  # what the demo has to say
 
 
 @dataclasses.dataclass(eq=False)
@@ -904,6 +908,16 @@ class Answers:
     running: dict[Answer, None] = dataclasses.field(default_factory=dict)
     ended: OrderedDict[Answer, float] = dataclasses.field(default_factory=OrderedDict)  # when
     held: int = 0
+    _parsing: trio.Lock = dataclasses.field(default_factory=trio.Lock)
+
+    @contextlib.asynccontextmanager
+    async def parsing(self, body: bytes) -> AsyncIterator[None]:
+        """Of long questions, one is parsed at a time: all else has its turn in between."""
+        if len(body) < LONG_QUESTION:
+            yield
+        else:
+            async with self._parsing:
+                yield
 
     def begin(self, nursery: trio.Nursery, model: Model, question: Question, name: str) -> Answer:
         """Start an answer in this nursery. Raises Problem 503 if there are too many.
@@ -911,11 +925,12 @@ class Answers:
         If all places are taken, the one that nobody has attended for the longest time
         is stopped.
         """
-        background = sum(answer.question.background for answer in self.running)
-        if question.background and background >= ANSWERS_BACKGROUND:
+        open = self.open()
+        background = question.background and sum(a.question.background for a in open)
+        if background and background >= ANSWERS_BACKGROUND:
             raise too_busy()
-        if len(self.open()) >= ANSWERS_RUNNING:
-            alone = [answer for answer in self.open() if not answer.attendants]
+        if len(open) >= ANSWERS_RUNNING:
+            alone = [answer for answer in open if not answer.attendants]
             if not alone:
                 raise too_busy()
             self.stop(min(alone, key=lambda a: a.scope.deadline), abandoned())
@@ -2080,11 +2095,12 @@ class App:
 
     async def post_short(self, request: Request, path: str) -> None:
         """Embeddings, count_tokens: nothing that one could follow."""
-        body = JsonBody(request.body)
-        if path != "/embeddings":
-            body.choose(self.model.choose(body.model))
-        raw = request.body = body.raw()
-        del body  # its objects, while the model thinks
+        async with self.answers.parsing(request.body):
+            body = JsonBody(request.body)
+            if path != "/embeddings":
+                body.choose(self.model.choose(body.model))
+            raw = request.body = body.raw()
+            del body  # its objects, while the model thinks
         self.answers.reserve(len(raw))
         try:
             await self.pass_through(request, lambda headers: self.model.short(path, headers, raw))
@@ -2152,7 +2168,8 @@ class App:
         if last := request.last_event_id:
             answer = await self.find_answer(last.rpartition("-")[0] or last)
             return await self.follow(request, answer, last)
-        question = self.read_question(request, api)
+        async with self.answers.parsing(request.body):
+            question = self.read_question(request, api)
         request.body = b""
         answer = await self.ask(question)
         with answer.attended():
@@ -2162,11 +2179,11 @@ class App:
                 await self.first_response(request, answer)
 
     def read_question(self, request: Request, api: Api) -> Question:
-        self.model.check(api)
         body = JsonBody(request.body)
         check_question(body.fields, api)
         body.choose(self.model.choose(body.model))
         question = api.ask(api, body, passed_headers(request, self.settings.token))
+        self.model.prepare(question, body.fields)
         if key := request.headers.get("idempotency-key"):
             caller = to_json([api.path, key, sorted(credentials(request).items())])
             question.key = hashlib.sha256(caller.encode()).hexdigest()
@@ -3301,10 +3318,11 @@ class Upstream(Model):
         question = answer.question
         if not question.model:
             first = await self.first_model(question.headers)
-            body = JsonBody(question.body)  # now: its objects would take memory while it waits
-            body.choose(first)
-            question.body, question.model = body.raw(), body.model
-            del body  # which may be long, and the answer takes its time
+            async with self.answers.parsing(question.body):
+                body = JsonBody(question.body)  # now: its objects would take memory meanwhile
+                body.choose(first)
+                question.body, question.model = body.raw(), body.model
+                del body  # which may be long, and the answer takes its time
         async with self.asking(question.api.path, question.headers, question.body) as exchange:
             self.answers.drop_question(answer)
             await self.relay(answer, exchange)
@@ -3585,17 +3603,16 @@ CJK = "\u3000-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
 DEMO_WORD = re.compile(rf"\s*(?:[{CJK}]|[^\s{CJK}]+)")
 
 
-def lesson(text: str, question: str) -> str:
-    """The part of www/lessons.*.md whose heading is most like the question.
+def read_lessons(text: str) -> dict[str, list[str]]:
+    """The words of each answer in a www/lessons.*.md, by its question.
 
     The text before the first `# heading` introduces each answer, the one below `# *`
     ends it, and each other heading is a question with its lesson.
     """
     introduction, *parts = re.split(r"(?m)^# +(.+)\n", text)
-    lessons = dict(zip(parts[::2], parts[1::2], strict=True))
+    lessons = dict(zip(parts[::2], parts[1::2], strict=True)) or {"": ""}
     ending = lessons.pop("*", "")
-    heading = difflib.get_close_matches(question[:300], lessons, n=1, cutoff=0)
-    return "".join([introduction, *map(lessons.__getitem__, heading), ending])
+    return {q: DEMO_WORD.findall(introduction + said + ending) for q, said in lessons.items()}
 
 
 class Demo(Model):
@@ -3611,11 +3628,16 @@ class Demo(Model):
         self.metrics = metrics
         www = www_folder()
         files = [www / f"lessons.{language}.md" for language in ("en", "zh")] if www else []
-        self.lessons = [file.read_text("utf-8") for file in files] or ["A demo."] * 2
+        texts = [file.read_text("utf-8") for file in files] or ["A demo."] * 2
+        self.lessons = [*map(read_lessons, texts)]  # shared by all answers
+        self.speaking: dict[Relay, Iterator[JSON]] = {}
 
-    def check(self, api: Api) -> None:
-        if api in (COMPLETIONS, MESSAGES):
+    def prepare(self, question: Question, fields: JSON) -> None:
+        if question.api in (COMPLETIONS, MESSAGES):
             raise self.only_chats()
+        make = demo_response if question.api is RESPONSES else demo_chat
+        with_usage = bool((fields.get("stream_options") or {}).get("include_usage"))
+        question.prepared = make(self.words(fields), len(question.body) // 4, with_usage)
 
     def only_chats(self) -> Problem:
         only = "the demo model speaks chat completions and responses: for the rest, "
@@ -3641,50 +3663,63 @@ class Demo(Model):
         if isinstance(said, list):
             users = [m for m in said if isinstance(m, dict) and m.get("role") == "user"]
             said = users[-1].get("content") if users else ""
-        question = text_of(said)
-        in_chinese = bool(re.search(f"[{CJK}]", question))
-        return DEMO_WORD.findall(lesson(self.lessons[in_chinese], question))
+        question = text_of(said)[:300]
+        lessons = self.lessons[bool(re.search(f"[{CJK}]", question))]
+        return lessons[difflib.get_close_matches(question, lessons, n=1, cutoff=0)[0]]
+
+    async def run(self) -> None:
+        """A word of every answer at each step: a timer for each would cost twice the word."""
+        while True:
+            await trio.sleep(self.PACE)
+            turn = Turn()
+            for relay, events in list(self.speaking.items()):
+                try:
+                    if event := next(events, None):
+                        relay.take(ServerSentEvent(to_json(event), "message"))
+                    else:
+                        relay.end()
+                except Problem as problem:
+                    relay.answer.finish(problem)
+                await turn.pause()
 
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
-        question = answer.question
-        asked, prompt = from_json(question.body, CHECKER), len(question.body) // 4
+        events = answer.question.prepared
         self.answers.drop_question(answer)
         answer.accepted.set()
-        relay = Relay(answer, self.metrics)
-        make = demo_response if question.api is RESPONSES else demo_chat
-        *events, whole = make(self.words(asked), prompt, asked)
-        del asked  # objects: many times the question's bytes, and the answer takes its time
-        if not question.stream:
+        relay, whole = Relay(answer, self.metrics), next(events)
+        if not answer.question.stream:
             await trio.sleep(self.PACE)
             return relay.take_whole(to_json(whole))
-        for event in events:
-            await trio.sleep(self.PACE)
-            relay.take(ServerSentEvent(to_json(event), "message"))
-        relay.end()
+        self.speaking[relay] = events  # made one by one: all would take more than the log
+        try:
+            await answer.ended.wait()
+        finally:
+            del self.speaking[relay]
 
 
 def demo_usage(names: str, words: list[str], prompt: int) -> JSON:
     return dict(zip(names.split(), (prompt, len(words), prompt + len(words)), strict=True))
 
 
-def demo_chat(words: list[str], prompt: int, asked: JSON) -> Iterator[JSON]:
-    """The chunks of a chat completion; last, the whole of it."""
+def demo_chat(words: list[str], prompt: int, with_usage: bool) -> Iterator[JSON]:
+    """A whole chat completion; then its chunks."""
     base = {"id": f"chatcmpl-{secrets.token_hex(8)}", "object": "chat.completion.chunk",
             "created": int(time.time()), "model": "demo"}  # fmt: skip
-    for delta in ({"role": "assistant", "content": ""}, *({"content": w} for w in words), {}):
-        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
-        yield {**base, "choices": [choice]}
     usage = demo_usage("prompt_tokens completion_tokens total_tokens", words, prompt)
-    if (asked.get("stream_options") or {}).get("include_usage"):
-        yield {**base, "choices": [], "usage": usage}
     message = {"role": "assistant", "content": "".join(words)}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     yield {**base, "object": "chat.completion", "choices": [choice], "usage": usage}
+    deltas = ({"content": word} for word in words)
+    for delta in itertools.chain([{"role": "assistant", "content": ""}], deltas, [{}]):
+        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
+        yield {**base, "choices": [choice]}
+    if with_usage:
+        yield {**base, "choices": [], "usage": usage}
 
 
-def demo_response(words: list[str], prompt: int, asked: JSON) -> Iterator[JSON]:
-    """The events of a response; last, the whole of it."""
+def demo_response(words: list[str], prompt: int, with_usage: bool) -> Iterator[JSON]:
+    """A whole response; then the events of its stream."""
     part = {"type": "output_text", "text": "".join(words), "annotations": []}
     item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
             "status": "completed", "content": [part]}  # fmt: skip
@@ -3698,8 +3733,8 @@ def demo_response(words: list[str], prompt: int, asked: JSON) -> Iterator[JSON]:
         "error": None, "incomplete_details": None, "instructions": None,
         "metadata": {}, "temperature": 1.0, "top_p": 1.0, "usage": usage,
     }  # fmt: skip
-    yield from response_events(whole, lambda text: words)
     yield whole
+    yield from response_events(whole, lambda text: words)
 
 
 # ─── HTTP/2 ──────────────────────────────────────────────────────────────────────────

@@ -384,6 +384,32 @@ async def test_the_demo_keeps_no_question_while_it_answers(serve):
         assert resident(server.process.pid) - before < 120 << 20
 
 
+async def test_what_the_demo_has_yet_to_say_takes_no_memory(serve):
+    server = serve(program=program())
+    before = resident(server.process.pid)
+    async with AsyncExitStack() as stack:
+        for _ in range(100):
+            asked = stream("POST", server.http + CHAT, None, asking("Hello"))
+            await (await stack.enter_async_context(asked)).event()
+        assert resident(server.process.pid) - before < 20 << 20
+
+
+async def test_long_questions_that_come_together_are_parsed_one_by_one(serve):
+    server = serve(program=measured(60, rounds=0.06))
+    question = json.dumps(asking("x" * 2**20)).encode()
+    lines = "Host: localhost", f"Content-Length: {len(question)}"
+    async with unharmed(server), AsyncExitStack() as stack:
+        askers = [await stack.enter_async_context(connect(server.http)) for _ in range(40)]
+        for asker in askers:
+            await asker.send(head("POST", OPENAI, *lines) + question[:-1])
+        await trio.sleep(0.5)  # until all but the last byte is there
+        for asker in askers:
+            await asker.send(question[-1:])
+        for asker in askers:
+            assert (await asker.response("POST")).status == 200
+    assert "round:" not in server.stderr_text(), server.stderr_text()
+
+
 async def test_a_number_without_end_is_no_fault_of_the_demo(demo):
     question = (
         json.dumps(asking("Hello", model="demo"))[:-1].encode() + b', "seed": ' + b"9" * 5000 + b"}"

@@ -2,12 +2,19 @@
 
 Steady clients that must lose nothing (clock readers, members, answers read to their
 end and resumed) share one server with those of the fault tests: floods, resets, stuck
-readers, slow heads, garbage. Each minute it prints what came and went, the server's
-memory, descriptors and tasks; the exit code is 0 if no event was lost.
+readers, slow heads, garbage, questions that nobody reads or that never end. Each minute it
+prints what came and went, the server's memory, descriptors and tasks. How long 1,000
+readers of the clock wait is measured beside 1,000 of a second server, which nobody
+attacks. The exit code is 0 if no event was lost.
 """
 
 import argparse
+import json
 import random
+import re
+import selectors
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -66,6 +73,8 @@ class Soak:
                     nursery.start_soon(self.talk, n)
                     nursery.start_soon(self.ask)
                 for attack in (self.churn, self.stick, self.crawl, self.smuggle):
+                    nursery.start_soon(attack)
+                for attack in (self.pipeline, self.desert, self.hoard, self.nest, self.drift):
                     nursery.start_soon(attack)
                 nursery.start_soon(self.report)
         await trio.sleep(75)  # ended answers are forgotten after a minute
@@ -190,12 +199,66 @@ class Soak:
                     reset(member.transport)
             self.counts["thrown"] += len(SHAPES) + len(BODIES) + 1
 
-    async def throw(self, data):
+    async def throw(self, data, seconds=0.1):
         with suppress(*GONE):
             async with connect(self.server.http) as connection:
                 await connection.send(data)
-                with trio.move_on_after(0.1):
+                with trio.move_on_after(seconds):
                     await connection.receive()
+
+    async def pipeline(self):
+        """1,500 requests in one packet, on five connections at a time."""
+        packet = head("HEAD", "/metrics", "Host: localhost") * 1500
+        while True:
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(self.throw, packet)
+            self.counts["pipelined"] += 5 * 1500
+
+    async def desert(self):
+        """250 questions a second, each left at once."""
+        body = json.dumps(asking("Hello")).encode()
+        ask = head("POST", CHAT, "Host: localhost", f"Content-Length: {len(body)}") + body
+        while True:
+            with suppress(*GONE):
+                async with connect(self.server.http) as connection:
+                    await connection.send(ask)
+                    reset(connection.transport)
+            self.counts["deserted"] += 1
+            await trio.sleep(1 / 250)
+
+    async def hoard(self):
+        """100 questions of 1 MiB at once; every other one lacks its end."""
+        body = json.dumps(asking("x" * 2**20)).encode()
+        ask = head("POST", CHAT, "Host: localhost", f"Content-Length: {len(body)}") + body
+        while True:
+            async with trio.open_nursery() as nursery:
+                for n in range(100):
+                    nursery.start_soon(self.throw, ask[: len(ask) - n % 2], 5)
+            self.counts["hoarded"] += 100
+            await trio.sleep(5)
+
+    async def nest(self):
+        """Questions at the limits of what is parsed."""
+        lists = "[" * 100 + "]" * 100
+        deep = json.dumps(asking("hi"))[:-1] + ',"x":[' + ",".join([lists] * 2900) + "]}"
+        wide = json.dumps(asking("hi"))[:-1] + ',"x":[' + "1," * 900_000 + "1]}"
+        while True:
+            for text in (deep, wide):
+                body = text.encode()
+                lines = "Host: localhost", f"Content-Length: {len(body)}"
+                await self.throw(head("POST", CHAT, *lines) + body, 1)
+                self.counts["nested"] += 1
+            await trio.sleep(20)
+
+    async def drift(self):
+        """Members that come and go."""
+        while True:
+            with suppress(*GONE):
+                async with raw_member(self.server.ws) as member:
+                    reset(member.transport)
+            self.counts["drifted"] += 1
+            await trio.sleep(0.02)
 
     # ------------------------------------------------------------------- what is seen
 
@@ -228,18 +291,64 @@ async def listen(member):
             member.buffer = b""
 
 
+def watch(ports, readers, seconds):
+    """How late each tick reaches each of these readers of each server, in ms."""
+    selector = selectors.DefaultSelector()
+    late, lost = {port: [] for port in ports}, Counter()
+    for _ in range(readers):
+        for port in ports:
+            reader = socket.create_connection(("localhost", port))
+            reader.sendall(head("GET", "/clock", "Host: localhost"))
+            selector.register(reader, selectors.EVENT_READ, [port, None])
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for key, _ in selector.select(1):
+            data, now = key.fileobj.recv(65536), time.time()
+            port, last = key.data
+            if not data:
+                lost[port] += 1
+                selector.unregister(key.fileobj)
+            for n in map(int, re.findall(rb"\nid: clock-(\d+)\n\n", data)):
+                lost[port] += last is not None and n != last + 1
+                key.data[1] = last = n
+                late[port].append((now - n) * 1000)
+    for port in ports:
+        waits = sorted(late[port])
+        shown = {f"p{100 * p:g}": waits[int(p * len(waits))] for p in (0.5, 0.99, 0.999)}
+        print(
+            f"port {port}: {len(waits)} ticks, lost {lost[port]}",
+            "  ".join(f"{name} {wait:.1f} ms" for name, wait in shown.items()),
+            f"most {waits[-1]:.1f} ms",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=1)
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--readers", type=int, default=1000)
+    parser.add_argument("--watch", type=int, nargs="*", help="only watch these ports")
+    options = parser.parse_args()
+    if options.watch:
+        return watch(options.watch, options.readers, options.minutes * 60)
     with tempfile.TemporaryDirectory() as folder:
+        calm_folder = Path(folder, "calm")
+        calm_folder.mkdir()
         server = Server(Path(folder), "--room-rate", "0", program=program())
-        soak = Soak(server, minutes)
+        calm = Server(calm_folder, program=program())
+        print(f"attacked: port {server.port}  calm: port {calm.port}")
+        arguments = ["--minutes", options.minutes - 0.2, "--readers", options.readers]
+        watching = [*arguments, "--watch", server.port, calm.port]
+        watcher = subprocess.Popen([sys.executable, __file__, *map(str, watching)])
+        soak = Soak(server, options.minutes)
         try:
             trio.run(soak.run)
+            watcher.wait(60)
         finally:
             faults = server.stderr_text().count("Traceback")
-            server.stop()
+            for process in (server, calm):
+                process.stop()
+            watcher.kill()
     print(f"lost: {dict(soak.lost)}  tracebacks: {faults}")
     return 1 if sum(soak.lost.values()) or faults else 0
 

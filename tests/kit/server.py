@@ -159,20 +159,27 @@ import sys, time
 sys.path.insert(0, {root!r})
 import chatstream, trio
 class Turns(trio.abc.Instrument):
+    round = 1e9
     def before_task_step(self, task):
         self.began = time.thread_time()  # of the processor: other programs do not count
     def after_task_step(self, task):
         if (took := time.thread_time() - self.began) > {seconds}:
             print(f"held: {{took:.3f}} s by {{task.name}}", file=sys.stderr, flush=True)
+    def after_io_wait(self, timeout):
+        self.round = time.thread_time()
+    def before_io_wait(self, timeout):  # when each of those who could run has had a turn
+        if (took := time.thread_time() - self.round) > {rounds}:
+            print(f"round: {{took:.3f}} s", file=sys.stderr, flush=True)
 run = trio.run
 trio.run = lambda *args: run(*args, instruments=[Turns()])
 sys.exit(chatstream.main())
 """
 
 
-def measured(seconds):
-    """A program for serve(): it tells of each turn that takes longer."""
-    return [sys.executable, "-c", MEASURED.format(root=str(ROOT), seconds=seconds)]
+def measured(seconds, rounds=60):
+    """A program for serve(): it tells of each turn that takes longer, and of each round."""
+    text = MEASURED.format(root=str(ROOT), seconds=seconds, rounds=rounds)
+    return [sys.executable, "-c", text]
 
 
 def program(**limits):

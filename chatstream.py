@@ -468,7 +468,7 @@ class Reader:
     """
 
     log: EventLog
-    outlet: Outlet | Http2Stream  # the latter writes in flush() only
+    outlet: Outlet | Http2Stream
     framing: Framing
     position: int
     delivered: int = 0  # events
@@ -1677,6 +1677,8 @@ class BodyBudget:
         """
         length = request.headers.get("content-length", "")
         announced = int(length) if re.fullmatch("[0-9]{1,20}", length) else 0
+        if request.version != "2" and not (announced or "transfer-encoding" in request.headers):
+            return await request.connection.receive() or b""  # it is there: the body's end
         body, end, turn = bytearray(), trio.current_time() + BODY_TIMEOUT, Turn()
         close = {"connection": "close"}  # what is left of the body would come next
         with trio.CancelScope() as scope:
@@ -3739,8 +3741,8 @@ def demo_response(words: list[str], prompt: int, with_usage: bool) -> Iterator[J
 
 # ─── HTTP/2 ──────────────────────────────────────────────────────────────────────────
 # Hypercorn speaks it, on our wire. To our handlers, a stream is what a connection is over
-# HTTP/1. It has a window and a task of its own, so here each event wakes a task for each
-# reader, as in the usual design.
+# HTTP/1. It has a task and a window of its own. The pump writes an event into each window,
+# and so makes a TLS record and a write of it for each reader, as over HTTP/1.
 
 HTTP2_STREAMS = 100
 HTTP2_BITE = KiB  # h2 takes 0.1 ms for a frame of 10 bytes, and does not pause
@@ -3754,7 +3756,7 @@ class Http2Stream:
         self.protocol = protocol
         self.h2 = protocol.connection
         self.number = number
-        self.unsent: bytes | memoryview = b""
+        self._unsent = b""  # what the window has not taken yet
         self.heard = self.answered = False  # all of the request, of the response
         self.gone = trio.Event()
         self._body_in, self._body = trio.open_memory_channel[bytes](10)
@@ -3798,13 +3800,24 @@ class Http2Stream:
     def reader(self, log: EventLog, start: int) -> Reader:
         return Reader(log, self, SSE, start)
 
+    @property
+    def unsent(self) -> bool:
+        return bool(self._unsent or self.protocol.wire.unsent)
+
     def write_now(self, data: bytes) -> None:
-        """Nothing goes out by itself: the reader's own task is called to flush()."""
-        self.unsent = data
+        """Write without waiting, if the window has space and nobody else is writing."""
+        self._unsent = data
+        with contextlib.suppress(trio.BrokenResourceError, h2.exceptions.ProtocolError):
+            if self._space() >= len(data) and not self.protocol.sending.locked():
+                self.h2.send_data(self.number, data)
+                self._unsent = b""
+                self.protocol.wire.write_now(self.h2.data_to_send())
 
     async def flush(self) -> None:
-        await self._write(self.unsent)
-        self.unsent = b""
+        await self._write(self._unsent)
+        self._unsent = b""
+        async with self.protocol.sending:
+            await self.protocol.wire.flush()
 
     async def _write(self, data: bytes | memoryview) -> None:
         """Wait for the client's window, as long as the client takes anything."""

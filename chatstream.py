@@ -3686,7 +3686,7 @@ class Demo(Model):
 
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
-        events = answer.question.prepared
+        events, answer.question.prepared = answer.question.prepared, None
         self.answers.drop_question(answer)
         answer.accepted.set()
         relay, whole = Relay(answer, self.metrics), next(events)

@@ -394,6 +394,25 @@ async def test_what_the_demo_has_yet_to_say_takes_no_memory(serve):
         assert resident(server.process.pid) - before < 20 << 20
 
 
+async def test_an_answer_that_has_ended_takes_what_is_counted_for_it(serve):
+    server = serve("--linger", "0")
+
+    async def ask():
+        async with stream("POST", server.http + CHAT, None, asking("Hello")) as response:
+            await response.event()
+
+    async def leave(times):
+        for _ in range(times // 50):
+            async with trio.open_nursery() as nursery:
+                for _ in range(50):
+                    nursery.start_soon(ask)
+        await until_health(server, answers=0)
+        return resident(server.process.pid)
+
+    before = await leave(100)
+    assert await leave(1000) - before < 6 << 20
+
+
 async def test_long_questions_that_come_together_are_parsed_one_by_one(serve):
     server = serve(program=measured(60, rounds=0.06))
     question = json.dumps(asking("x" * 2**20)).encode()

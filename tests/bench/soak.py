@@ -151,13 +151,15 @@ class Soak:
         lines = [f"{k}: {v}" for k, v in HANDSHAKE.items()]
         ask = head("GET", "/room", "Host: localhost", *lines)
         while True:
-            with suppress(*GONE):
+            try:
                 async with AsyncExitStack() as stack:
                     for _ in range(10):
                         stuck = await stack.enter_async_context(narrow(self.server.http))
                         await stuck.send(ask)
                     await self.shout(20)
-                    self.counts["stuck"] += 10
+            except* GONE:
+                self.counts["too late"] += 1
+            self.counts["stuck"] += 10
 
     async def shout(self, seconds):
         async with raw_member(self.server.ws) as member, trio.open_nursery() as nursery:

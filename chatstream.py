@@ -992,7 +992,7 @@ class Answers:
     def drop_question(self, answer: Answer) -> None:
         """The model has it: nobody needs its bytes any more."""
         size = len(answer.question.body)
-        answer.question.body = b""
+        answer.question.body, answer.question.headers = b"", {}
         answer.size -= size
         self.held -= size
 
@@ -2715,8 +2715,9 @@ def check_question(fields: JSON, api: Api) -> None:
     """
     kinds = {"stream": bool, "background": bool, "model": str, "stream_options": dict}
     for name, kind in {**kinds, "previous_response_id": str}.items():
-        if not isinstance(fields.get(name), kind | None):
-            raise Problem(400, f"{name} has the wrong type", param=name)
+        value = fields.get(name)
+        if not isinstance(value, kind | None) or len(str(value)) > 1000:
+            raise Problem(400, f"{name} has the wrong type, or is too long", param=name)
     messages = fields.get("messages") if api.has_messages else [{"role": "any"}]
     if not isinstance(messages, list) or not messages:
         raise Problem(400, "messages must be a list, and not empty", param="messages")

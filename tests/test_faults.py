@@ -398,7 +398,8 @@ async def test_an_answer_that_has_ended_takes_what_is_counted_for_it(serve):
     server = serve("--linger", "0")
 
     async def ask():
-        async with stream("POST", server.http + CHAT, None, asking("Hello")) as response:
+        headers = {"X-Title": "x" * 10_000}  # which goes on to an upstream
+        async with stream("POST", server.http + CHAT, headers, asking("Hello")) as response:
             await response.event()
 
     async def leave(times):
@@ -411,6 +412,14 @@ async def test_an_answer_that_has_ended_takes_what_is_counted_for_it(serve):
 
     before = await leave(100)
     assert await leave(1000) - before < 6 << 20
+
+
+@pytest.mark.parametrize("name", ["model", "previous_response_id"])
+async def test_a_name_that_is_kept_with_an_answer_has_a_limit(demo, name):
+    question = {"input": "Hello", name: "x" * 1_000_000}
+    refused = await fetch("POST", demo.http + "/v1/responses", None, question)
+    assert refused.status == 400
+    assert json.loads(refused.body)["error"]["param"] == name
 
 
 async def test_long_questions_that_come_together_are_parsed_one_by_one(serve):

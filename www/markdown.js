@@ -70,41 +70,50 @@ const Markdown = (() => {
   /* Behind it no emphasis begins: 2*3*4, snake_case. In Chinese, words have no space between. */
   const WORD = /[\p{N}_]|(?![\u2e80-\ud7ff\uf900-\ufaff])\p{L}/u;
 
-  /* Emphasis becomes an element at its first mark. If its end does not come, the mark is put
-     back. */
   function inline(text, block, { isOpen = false, isLink = false } = {}) {
-    const begun = []; // emphasis that has no end yet: {mark, element}
-    const add = (...parts) => (begun.at(-1)?.element ?? block).append(...parts);
+    const begun = [{ parts: [] }]; // the text, and in it emphasis that has no end yet
     let shown = 0;
     for (const found of text.matchAll(isOpen ? GROWING : WHOLE)) {
-      const [before, end] = [text[found.index - 1] ?? " ", found.index + found[0].length];
-      add(text.slice(shown, found.index));
-      shown = end;
-      if (found.groups.mark) emphasize(found[0], before, text[end] ?? " ", begun, add);
-      else add(make(found, isLink));
+      const before = text[found.index - 1] ?? " ";
+      add(begun, text.slice(shown, found.index));
+      shown = found.index + found[0].length;
+      if (found.groups.mark) shown -= emphasize(begun, found[0], before, text[shown] ?? " ");
+      else add(begun, make(found, isLink));
     }
-    add(text.slice(shown));
-    if (!isOpen) begun.reverse().forEach(putBack);
+    add(begun, text.slice(shown));
+    while (begun.length > 1) (isOpen ? wrap : putBack)(begun);
+    block.append(...begun[0].parts);
   }
 
-  function emphasize(mark, before, after, begun, add) {
+  /* Ends or begins emphasis. Returns how many characters of the mark are only text. */
+  function emphasize(begun, mark, before, after) {
     let left = mark;
     const isEnd = (one) => one.mark === left || (left.length === 3 && left.startsWith(one.mark));
     const mayEnd = !isBlank(before) && (mark.length > 1 || !WORD.test(after));
     while (mayEnd && begun.some(isEnd)) {
-      begun.splice(begun.findLastIndex(isEnd) + 1).reverse().forEach(putBack);
-      left = left.slice(begun.pop().mark.length);
+      while (!isEnd(begun.at(-1))) putBack(begun);
+      left = left.slice(begun.at(-1).mark.length);
+      wrap(begun);
     }
-    const mayBegin = !isBlank(after) && !WORD.test(before) && begun.length < DEPTH;
-    if (left !== mark || mark.length > 3 || !mayBegin) return add(left);
-    for (const part of mark.length === 3 ? [mark.slice(1), mark[0]] : [mark]) {
-      const made = element(part.length === 1 ? "em" : "strong");
-      add(made);
-      begun.push({ mark: part, element: made });
-    }
+    const mayBegin = !isBlank(after) && !WORD.test(before) && begun.length <= DEPTH;
+    if (left !== mark || mark.length > 3 || !mayBegin) return left.length;
+    if (mark.length > 1) begun.push({ mark: mark.slice(0, 2), parts: [] });
+    if (mark.length !== 2) begun.push({ mark: mark[0], parts: [] });
+    return 0;
   }
 
-  const putBack = ({ mark, element: made }) => made.replaceWith(mark, ...made.childNodes);
+  const add = (begun, ...parts) => begun.at(-1).parts.push(...parts);
+
+  function wrap(begun) {
+    const { mark, parts } = begun.pop();
+    add(begun, element(mark.length === 1 ? "em" : "strong", {}, ...parts));
+  }
+
+  /* A mark whose end has not come is text. */
+  function putBack(begun) {
+    const { mark, parts } = begun.pop();
+    add(begun, mark, ...parts);
+  }
 
   function make({ 0: all, groups }, isLink) {
     const { escaped, code = groups.begunCode, label = groups.begunLabel, target } = groups;
@@ -171,12 +180,13 @@ const Markdown = (() => {
       const end = isWhole ? next.indexOf("\n") : next.search(/[^ 。]*$/) || LONG;
       this.put(next.slice(0, end));
       this.isCut = !isWhole;
+      if (this.isCut && this.leaf?.text) this.carryOn();
       this.rest = this.rest.slice(isWhole ? end + 1 : end);
       return true;
     }
 
     put(line) {
-      if (this.isCut) return this.leaf?.box ? this.writeCode(line) : this.carryOn(line);
+      if (this.isCut) return this.leaf?.box ? this.writeCode(line) : this.paragraph(line);
       let text = line;
       let depth = 0; // of the containers that go on
       for (const { inner } of this.containers) {
@@ -191,7 +201,6 @@ const Markdown = (() => {
     }
 
     begin(text) {
-      if (isBlank(text)) return;
       const blocks = this.containers.length < DEPTH ? BLOCKS : { paragraph: BLOCKS.paragraph };
       const name = Object.keys(blocks).find((block) => blocks[block].test(text));
       this[name](...blocks[name].exec(text));
@@ -239,25 +248,24 @@ const Markdown = (() => {
     }
 
     paragraph(text) {
+      if (isBlank(text)) return;
       const take = (next, isInside) => {
         const { leaf } = this;
         const above = leaf.text.slice(leaf.text.lastIndexOf("\n") + 1);
         if (isInside && isTable(above, next)) return this.beginTable(above, next);
         if (isBlank(next) || interrupts(next)) return false;
         if (!isInside && BLOCKS.item.test(next)) return false;
-        if (leaf.text.length + next.length > LONG) this.carryOn(next);
-        else leaf.text += `\n${next.trim()}`;
+        leaf.text += `\n${next.trim()}`;
+        if (leaf.text.length > LONG) this.carryOn();
         return true;
       };
       this.leaf = { take, pen: this.add(element("p")), text: text.trim() };
     }
 
-    /* Ends what has grown long; another paragraph goes on with it. */
-    carryOn(text) {
-      if (isBlank(text)) return;
-      this.leaf?.pen.classList.add("goes-on");
+    /* Ends a paragraph that has grown long; the next line, or piece, looks like more of it. */
+    carryOn() {
+      this.leaf.pen.classList.add("goes-on");
       this.end();
-      this.paragraph(text);
     }
 
     code(line, indent, mark, language) {

@@ -81,7 +81,7 @@ const Markdown = (() => {
       else add(begun, make(found, isLink));
     }
     add(begun, text.slice(shown));
-    while (begun.length > 1) (isOpen ? wrap : putBack)(begun);
+    while (begun.length > 1) close(begun, isOpen);
     block.append(...begun[0].parts);
   }
 
@@ -91,9 +91,9 @@ const Markdown = (() => {
     const isEnd = (one) => one.mark === left || (left.length === 3 && left.startsWith(one.mark));
     const mayEnd = !isBlank(before) && (mark.length > 1 || !WORD.test(after));
     while (mayEnd && begun.some(isEnd)) {
-      while (!isEnd(begun.at(-1))) putBack(begun);
+      while (!isEnd(begun.at(-1))) close(begun, false);
       left = left.slice(begun.at(-1).mark.length);
-      wrap(begun);
+      close(begun, true);
     }
     const mayBegin = !isBlank(after) && !WORD.test(before) && begun.length <= DEPTH;
     if (left !== mark || mark.length > 3 || !mayBegin) return left.length;
@@ -104,15 +104,11 @@ const Markdown = (() => {
 
   const add = (begun, ...parts) => begun.at(-1).parts.push(...parts);
 
-  function wrap(begun) {
+  /* Emphasis that has its end is an element. If the end does not come, the mark is text. */
+  function close(begun, isEnded) {
     const { mark, parts } = begun.pop();
-    add(begun, element(mark.length === 1 ? "em" : "strong", {}, ...parts));
-  }
-
-  /* A mark whose end has not come is text. */
-  function putBack(begun) {
-    const { mark, parts } = begun.pop();
-    add(begun, mark, ...parts);
+    if (isEnded) add(begun, element(mark.length === 1 ? "em" : "strong", {}, ...parts));
+    else add(begun, mark, ...parts);
   }
 
   function make({ 0: all, groups }, isLink) {

@@ -24,6 +24,7 @@ const picture = (() => {
   const PARTS = ["cut", "bar", "line", "call", "drop", "told", "untold", "hole"];
 
   const reduced = matchMedia("(prefers-reduced-motion: reduce)");
+  const text = (name, left, y, said = "") => make("text", { class: name, x: left, y }, said);
   const svg = make("svg", { role: "img" });
   const verdicts = {}; // "polling" -> its text
   const parts = {}; // "drop" -> its path, for all three lanes
@@ -42,10 +43,6 @@ const picture = (() => {
   function set(part, attributes) {
     for (const [name, value] of Object.entries(attributes)) part.setAttribute(name, value);
     return part;
-  }
-
-  function text(className, left, y, said = "") {
-    return make("text", { class: className, x: left, y }, said);
   }
 
   function build(place) {

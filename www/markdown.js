@@ -24,9 +24,8 @@ const Markdown = (() => {
     item: /^( *)(?:[-*+]|(\d{1,9})[.)])(?:[ \t]+|$)([^]*)/,
     paragraph: /[^]*/,
   };
-  const { rule, heading, code, quote } = BLOCKS;
-  /* What ends a paragraph: of lists, only one that is sure to be one. */
-  const INTERRUPTIONS = [rule, heading, code, quote, /^ *(?:[-*+]|1[.)])[ \t]+\S/];
+  /* What ends a paragraph: the first four, and of lists only one that is sure to be one. */
+  const INTERRUPTIONS = [...Object.values(BLOCKS).slice(0, 4), /^ *(?:[-*+]|1[.)])[ \t]+\S/];
   const DELIMITER = /^(?=.*\|) *\|? *:?-+:? *(\| *:?-+:? *)*\|? *$/;
   /* The beginning of a line that may still become one of these is not shown yet. */
   const UNDECIDED = /^[\s>]*([-+*_=#|:\s]*|\d{1,9}[.)]?|[`~\\$]{1,2}|(`{3}|~{3}).*)$/;
@@ -126,7 +125,7 @@ const Markdown = (() => {
   // ------------------------------------------------------------------------- growing
 
   class Sheet {
-    rest = ""; // what has not been put, but for its last line
+    rest = ""; // of the text: what is on its way to the page, and the line being written
     isCut = false; // it begins within a line, which had grown long
     isEnded = false;
     topRank = 6; // of headings

@@ -10,317 +10,135 @@
    carries on. So the work for a token does not grow with the answer. */
 
 const Markdown = (() => {
-  const LONG = 4000; // characters of a paragraph, or of one element of code
+  const LONG = 4000; // characters of a line, a paragraph, or one element of code
   const ROWS = 200; // of a table, or items of a list, before another one carries on
   const DEPTH = 8; // of lists in quotes in lists; of emphasis in emphasis
   const BUDGET = 8; // ms of one frame
 
-  const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
-  const HEADING = /^ {0,3}(#{1,6})[ \t]+(.+?)(?: +#+)? *$/;
-  const FENCE = /^( *)(`{3,}|~{3,}) *([^\s`]*)[^`]*$/;
-  const QUOTE = /^ {0,3}> ?/;
-  const ITEM = /^( *)(?:[-*+]|(\d{1,9})[.)])([ \t]+|$)/;
-  const DELIMITER = /^ *\|? *:?-+:? *(\| *:?-+:? *)*\|? *$/;
+  /* What a line can begin: each is a method of Sheet. */
+  const BLOCKS = {
+    rule: /^ {0,3}([-*_])( *\1){2,} *$/,
+    heading: /^ {0,3}(#{1,6})[ \t]+(.+?)(?: +#+)? *$/,
+    code: /^( *)(`{3,}|~{3,}) *([^\s`]*)[^`]*$/,
+    quote: /^ {0,3}> ?([^]*)/,
+    item: /^( *)(?:[-*+]|(\d{1,9})[.)])(?:[ \t]+|$)([^]*)/,
+    paragraph: /[^]*/,
+  };
+  /* What ends a paragraph: the first four, and of lists only one that is sure to be one. */
+  const INTERRUPTIONS = [...Object.values(BLOCKS).slice(0, 4), /^ *(?:[-*+]|1[.)])[ \t]+\S/];
+  const DELIMITER = /^(?=.*\|) *\|? *:?-+:? *(\| *:?-+:? *)*\|? *$/;
   /* The beginning of a line that may still become one of these is not shown yet. */
   const UNDECIDED = /^[\s>]*([-+*_=#|:\s]*|\d{1,9}[.)]?|[`~\\$]{1,2}|(`{3}|~{3}).*)$/;
 
-  /* What a line can begin. Containers hold blocks of their own. */
-  const BLOCKS = [
-    { pattern: RULE, begin: beginRule },
-    { pattern: HEADING, begin: beginHeading },
-    { pattern: FENCE, begin: beginCode },
-    { pattern: QUOTE, begin: beginQuote, isContainer: true },
-    { pattern: ITEM, begin: beginItem, isContainer: true },
-    { pattern: /[^]*/, begin: beginParagraph },
-  ];
-
   const isBlank = (line) => line.trim() === "";
-  const indentOf = (line) => /^\s*/.exec(line)[0].replaceAll("\t", "    ").length;
+  const interrupts = (line) => INTERRUPTIONS.some((pattern) => pattern.test(line));
+  const indentOf = (line) => line.search(/\S|$/);
+  const dedent = (line, width) => line.slice(Math.min(width, indentOf(line)));
 
-  function dedent(line, width) {
-    if (width === 0) return line;
-    return " ".repeat(Math.max(0, indentOf(line) - width)) + line.trimStart();
-  }
-
-  /* Whether a line ends a paragraph. Only a list that is sure to be one does. */
-  function interrupts(line) {
-    const item = ITEM.exec(line);
-    if (item) return line.length > item[0].length && (item[2] ?? "1") === "1";
-    return [RULE, HEADING, FENCE, QUOTE].some((pattern) => pattern.test(line));
-  }
-
-  // ------------------------------------------------------------- how each block begins
-  //
-  // `sheet` is the Markdown that the block is part of, the second argument what its pattern
-  // has found. A block that goes on becomes the sheet's leaf: {element, pen, take(), ...}.
-
-  function beginRule(sheet) {
-    sheet.add(element("hr"));
-  }
-
-  /* Headings go down one by one, whatever ranks the model begins with. */
-  function beginHeading(sheet, [, { length: rank }, text]) {
-    sheet.topRank = Math.min(sheet.topRank, rank);
-    const heading = sheet.add(element(`h${Math.min(6, rank - sheet.topRank + 2)}`));
-    sheet.leaf = { element: heading, pen: heading, text, take: () => false };
-  }
-
-  function beginParagraph(sheet, [text]) {
-    const paragraph = sheet.add(element("p"));
-    sheet.leaf = { element: paragraph, pen: paragraph, text: text.trim(), take: takeText };
-    carryOn(sheet);
-  }
-
-  function takeText(sheet, text, isInside) {
-    if (isBlank(text) || interrupts(text) || (!isInside && ITEM.test(text))) return false;
-    sheet.leaf.text += `\n${text.trim()}`;
-    carryOn(sheet);
-    return true;
-  }
-
-  /* Ends a paragraph that has grown long, at a space or anywhere. */
-  function carryOn(sheet) {
-    const { element: paragraph, text } = sheet.leaf;
-    if (text.length <= LONG) return;
-    const end = endOfPiece(text);
-    sheet.leaf.text = text.slice(0, end);
-    paragraph.classList.add("goes-on");
-    sheet.end(sheet.containers.length);
-    beginParagraph(sheet, [text.slice(end)]);
-  }
-
-  function endOfPiece(text) {
-    const half = text.slice(0, LONG / 2);
-    const at = half.search(/[\s。，、；：！？][^\s。，、；：！？]*$/);
-    if (at <= 0) return half.length;
-    return isBlank(half[at]) ? at : at + 1;
-  }
-
-  function beginCode(sheet, [, indent, mark, language]) {
-    const pieces = () => [...box.querySelectorAll("code")].map((code) => code.textContent);
-    const copy = copyButton(() => pieces().join(""));
-    const head = element("p", { className: "code-head" }, element("span", {}, language), copy);
-    const box = sheet.add(element("div", { className: "code" }, head));
-    const end = new RegExp(`^ *${mark[0]}{${mark.length},} *$`);
-    sheet.leaf = { box, end, take: takeCode, indent: indent.length, isEmpty: true };
-    addCode(sheet);
-  }
-
-  function addCode(sheet) {
-    const { leaf } = sheet;
-    leaf.element = leaf.pen = element("code");
-    leaf.length = 0;
-    sheet.place(leaf.box, element("pre", { dir: "ltr" }, leaf.element));
-  }
-
-  function takeCode(sheet, text, isInside) {
-    const { leaf } = sheet;
-    if (!isInside) return false;
-    if (leaf.end.test(text)) {
-      sheet.leaf = null;
-      return true;
-    }
-    if (!leaf.isEmpty) sheet.place(leaf.element, new Text("\n"));
-    leaf.isEmpty = false;
-    writeCode(sheet, dedent(text, leaf.indent));
-    return true;
-  }
-
-  function writeCode(sheet, text) {
-    if (sheet.leaf.length > LONG) addCode(sheet);
-    sheet.leaf.length += text.length;
-    sheet.place(sheet.leaf.element, new Text(text));
-  }
-
-  function beginQuote(sheet, [mark], line) {
-    const quote = sheet.add(element("blockquote"));
-    const inner = (next) => (QUOTE.test(next) ? next.replace(QUOTE, "") : null);
-    sheet.open({ element: quote, inner }, line.slice(mark.length));
-  }
-
-  function beginItem(sheet, [mark, indent, number, space], line) {
-    const name = number ? "ol" : "ul";
-    const { lastChild } = sheet.parent;
-    const isNext = lastChild?.localName === name && lastChild.childElementCount < ROWS;
-    const list = isNext ? lastChild : sheet.add(element(name, number ? { start: number } : {}));
-    const width = mark.length - (space.length > 4 ? space.length - 1 : 0) + (space ? 0 : 1);
-    const isInside = (next) => isBlank(next) || indentOf(next) >= indent.length + 2;
-    // Models forget to indent code: what is not in the list then is so only after its end.
-    const inner = (next) =>
-      isInside(next) || sheet.leaf?.take === takeCode ? dedent(next, width) : null;
-    const item = sheet.place(list, element("li"));
-    sheet.open({ element: item, inner }, line.slice(width));
-  }
-
-  /* A line of dashes makes the head of a table of the line above it. */
-  function isTable(head, marks) {
-    if (!head.includes("|") || !marks.includes("|") || !DELIMITER.test(marks)) return false;
-    return cells(head).length === cells(marks).length;
-  }
-
-  function beginTable(sheet, head, align) {
-    const body = element("tbody");
-    const [headRow, pen] = row("th", head, align);
-    const table = element("table", {}, element("thead", {}, headRow), body);
-    const scrolled = { className: "table", tabIndex: 0, role: "group", ariaLabel: say("table") };
-    sheet.add(element("div", scrolled, table));
-    sheet.leaf = { element: body, pen, take: takeRow, head, align, rows: 0 };
-  }
-
-  function takeRow(sheet, text, isInside) {
-    if (!isInside || isBlank(text) || interrupts(text)) return false;
-    if (sheet.leaf.rows === ROWS) beginTable(sheet, sheet.leaf.head, sheet.leaf.align);
-    const [line, pen] = row("td", cells(text), sheet.leaf.align);
-    sheet.place(sheet.leaf.element, line);
-    sheet.leaf.pen = pen;
-    sheet.leaf.rows += 1;
-    return true;
-  }
+  /* The line above the dashes is the head of a table. */
+  const isTable = (head, dashes) =>
+    head.includes("|") && DELIMITER.test(dashes) && cells(head).length === cells(dashes).length;
 
   function cells(line) {
-    const inner = line.trim().replaceAll("\\|", "\0").replace(/^\||\|$/g, "");
-    return inner.split("|").map((cell) => cell.replaceAll("\0", "|").trim());
+    const inner = line.trim().replace(/^\||(?<!\\)\|$/g, "");
+    return inner.split(/(?<!\\)\|/).map((cell) => cell.replaceAll("\\|", "|").trim());
   }
 
-  const alignment = (mark) => (!mark.endsWith(":") ? "" : mark.startsWith(":") ? "center" : "end");
-
-  /* A row, and the last of its cells that was written. */
-  function row(tag, texts, align) {
-    const made = align.map((className, n) => {
-      const cell = element(tag, { className });
-      inline(texts[n] ?? "", cell, { depth: 0 });
-      return cell;
-    });
-    return [element("tr", {}, ...made), made[Math.min(texts.length, made.length) - 1]];
-  }
+  const alignment = (dash) => (!dash.endsWith(":") ? "" : dash.startsWith(":") ? "center" : "end");
 
   // ------------------------------------------------------------------ within a block
 
-  const MARKS = /\\|`+|\*+|_+|\[|<?https?:\/\/|\$/g;
-  const FORMULA = /\\\([^]*?\\\)|\\\[[^]*?\\\]|\$\$[^]*?\$\$|\$[^\s$](?:[^$\n]*[^\s$])?\$(?!\d)/y;
-  const LABEL = /\[((?:\\.|`[^`]*`|\[[^[\]]*\]|[^[\]\\`])+)\]/.source;
-  const TARGET = /\(<?((?:\\\S|\([^\s()]*\)|[^\s()<>\\])+)>?(?:\s+"[^"]*")?\s*\)/.source;
+  const LABEL = /\[(?<label>(?:\\.|`[^`]*`|\[[^[\]]*\]|[^[\]\\`])+)\]/.source;
+  const TARGET = /(?<target>https?:\/\/(?:\\\S|\([^\s()]*\)|[^\s()<>\\])+)/.source;
   /* Not of an address: the punctuation behind it, and a bracket that it did not open. */
   const PART = /\([^\s<>()]*\)|[^\s<>()"`|\u3000-\u303f\uff00-\uffef]/.source;
-  const LAST = /\([^\s<>()]*\)|[^\s<>()"`|\u3000-\u303f\uff00-\uffef.,;:!?*_'\]}]/.source;
-
-  /* What can begin at a mark, and what it is, unless it is only text. In a `context` that is
-     open there may be more to come: what is begun is taken for what it will be. */
+  /* What can stand in a text. Formulas, first, are shown as they are written. */
   const INLINE = [
-    [FORMULA, ([all]) => all],
-    [/\\([\\`*_~#|<>&$+.!\n-])/y, ([, escaped]) => escaped],
-    [/(`+)([^]*?[^`])\1(?!`)/y, ([, , code]) => codeOf(code)],
-    [/`+([^]*)/y, ([, code], { isOpen }) => isOpen && codeOf(code)],
-    [new RegExp(LABEL + TARGET, "y"), ([, label, url], context) =>
-      linkTo(url.replace(/\\([!-/:-@[-`{-~])/g, "$1"), label, context)],
-    [new RegExp(`${LABEL}\\([^\\s()]*$`, "y"), ([, label], context) => linkToCome(label, context)],
-    [/<(https?:\/\/[^\s<>]+)>/y, ([, url], context) => autolink(url, context)],
-    [new RegExp(`https?://(?:${PART})*(?:${LAST})`, "y"), ([url], context) => autolink(url, context)],
-    ...emphasis("\\*", "[\\p{N}_]|(?![\\u2e80-\\ud7ff\\uf900-\\ufaff])\\p{L}"),
-    ...emphasis("_", "[\\p{L}\\p{N}_]"),
+    /\\\([^]*?\\\)|\\\[[^]*?\\\]|\$\$[^]*?\$\$|\$[^\s$](?:[^$\n]*[^\s$])?\$(?!\d)/,
+    /\\(?<escaped>[\\`*_~#|<>&$+.!\n-])/,
+    /(?<!`)(?<ticks>`+)(?<code>[^]*?[^`])\k<ticks>(?!`)/,
+    `${LABEL}\\(<?${TARGET}>?(?:\\s+"[^"]*")?\\s*\\)`,
+    `(?<address>https?://(?:${PART})+(?<![.,;:!?*_'\\]}]))`,
+    /<(?<bracketed>https?:\/\/[^\s<>]+)>/,
+    /(?<mark>\*+|_+)/,
   ];
+  /* While it grows, what is begun is taken for what it will be. */
+  const BEGUN = [/`+(?<begunCode>[^]*)/, `${LABEL.replace("label", "begunLabel")}\\([^\\s()]*$`];
+  const either = (...all) => new RegExp(all.map((one) => new RegExp(one).source).join("|"), "g");
+  const [WHOLE, GROWING] = [either(...INLINE), either(...INLINE, ...BEGUN)];
+  /* Behind it no emphasis begins: 2*3*4, snake_case. In Chinese, words have no space between. */
+  const WORD = /[\p{N}_]|(?![\u2e80-\ud7ff\uf900-\ufaff])\p{L}/u;
 
-  /* `word` is what a mark must not stand behind to begin, or before to end. So snake_case
-     and 2*3*4 are not emphasis; a word in Chinese, where no space is, can be. How many
-     pieces are between two of them has a limit, so that many marks are little work. */
-  function emphasis(m, word) {
-    const stop = `${m}\\\\\``;
-    const within = `[^${stop}]+(?=[${stop}])|\\\\[^]|\`+[^\`]+\`+(?!\`)|${m}(?=\\s)`;
-    const bold = `(?:${within}|${m}(?![\\s${m}])[^${m}]+${m}){1,49}?`;
-    const italic = `(?:${within}|${m}(?=${word})|${m}${m}(?!\\s)[^${m}]+${m}${m}){1,49}?`;
-    const rule = (marks, text, end) => [
-      new RegExp(`(?<!${word})(${marks})(?!\\s)(${text})(?<!\\s)${marks}(?!${end})`, "uy"),
-      ([, mark, inner], { depth }) => emphasized(mark.length, inner, { depth: depth + 1 }),
-    ];
-    const unfinished = new RegExp(`(?<!${word})(${m}{1,3})(?![\\s${m}])([^]*)`, "uy");
-    return [
-      rule(m + m + m, `[^${m}]{1,999}`, m), rule(m + m, bold, m), rule(m, italic, `${word}|${m}`),
-      [unfinished, ([, mark, inner], { isOpen, depth }) => {
-        const isLikely = isOpen && (mark.length > 1 || !inner.includes("\n"));
-        return isLikely && emphasized(mark.length, inner, { isOpen, depth: depth + 1 });
-      }],
-    ];
-  }
-
-  function emphasized(width, text, context) {
-    if (context.depth > DEPTH) return null;
-    const outer = element(width === 1 ? "em" : "strong");
-    inline(text, width === 3 ? outer.appendChild(element("em")) : outer, context);
-    return outer;
-  }
-
-  function inline(text, parent, context) {
-    const marks = new RegExp(MARKS);
+  function inline(text, block, { isOpen = false, isLink = false } = {}) {
+    const begun = [{ parts: [] }]; // the text, and in it emphasis that has no end yet
     let shown = 0;
-    for (let found; (found = marks.exec(text));) {
-      const [made, end] = make(text, found.index, context);
-      if (!made) continue;
-      parent.append(text.slice(shown, found.index), made);
-      shown = marks.lastIndex = end;
+    for (const found of text.matchAll(isOpen ? GROWING : WHOLE)) {
+      const before = text[found.index - 1] ?? " ";
+      add(begun, text.slice(shown, found.index));
+      shown = found.index + found[0].length;
+      if (found.groups.mark) shown -= emphasize(begun, found[0], before, text[shown] ?? " ");
+      else add(begun, make(found, isLink));
     }
-    parent.append(text.slice(shown));
+    add(begun, text.slice(shown));
+    while (begun.length > 1) close(begun, isOpen);
+    block.append(...begun[0].parts);
   }
 
-  /* What begins here, and where it ends. */
-  function make(text, at, context) {
-    for (const [pattern, what] of INLINE) {
-      pattern.lastIndex = at;
-      const found = pattern.exec(text);
-      const made = found && what(found, context);
-      if (made) return [made, at + found[0].length];
+  /* Ends or begins emphasis. Returns how many characters of the mark are only text. */
+  function emphasize(begun, mark, before, after) {
+    let left = mark;
+    const isEnd = (one) => one.mark === left || (left.length === 3 && left.startsWith(one.mark));
+    const mayEnd = !isBlank(before) && (mark.length > 1 || !WORD.test(after));
+    while (mayEnd && begun.some(isEnd)) {
+      while (!isEnd(begun.at(-1))) close(begun, false);
+      left = left.slice(begun.at(-1).mark.length);
+      close(begun, true);
     }
-    return [];
+    const mayBegin = !isBlank(after) && !WORD.test(before) && begun.length <= DEPTH;
+    if (left !== mark || mark.length > 3 || !mayBegin) return left.length;
+    if (mark.length > 1) begun.push({ mark: mark.slice(0, 2), parts: [] });
+    if (mark.length !== 2) begun.push({ mark: mark[0], parts: [] });
+    return 0;
   }
 
-  function codeOf(text) {
-    const line = text.replaceAll("\n", " ");
-    return element("code", {}, /^ .*[^ ].* $/.test(line) ? line.slice(1, -1) : line);
+  const add = (begun, ...parts) => begun.at(-1).parts.push(...parts);
+
+  /* Emphasis that has its end is an element. If the end does not come, the mark is text. */
+  function close(begun, isEnded) {
+    const { mark, parts } = begun.pop();
+    if (isEnded) add(begun, element(mark.length === 1 ? "em" : "strong", {}, ...parts));
+    else add(begun, mark, ...parts);
   }
 
-  function linkTo(address, label, context) {
-    try {
-      const { href, protocol } = new URL(address);
-      if (!["https:", "http:"].includes(protocol)) return null;
-      return link(label, context, { href, target: "_blank", rel: "noopener noreferrer" });
-    } catch {
-      return null; // not whole: no page of ours
-    }
-  }
-
-  /* Its marks are not Markdown. */
-  function autolink(url, context) {
-    const made = linkTo(url, "", context);
-    made?.append(url);
-    return made;
-  }
-
-  const linkToCome = (label, context) => context.isOpen && link(label, context);
-
-  /* One level from the deepest, at which there are no links. */
-  function link(label, { depth }, properties = {}) {
-    if (depth >= DEPTH - 1) return null;
-    const made = element("a", properties);
-    inline(label, made, { depth: DEPTH - 1 });
-    return made;
+  function make({ 0: all, groups }, isLink) {
+    const { escaped, code = groups.begunCode, label = groups.begunLabel, target } = groups;
+    if (code) return element("code", {}, code.trim());
+    const address = target?.replace(/\\([\W_])/g, "$1") ?? groups.address ?? groups.bracketed;
+    if (isLink || !(label || address)) return escaped ?? all;
+    const link = element("a", { target: "_blank", rel: "noreferrer" });
+    if (address) link.href = element("a", { href: address }).href; // as browsers write it
+    if (label) inline(label, link, { isLink: true });
+    else link.append(address);
+    return link;
   }
 
   // ------------------------------------------------------------------------- growing
 
   class Sheet {
+    rest = ""; // of the text: what is on its way to the page, and the line being written
+    isCut = false; // it begins within a line, which had grown long
+    isEnded = false;
+    topRank = 6; // of headings
+    containers = []; // quotes and items that are open: {element, inner(line)}
+    leaf = null; // the block that the next line may go on with: {take(), pen, ...}
+    added = []; // nodes, by the line that is being written
+
     constructor(root, ondraw = () => {}) {
       Object.assign(this, { root, ondraw });
-      this.pending = ""; // not looked at yet
-      this.line = ""; // the beginning of one ...
-      this.isCut = false; // ... or the rest, if it had grown long
-      this.topRank = 6; // of headings
-      this.containers = []; // quotes and items that are open: {element, inner(line)}
-      this.leaf = null; // the block that the next line may go on with
-      this.added = []; // nodes, by the line that is being written
-      this.isEnded = false;
     }
 
     append(text) {
-      this.pending += text;
+      this.rest += text;
       plan(this);
     }
 
@@ -331,108 +149,71 @@ const Markdown = (() => {
       return new Promise((resolve) => (this.onfinish = resolve));
     }
 
-    /* Whether all is drawn, before the time is over. */
     draw(until) {
-      this.takeBack();
-      do {
-        this.putLines(this.line + this.pending.slice(0, LONG));
-        this.pending = this.pending.slice(LONG);
-      } while (this.pending && performance.now() < until);
-      const isOver = this.isEnded && !this.pending;
+      for (const node of this.added) node.remove();
+      Object.assign(this, this.before);
+      let isMore = true;
+      while (isMore && performance.now() < until) isMore = this.putLine();
+      const isOver = this.isEnded && !isMore;
       this.before = { containers: this.containers, leaf: this.leaf && { ...this.leaf } };
       this.added = [];
-      if (isOver || !UNDECIDED.test(this.line)) this.put(this.line);
+      if (isOver || !(isMore || UNDECIDED.test(this.rest))) this.put(this.rest);
       this.drawText(!isOver);
       this.pen?.classList.remove("pen");
       this.pen = isOver ? null : this.leaf?.pen;
       this.pen?.classList.add("pen");
       this.ondraw();
       if (isOver) this.onfinish();
-      return !this.pending;
+      if (isMore) plan(this);
     }
 
-    takeBack() {
-      for (const node of this.added) node.remove();
-      Object.assign(this, this.before);
+    /* Puts the next line that is whole, or a piece of a long one, and says whether it has. */
+    putLine() {
+      const next = this.rest.slice(0, LONG);
+      const isWhole = next.includes("\n");
+      if (!isWhole && next.length < LONG) return false;
+      const end = isWhole ? next.indexOf("\n") : next.search(/[^ 。]*$/) || LONG;
+      this.put(next.slice(0, end));
+      this.isCut = !isWhole;
+      if (this.isCut && this.leaf?.text) this.carryOn();
+      this.rest = this.rest.slice(isWhole ? end + 1 : end);
+      return true;
     }
 
-    putLines(text) {
-      const lines = text.split("\n");
-      this.line = lines.pop();
-      for (const line of lines) {
-        this.put(line);
-        this.isCut = false;
-      }
-      while (this.line.length > LONG) {
-        const end = endOfPiece(this.line);
-        this.put(this.line.slice(0, end));
-        this.line = this.line.slice(end);
-        this.isCut = true;
-      }
-    }
-
-    /* Puts a line where it belongs. */
     put(line) {
-      if (this.isCut) return this.putRest(line);
+      if (this.isCut) return this.leaf?.box ? this.writeCode(line) : this.paragraph(line);
       let text = line;
       let depth = 0; // of the containers that go on
       for (const { inner } of this.containers) {
         const rest = inner(text);
-        if (rest === null) break;
+        if (rest === undefined) break;
         text = rest;
         depth += 1;
       }
-      const { leaf } = this;
-      const head = leaf?.take === takeText ? leaf.text.slice(leaf.text.lastIndexOf("\n") + 1) : "";
-      if (isTable(head, text)) return this.putTable(depth, head, text);
-      if (leaf?.take(this, text, depth === this.containers.length)) return;
+      if (this.leaf?.take(text, depth === this.containers.length)) return;
       this.end(depth);
       this.begin(text);
     }
 
-    putRest(text) {
-      if (this.leaf?.take === takeCode) return writeCode(this, text);
-      if (this.leaf?.take !== takeText) return this.begin(text);
-      this.leaf.text += text;
-      carryOn(this);
-    }
-
-    putTable(depth, head, marks) {
-      const { leaf } = this;
-      leaf.text = leaf.text.slice(0, -head.length - 1);
-      this.end(depth);
-      if (!leaf.text) leaf.element.remove();
-      beginTable(this, cells(head), cells(marks).map(alignment));
-    }
-
     begin(text) {
-      if (isBlank(text)) return;
-      const isDeep = this.containers.length >= DEPTH;
-      const blocks = isDeep ? BLOCKS.filter(({ isContainer }) => !isContainer) : BLOCKS;
-      const { pattern, begin } = blocks.find((block) => block.pattern.test(text));
-      begin(this, pattern.exec(text), text);
+      const blocks = this.containers.length < DEPTH ? BLOCKS : { paragraph: BLOCKS.paragraph };
+      const name = Object.keys(blocks).find((block) => blocks[block].test(text));
+      this[name](...blocks[name].exec(text));
     }
 
-    open(container, rest) {
-      this.containers = [...this.containers, container];
-      this.begin(rest);
-    }
-
-    end(depth) {
+    end(depth = this.containers.length) {
       this.drawText(false);
       this.leaf = null;
       this.containers = this.containers.slice(0, depth);
     }
 
     drawText(isOpen) {
-      const { element: parent, text } = this.leaf ?? {};
+      const { pen, text } = this.leaf ?? {};
       if (text === undefined) return;
-      parent.replaceChildren();
+      pen.replaceChildren();
       if (isOpen && /^\|[^\n]*$/.test(text)) return; // the head of a table, it seems
-      inline(isOpen ? text.replace(/[*_`]{1,3}$/, "") : text, parent, { isOpen, depth: 0 });
+      inline(isOpen ? text.replace(/[*_`]{1,3}$/, "") : text, pen, { isOpen });
     }
-
-    get parent() { return this.containers.at(-1)?.element ?? this.root; }
 
     /* Adds a block to the innermost container. */
     add(block) {
@@ -440,10 +221,129 @@ const Markdown = (() => {
       return this.place(this.parent, block);
     }
 
+    get parent() { return this.containers.at(-1)?.element ?? this.root; }
+
     place(parent, node) {
       parent.append(node);
       this.added.push(node);
       return node;
+    }
+
+    // ---------------------------- what a line begins: each block gets what its pattern found
+
+    rule() {
+      this.add(element("hr"));
+    }
+
+    /* Headings go down one by one, whatever ranks the model begins with. */
+    heading(line, { length: rank }, text) {
+      this.topRank = Math.min(this.topRank, rank);
+      const pen = this.add(element(`h${Math.min(6, rank - this.topRank + 2)}`));
+      this.leaf = { take: () => false, pen, text };
+    }
+
+    paragraph(text) {
+      if (isBlank(text)) return;
+      const take = (next, isInside) => {
+        const { leaf } = this;
+        const above = leaf.text.slice(leaf.text.lastIndexOf("\n") + 1);
+        if (isInside && isTable(above, next)) return this.beginTable(above, next);
+        if (isBlank(next) || interrupts(next)) return false;
+        if (!isInside && BLOCKS.item.test(next)) return false;
+        leaf.text += `\n${next.trim()}`;
+        if (leaf.text.length > LONG) this.carryOn();
+        return true;
+      };
+      this.leaf = { take, pen: this.add(element("p")), text: text.trim() };
+    }
+
+    /* Ends a paragraph that has grown long; the next line, or piece, looks like more of it. */
+    carryOn() {
+      this.leaf.pen.classList.add("goes-on");
+      this.end();
+    }
+
+    code(line, indent, mark, language) {
+      const copy = copyButton(() => box.textContent.slice(head.textContent.length));
+      const head = element("p", { className: "code-head" }, element("span", {}, language), copy);
+      const box = this.add(element("div", { className: "code" }, head));
+      const end = new RegExp(`^ *${mark}${mark[0]}* *$`);
+      const take = (text, isInside) => {
+        if (!isInside) return false;
+        if (end.test(text)) this.leaf = null;
+        else this.writeCode(dedent(text, indent.length));
+        return true;
+      };
+      this.leaf = { take, box, size: 0 };
+    }
+
+    writeCode(text) {
+      const { leaf } = this;
+      if (leaf.pen && !this.isCut) this.place(leaf.pen, new Text("\n"));
+      if (!leaf.pen || leaf.size > LONG) {
+        leaf.pen = element("code");
+        leaf.size = 0;
+        this.place(leaf.box, element("pre", { dir: "ltr" }, leaf.pen));
+      }
+      leaf.size += text.length;
+      this.place(leaf.pen, new Text(text));
+    }
+
+    quote(line, rest) {
+      const inner = (next) => BLOCKS.quote.exec(next)?.[1];
+      this.open({ element: this.add(element("blockquote")), inner }, rest);
+    }
+
+    item(line, indent, start, rest) {
+      const name = start ? "ol" : "ul";
+      const { lastChild } = this.parent;
+      const isNext = lastChild?.localName === name && lastChild.childElementCount < ROWS;
+      const list = isNext ? lastChild : this.add(element(name, start ? { start } : {}));
+      const inner = (next) => {
+        const text = next.replace(/^[ \t]+/, (space) => space.replaceAll("\t", "    "));
+        // Models forget to indent code: what is not in the list then is so only after its end.
+        const isInside = isBlank(text) || indentOf(text) >= indent.length + 2 || this.leaf?.box;
+        return isInside ? dedent(text, line.length - rest.length) : undefined;
+      };
+      this.open({ element: this.place(list, element("li")), inner }, rest);
+    }
+
+    open(container, rest) {
+      this.containers = [...this.containers, container];
+      this.begin(rest);
+    }
+
+    beginTable(head, dashes) {
+      const { leaf } = this;
+      leaf.text = leaf.text.slice(0, -head.length - 1);
+      this.end();
+      if (!leaf.text) leaf.pen.remove();
+      this.table(cells(head), cells(dashes).map(alignment));
+      return true;
+    }
+
+    table(head, align) {
+      const body = element("tbody");
+      const take = (text, isInside) => {
+        if (!isInside || isBlank(text) || interrupts(text)) return false;
+        if (body.childElementCount === ROWS) this.table(head, align);
+        this.place(this.leaf.body, this.row("td", cells(text)));
+        return true;
+      };
+      this.leaf = { take, body, align };
+      const table = element("table", {}, element("thead", {}, this.row("th", head)), body);
+      const scrolled = { className: "table", tabIndex: 0, role: "group", ariaLabel: say("table") };
+      this.add(element("div", scrolled, table));
+    }
+
+    row(tag, texts) {
+      const row = element("tr");
+      this.leaf.align.forEach((className, n) => {
+        const cell = row.appendChild(element(tag, { className }));
+        inline(texts[n] ?? "", cell);
+        if (n < texts.length) this.leaf.pen = cell;
+      });
+      return row;
     }
   }
 
@@ -461,7 +361,7 @@ const Markdown = (() => {
     const until = performance.now() + BUDGET;
     const sheets = [...waiting];
     waiting.clear();
-    for (const sheet of sheets) if (!sheet.draw(until)) plan(sheet);
+    for (const sheet of sheets) sheet.draw(until);
   }
 
   return Sheet;
@@ -482,13 +382,12 @@ function copyButton(text) {
 /* The clipboard proper is there on https, localhost and file:// only, and may be denied. */
 async function copy(text) {
   try {
-    return await navigator.clipboard.writeText(text);
-  } catch {
-    // as it was done before
+    await navigator.clipboard.writeText(text);
+  } catch { // as it was done before
+    const area = element("textarea", { value: text, className: "unseen" });
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
   }
-  const area = element("textarea", { value: text, className: "unseen" });
-  document.body.append(area);
-  area.select();
-  document.execCommand("copy");
-  area.remove();
 }

@@ -16,7 +16,6 @@
 
 const network = (() => {
   const SECONDS = [5, 20, 70];
-  const sockets = new Set();
   const places = []; // {words, count, onchange} of each group of buttons
   let cutter = new AbortController();
   let timer = 0;
@@ -24,20 +23,15 @@ const network = (() => {
 
   const broken = () => new TypeError("the network is cut");
 
+  /* By hand what AbortSignal.any() does, which Safari has only since 17.4. */
   async function cuttableFetch(url, init = {}) {
-    if (timer) throw broken();
-    return fetch(url, { ...init, signal: either(cutter.signal, init.signal) });
-  }
-
-  /* AbortSignal.any(), which Safari has only since 17.4. */
-  function either(...signals) {
-    const both = new AbortController();
-    for (const signal of signals) {
-      const pass = () => both.abort(signal.reason);
-      if (signal?.aborted) pass();
-      signal?.addEventListener("abort", pass, { signal: both.signal });
+    if (timer || init.signal?.aborted) throw broken();
+    const either = new AbortController();
+    for (const signal of [cutter.signal, init.signal]) {
+      const abort = () => either.abort(signal.reason);
+      signal?.addEventListener("abort", abort, { signal: either.signal });
     }
-    return both.signal;
+    return fetch(url, { ...init, signal: either.signal });
   }
 
   /* It answers a reader of an answer that nobody has: with 404, if it is for this page to
@@ -56,8 +50,7 @@ const network = (() => {
   function socket(url, protocols = []) {
     if (timer) throw broken();
     const made = new WebSocket(url, protocols);
-    sockets.add(made);
-    made.addEventListener("close", () => sockets.delete(made));
+    cutter.signal.addEventListener("abort", () => made.close());
     return made;
   }
 
@@ -67,7 +60,6 @@ const network = (() => {
     timer = setInterval(tick, 100);
     cutter.abort(broken());
     cutter = new AbortController();
-    for (const socket of sockets) socket.close();
     changed("offline", "cut-left");
   }
 

@@ -24,39 +24,38 @@ const picture = (() => {
   const PARTS = ["cut", "bar", "line", "call", "drop", "told", "untold", "hole"];
 
   const reduced = matchMedia("(prefers-reduced-motion: reduce)");
+  const text = (name, left, y, said = "") => make("text", { class: name, x: left, y }, said);
   const svg = make("svg", { role: "img" });
   const verdicts = {}; // "polling" -> its text
   const parts = {}; // "drop" -> its path, for all three lanes
-  let sheet, viewport, times, cutWords;
+  const cutWords = text("cut-words", "100%", TOP - 5);
+  const times = make("g");
+  let sheet;
   let origin = 0; // ms: x is 0 there
-  let [width, unit] = [0, 1]; // of the sheet's window; px of a length of 1
+  let [width, unit] = [0, 1]; // of the window to the sheet; px of a length of 1
 
   function make(tag, attributes = {}, ...children) {
     const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
     made.append(...children);
-    return made;
+    return set(made, attributes);
   }
 
-  const text = (className, x, y, said = "") => make("text", { class: className, x, y }, said);
+  function set(part, attributes) {
+    for (const [name, value] of Object.entries(attributes)) part.setAttribute(name, value);
+    return part;
+  }
 
   function build(place) {
-    const square = { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse" };
-    const hatch = make("pattern", { ...square, patternTransform: "rotate(45)" },
-      make("path", { d: "M0 0h6v6h-6z", class: "hatch-ground" }),
-      make("path", { d: "M0 0v6", class: "hatch-stroke" }));
     for (const part of PARTS) parts[part] = make("path", { class: part });
-    times = make("g");
     sheet = make("g", {}, ...Object.values(parts), times);
-    viewport = make("svg", { x: GUTTER }, sheet); // what has not happened yet is clipped
-    svg.append(make("defs", {}, hatch), viewport, cutWords = text("cut-words", 0, TOP - 5));
+    svg.append(make("svg", { x: GUTTER }, sheet), cutWords); // the inner one clips it
     NAMES.forEach((name, lane) => {
       const y = TOP + lane * LANE;
       svg.append(
         text("who", 0, y + SERVER_Y + 4, say("picture-server")),
         text("who", 0, y + PAGE_Y + 4, say("picture-page")),
         text("title", 0, y + 16, say(name)),
-        verdicts[name] = text("verdict", 0, y + 16),
+        verdicts[name] = text("verdict", "100%", y + 16),
       );
     });
     place.prepend(svg);
@@ -67,7 +66,8 @@ const picture = (() => {
   function draw({ ways, cuts, tickAt, cutSays, newest }, now) {
     measure();
     if (now - origin > 600000) origin = now; // small numbers, whatever the date
-    const since = now - ((width + SECOND) / SECOND) * 1000;
+    const shown = Math.ceil(width / SECOND) + 1; // seconds
+    const since = now - shown * 1000;
     const until = now + 5000; // what is open goes on past the edge, where it is clipped
     const d = Object.fromEntries(PARTS.map((part) => [part, ""]));
     NAMES.forEach((name, lane) => {
@@ -78,10 +78,9 @@ const picture = (() => {
       for (const y of [up, down]) d.line += `M${x(since)} ${y}H${x(until)}`;
       for (const call of way.calls) d.call += zigzag(call, up, down);
       const asked = way.calls.length > 0;
-      const first = Math.max(way.first ?? Infinity, newest - 60);
+      const first = Math.max(way.first ?? Infinity, newest - shown);
       for (let second = first; second <= newest; second += 1) {
         const [at, tick] = [way.arrivals.get(second)?.at, x(tickAt(second))];
-        if (tickAt(second) < since) continue;
         if (at) {
           d.told += dot(tick, up) + dot(x(at) + (asked ? SLANT : 0), down);
           if (!asked) d.drop += `M${tick} ${up}L${x(at)} ${down}`;
@@ -90,13 +89,13 @@ const picture = (() => {
         }
       }
       write(verdicts[name], way.verdict);
-      set(verdicts[name], "class", way.missed ? "verdict lost" : "verdict");
+      verdicts[name].classList.toggle("lost", way.missed > 0);
     });
     d.hole = d.untold;
-    for (const part of PARTS) set(parts[part], "d", d[part]);
+    for (const part of PARTS) set(parts[part], { d: d[part] });
     write(cutWords, cutSays);
     const told = NAMES.map((name) => `${say(name)}: ${ways[name].verdict}`);
-    set(svg, "aria-label", [cutSays, ...told].filter(Boolean).join("; "));
+    svg.ariaLabel = [cutSays, ...told].filter(Boolean).join("; ");
     label(since, now, cuts);
     move(now);
   }
@@ -128,22 +127,14 @@ const picture = (() => {
     unit = Math.min(letter / 16, svg.clientWidth / NARROWEST) || 1;
     const all = svg.clientWidth / unit;
     width = Math.max(0, all - GUTTER);
-    set(svg, "viewBox", `0 0 ${all} ${BOTTOM}`);
-    set(svg, "height", BOTTOM * unit);
-    set(viewport, "width", width);
-    set(viewport, "height", BOTTOM);
-    for (const part of [cutWords, ...Object.values(verdicts)]) set(part, "x", all);
+    set(svg, { viewBox: `0 0 ${all} ${BOTTOM}`, height: BOTTOM * unit });
   }
 
   /* Now is at the right edge. Where motion is not wanted, it moves once a second. */
   function move(now) {
     const shown = reduced.matches ? Math.floor((now - 200) / 1000) * 1000 + 200 : now;
     const left = Math.round((width - EDGE - x(shown)) * unit * devicePixelRatio);
-    set(sheet, "transform", `translate(${left / unit / devicePixelRatio})`);
-  }
-
-  function set(part, name, value) {
-    if (part.getAttribute(name) !== String(value)) part.setAttribute(name, value);
+    set(sheet, { transform: `translate(${left / unit / devicePixelRatio})` });
   }
 
   return { NAMES, build, draw, move };

@@ -12,15 +12,26 @@ const wire = (() => {
     "wire-socket": "clock", "wire-room": "room",
   };
   const MARKS = { in: "←", out: "→", note: "·" };
-  const connections = new Map(); // name -> {rows, list, follows}
+  const connections = Object.fromEntries(Object.entries(VIEWS).map(makeConnection));
   const panel = $("wire");
   let drawing = 0;
+
+  function makeConnection([name, view]) {
+    const list = element("ol", { tabIndex: 0, role: "list", ariaLabel: say(name) });
+    const section = element("section", { hidden: true }, element("h2", {}, say(name)), list);
+    const connection = { view, section, list, rows: [], follows: true };
+    list.addEventListener("scroll", () => { // one who reads further up is left there
+      const below = list.scrollHeight - list.scrollTop - list.clientHeight;
+      if (list.clientHeight) connection.follows = below < 40;
+    });
+    $("wire-body").append(section);
+    return [name, connection];
+  }
 
   /* One row: what came "in", what went "out", or a "note" about the connection itself. A
      `head` ("request", "response") stays until the next of its kind. */
   function record(name, direction, text, head = "") {
-    if (!connections.has(name)) connections.set(name, { rows: [], follows: true });
-    const { rows } = connections.get(name);
+    const { rows } = connections[name];
     const before = head && rows.find((row) => row.head === head);
     if (before) before.head = "";
     rows.push({ at: Date.now(), direction, text: text.slice(0, LONGEST), head });
@@ -34,33 +45,20 @@ const wire = (() => {
 
   function draw() {
     drawing = 0;
-    $("wire-empty").hidden = [...connections.keys()].some((name) => VIEWS[name] === shown);
-    for (const [name, connection] of connections) {
-      connection.list ??= makeList(name, connection);
-      connection.list.parentNode.hidden = VIEWS[name] !== shown;
-    }
-    for (const { rows, list, follows } of connections.values()) { // now each has its height
+    const all = Object.values(connections);
+    for (const { section, view, rows } of all) section.hidden = view !== shown || !rows.length;
+    $("wire-empty").hidden = all.some(({ section }) => !section.hidden);
+    for (const { rows, list, follows } of all) { // now each has its height
       for (const row of rows.filter(({ item }) => !item)) list.append((row.item = makeItem(row)));
       if (follows) list.scrollTop = list.scrollHeight;
     }
   }
 
-  function makeList(name, connection) {
-    const list = element("ol", { tabIndex: 0, role: "list", ariaLabel: say(name) });
-    list.addEventListener("scroll", () => { // one who reads further up is left there
-      const below = list.scrollHeight - list.scrollTop - list.clientHeight;
-      if (list.clientHeight) connection.follows = below < 40;
-    });
-    $("wire-body").append(element("section", {}, element("h2", {}, say(name)), list));
-    return list;
-  }
-
   function makeItem({ at, direction, text }) {
-    const said = say(`wire-${direction}`);
-    const about = { className: "mark", role: "img", title: said, ariaLabel: said };
-    const mark = element("span", about, MARKS[direction]);
-    const when = element("time", {}, time.format(at));
-    return element("li", { className: direction }, when, mark, element("pre", {}, text));
+    const title = say(`wire-${direction}`);
+    const about = { className: "mark", role: "img", title, ariaLabel: title };
+    const parts = [element("time", {}, time.format(at)), element("span", about, MARKS[direction])];
+    return element("li", { className: direction }, ...parts, element("pre", {}, text));
   }
 
   /* What sse.js and socket.js say of a connection, in the page's words. */
@@ -90,7 +88,7 @@ const wire = (() => {
   function request(url, { method = "GET", headers = {}, body }) {
     const { pathname, search } = new URL(url);
     const head = `${method} ${pathname}${search}${lines(Object.entries(headers))}`;
-    return body ? `${head}\n\n${body}` : head;
+    return [head, body].filter(Boolean).join("\n\n");
   }
 
   panel.addEventListener("toggle", () => {

@@ -188,17 +188,15 @@
   // takes back what the other wrote.
 
   /* What the page shows becomes what was said: at first, and when another tab has asked,
-     ended or cleared. What we are reading ourselves we know best. What never was in the store,
-     because it is full, nobody else has cleared. `atStart`: what has no id yet, no tab may be
-     left that is asking it. */
+     ended or cleared. What we are reading ourselves we know best. `atStart`: what has no id
+     yet, no tab may be left that is asking it. */
   function sync(atStart = false) {
     dropped.forEach(forget); // a tab that had not heard of it may have written it once more
     const names = store.keys().filter((name) => name.startsWith(SAID));
-    const stored = names.map((name) => store.get(name)).filter(Boolean).map((message) => {
+    arrange(names.map((name) => store.get(name)).filter(Boolean).map((message) => {
       const turn = turns.find((ours) => ours.message.key === message.key);
       return turn && (turn.isRead || !turn.isUnderWay) ? turn : new Turn(message, acts);
-    });
-    arrange([...stored, ...turns.filter((turn) => !turn.isKept && !stored.includes(turn))]);
+    }));
     for (const turn of turns.filter(({ isUnderWay, isRead }) => isUnderWay && !isRead)) {
       const { id, last } = turn.message;
       if (id) follow(turn, `answers/${id}`, { lastEventId: last });
@@ -222,7 +220,7 @@
   function add(message) {
     const turn = new Turn(message, acts);
     dropped.delete(message.key);
-    turn.isKept = save(turn);
+    save(turn);
     arrange([...turns, turn]);
     return turn;
   }
@@ -234,7 +232,10 @@
   }
 
   const forget = (key) => store.remove(SAID + key);
-  const save = (turn) => turn !== watched && store.set(SAID + turn.message.key, turn.message);
+
+  function save(turn) {
+    if (turn !== watched) store.set(SAID + turn.message.key, turn.message);
+  }
 
   views.chat = { enter: refresh, grows: () => turns.length > 0 };
 
@@ -349,10 +350,8 @@
 
   /* A reload keeps what has come of an answer, what was being written, and the place to
      write it. */
-  const saveProgress = () => running().forEach(save);
-
   addEventListener("pagehide", () => {
-    saveProgress();
+    running().forEach(save);
     const draft = { text: question.value, focused: document.activeElement === question };
     store.set(DRAFT, draft, "sessionStorage");
   });
@@ -363,7 +362,6 @@
     clearTimeout(hearing);
     hearing = setTimeout(sync, 10);
   });
-  setInterval(saveProgress, 1000);
   const before = store.get(DRAFT, "sessionStorage");
   question.value = before?.text ?? "";
   if (before?.focused) question.focus();

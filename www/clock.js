@@ -86,9 +86,9 @@
     }
   }
 
-  function remember(list, item, size = REMEMBERED) {
+  function remember(list, item) {
     list.push(item);
-    if (list.length > size) list.shift();
+    if (list.length > REMEMBERED) list.shift();
   }
 
   /* ms: after a second begins by our clock, its tick has come at the earliest. The clocks of
@@ -228,7 +228,6 @@
 
   function draw() {
     const now = Date.now();
-    drawFace(ways.stream);
     for (const [what, format] of Object.entries(FORMATS)) {
       const [, ...cells] = $("ways").querySelector(`.row-${what}`).cells;
       cells.forEach((cell, n) => write(cell, format(ways[NAMES[n]][what])));
@@ -239,18 +238,12 @@
     picture.draw({ ways, cuts, tickAt, cutSays, newest: secondNow() }, now);
     write($("picture-words"), sentence());
     $("clumps").hidden = !isHeldBack(now);
-  }
-
-  function drawFace(way) {
-    const parts = [];
-    if (way.last) {
-      write($("face"), clock(way.last));
-      const age = Math.max(0, Date.now() - skew() - way.last * 1000);
-      parts.push(say("clock-age", decimal(age / 1000)));
-    }
-    if (gaps) parts.push(say("clock-missed", gaps));
-    write($("clock-words"), say("sentence", way.words));
-    write($("clock-age"), parts.join(" "));
+    const { last, words } = ways.stream;
+    write($("clock-words"), say("sentence", words));
+    if (!last) return;
+    write($("face"), clock(last));
+    const age = say("clock-age", decimal(Math.max(0, now - tickAt(last)) / 1000));
+    write($("clock-age"), gaps ? `${age} ${say("clock-missed", gaps)}` : age);
   }
 
   /* What one sees in the picture, in words. */

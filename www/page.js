@@ -44,10 +44,8 @@ function write(part, text) {
 /* Storage can be full, or forbidden: then the page forgets, and works. */
 const store = {
   get: (key, of = "localStorage") => tried(() => JSON.parse(window[of].getItem(key))),
-  set: (key, value, of = "localStorage") => tried(() => {
-    window[of].setItem(key, JSON.stringify(value));
-    return true;
-  }),
+  set: (key, value, of = "localStorage") =>
+    tried(() => window[of].setItem(key, JSON.stringify(value))),
   remove: (key) => tried(() => localStorage.removeItem(key)),
   keys: () => tried(() => Object.keys(localStorage)) ?? [],
 };

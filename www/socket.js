@@ -8,10 +8,10 @@
    given up: the server says something every 4 s, so it is a zombie, open on this side only.
    A refused handshake looks to a page like a network that is gone: the server is asked why.
 
-     name                      of the connection, where its frames are shown
      url()                     where to connect to, this time
      onmessage(text)
-     onstate(state, detail)    as in sse.js */
+     onstate(state, detail)    as in sse.js
+     name                      under which its frames are shown */
 
 const Socket = {
   open({ name, url, protocols = [], onmessage, onstate }) {

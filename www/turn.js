@@ -5,7 +5,6 @@
 
 class Turn {
   stream = null; // of SSE.open(), once this tab reads the answer
-  isKept = true; // in the store, unless that is full
   counted = 0; // ms: when the numbers were last drawn
 
   /* `acts`: what can be done with it, by name; null if it is only watched. */

@@ -63,13 +63,12 @@ const decimal = (value, digits = 1) =>
   value.toLocaleString(LANGUAGE, { minimumFractionDigits: digits, maximumFractionDigits: digits });
 
 /* Views: sections of one page, so that an answer goes on while one looks at the clock. Each may
-   have enter() and leave(), and grows(): whether it grows downwards. The clock's connections
-   live only while it is in view: a browser opens six HTTP/1.1 connections to a host, over all
-   its tabs, and a stream keeps one for itself. */
+   have enter(), leave() and grows(). The clock's connections live only while it is in view: a
+   browser opens six HTTP/1.1 connections to a host, over all its tabs, and a stream keeps one. */
 const views = { chat: {}, clock: {}, room: {}, answer: {} };
 let shown = null;
 
-/* A view that grows is scrolled along only while its reader is at the end. */
+/* A view that grows downwards is scrolled along only while its reader is at the end. */
 let atEnd = true;
 const END = 1e9; // px: further down than any page
 const places = {}; // where each view was left

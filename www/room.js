@@ -170,14 +170,9 @@
     if (socket) store.set(NAME, name);
   });
 
-  views.room = {
-    grows: () => Boolean(socket),
-    enter() {
-      if (!socket && seat.name) join(seat.name); // before a reload
-      seat.name = "";
-    },
-  };
+  views.room = { grows: () => Boolean(socket) };
   const guest = say("guest", 100 + Math.floor(Math.random() * 900));
   $("name").value = seat.name || store.get(NAME) || guest;
-  refresh();
+  if (seat.name) join(seat.name); // as before a reload
+  else refresh();
 }

@@ -43,16 +43,13 @@ const Socket = {
       throw Object.assign(new Error(reason), { reason });
     }
 
-    function send(text) {
-      wire.record(name, "out", text);
-      socket.send(text);
-    }
-
-    const isFinal = ({ reason }) => Boolean(reason);
-    const kept = new SSE.Kept({ connect, onstate, isFinal });
+    const kept = new SSE.Kept({ connect, onstate, isFinal: ({ reason }) => Boolean(reason) });
     return {
       get isOpen() { return socket?.readyState === WebSocket.OPEN; },
-      send,
+      send(text) {
+        wire.record(name, "out", text);
+        socket.send(text);
+      },
       close: () => kept.close(),
     };
   },

@@ -3,19 +3,15 @@
 /* Server-sent events over fetch: the HTML standard's section 9.2, with what its own
    EventSource lacks (POST, headers, a watchdog for silence, a last word on failure).
 
-     const stream = SSE.open("/clock", {
-       onevent({ type, data, lastEventId }) { ... },
-       onstate(state, detail) { ... },
-     });
-     stream.done();   the last event has come: the server may end the stream
-     stream.close();  nothing more is wanted
-
-   What onstate() hears:
-     "connecting"
-     "open", response
-     "waiting", {wait}      ms until the next attempt
-     "closed", reason       final: a Refused (with status and reason), another Error, or
-                            undefined after close()
+     const stream = SSE.open("/clock", { onevent, onstate });
+     onevent({ type, data, lastEventId })
+     onstate("connecting")
+     onstate("open", response)
+     onstate("waiting", { wait })   ms until the next attempt
+     onstate("closed", reason)      for good: a Refused (with status and reason), another
+                                    Error, or undefined after close() and done()
+     stream.close()                 nothing more is wanted
+     stream.done()                  the last event has come: the server may end the stream
 
    A connection that breaks, ends or falls silent is made again, and says in `Last-Event-ID`
    where to go on; so is one that was answered by a 5xx. 204 means that there is nothing more;
@@ -121,14 +117,13 @@ const SSE = (() => {
      at the page again does not wait.
 
      An attempt that brings nothing for so many ms is given up: the laptop slept, the NAT forgot
-     the connection, packets vanish without a word. One clock may stand still while a computer
-     sleeps, the other can be set: the later one counts. */
+     the connection, packets vanish without a word. */
   class Kept {
     failures = 0; // since something was received: to open alone says nothing
     retry = 0; // ms that the server asked for, on top of which comes the jitter
     isClosed = false;
     isHurried = false; // the next attempt need not wait
-    attempt = null; // its AbortController
+    attempt = null; // the AbortController of the last one
     wake = () => {};
 
     constructor(settings) {
@@ -149,7 +144,6 @@ const SSE = (() => {
         const failure = await connect(this.attempt.signal).catch((error) => error);
         clearInterval(looking);
         this.giveUp(); // lets go of a response that we refused to read, too
-        this.attempt = null;
         limit = patience;
         if (isFinal(failure)) this.close(failure);
         if (!this.isClosed && !this.isHurried) await this.pause(failure);
@@ -159,15 +153,13 @@ const SSE = (() => {
 
     heard(limit = this.settings.silence) {
       this.limit = limit;
-      this.clocks = [performance.now(), Date.now()];
+      this.heardAt = Date.now(); // performance.now() may stand still while a computer sleeps
     }
 
-    get quiet() {
-      return Math.max(performance.now() - this.clocks[0], Date.now() - this.clocks[1]);
-    }
+    get quiet() { return Date.now() - this.heardAt; }
 
     giveUp() {
-      this.attempt?.abort(new Error("silence"));
+      this.attempt.abort(new Error("silence"));
     }
 
     async pause({ retryAfter = 0 }) {
@@ -185,7 +177,7 @@ const SSE = (() => {
       if (type === "visibilitychange" && document.hidden) return;
       this.wake();
       const { stale, mayRepeat } = this.settings;
-      if (!this.attempt || this.quiet < stale || !mayRepeat()) return;
+      if (this.quiet < stale || !mayRepeat()) return;
       this.isHurried = true;
       this.giveUp();
     }

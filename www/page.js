@@ -5,15 +5,12 @@
 const $ = (id) => document.getElementById(id);
 
 /* Served by chatstream, the page talks to where it came from; opened from disk, to the default
-   one. `?server=` names another; if that is not an address, it is left out. */
+   one. `?server=` names another. */
 const SERVER = (() => {
-  const given = query.get("server") ?? "";
-  try {
-    return new URL(given.includes("://") ? given : `http://${given}`);
-  } catch {
-    const isServed = location.protocol.startsWith("http");
-    return new URL(".", isServed ? location.href : "http://localhost:4001/");
-  }
+  const given = query.get("server");
+  if (given) return new URL(given.includes("://") ? given : `http://${given}`);
+  const isServed = location.protocol.startsWith("http");
+  return new URL(".", isServed ? location.href : "http://localhost:4001/");
 })();
 
 const address = (path) => new URL(path, SERVER).href;

@@ -8,8 +8,8 @@ const heads = (() => {
   const size = (lines) => lines.reduce((sum, line) => sum + line.length + 2, 2);
   const written = (headers) => [...headers].map((pair) => pair.join(": "));
 
-  const isOwn = SERVER.origin === location.origin;
-  const origin = `Origin: ${location.protocol === "file:" ? "null" : location.origin}`;
+  const isOwn = SERVER.origin === self.origin;
+  const origin = `Origin: ${self.origin}`;
   const languages = navigator.languages.map((name, i) => (i ? `${name};q=0.${10 - i}` : name));
   const { brands = [], platform } = navigator.userAgentData ?? {};
   const named = brands.map(({ brand, version }) => `"${brand}";v="${version}"`);

@@ -7,13 +7,13 @@
 {
   const REMEMBERED = 120; // seconds of each way
   const LATE = 1500; // ms after its second: not delivered but caught up
-  const CLUMPS = 3; // within half a minute are no accident
   const EVERY = 1000; // ms: between two ticks, and on average between two polls
   const { NAMES } = picture;
 
   // --------------------------------------------------------- what was seen of each way
 
   class Way {
+    name; // of the three NAMES
     state = "connecting";
     connections = 0;
     requests = 0;
@@ -23,20 +23,24 @@
     late = 0;
     first = null; // seconds
     last = null;
-    latest = 0; // ms: when the last tick came ...
-    together = false; // ... and whether it came with the one before
-    clumps = []; // ms: when two or more came at once
     arrivals = new Map(); // second -> {at, delay, late}, ms
     spans = []; // {from, to}: when a connection was open
     calls = []; // {from, to, failed}: questions, and when their answers came
 
+    /* During a cut, nothing is. */
+    asked(size) {
+      if (network.left) return;
+      this.requests += 1;
+      this.sent += size;
+    }
+
     /* The number in the id of a tick is its second. */
     arrived(id) {
       const second = Number(id.split("-").at(-1));
-      if (this.arrivals.has(second)) return; // asked for twice within its second
+      if (this.arrivals.has(second)) return second; // asked for twice within its second
       const at = Date.now();
       const delay = at - second * 1000;
-      fastest = Math.min(fastest, delay);
+      fastest = Math.min(fastest ?? delay, delay);
       const before = this.spans.length > 1 && second * 1000 + skew() < this.spans.at(-1).from;
       const late = before || delay - skew() > LATE;
       this.arrivals.set(second, { at, delay, late });
@@ -45,35 +49,31 @@
       this.late += late ? 1 : 0;
       this.first ??= second;
       this.last = Math.max(this.last, second);
-      this.lookForClump(at);
+      return second;
     }
 
-    /* Two ticks at one instant, long after the connection began: somebody kept them. */
-    lookForClump(at) {
-      const settled = at - (this.spans.at(-1)?.from ?? at) > 3000;
-      const together = at - this.latest < 300 && !document.hidden && at - drawnAt < 1000;
-      if (settled && together && !this.together) remember(this.clumps, at, CLUMPS);
-      this.together = together;
-      this.latest = at;
-    }
-
-    opened() {
+    /* What was "open" before is open no more. */
+    changed(state, detail) {
+      wire.state(`wire-${this.name}`, state, detail);
+      if (this.state === "open") this.spans.at(-1).to = Date.now();
+      Object.assign(this, { state, detail });
+      if (state !== "open") return;
       this.connections += 1;
       remember(this.spans, { from: Date.now(), to: null });
     }
 
-    /* Whatever it was, it is not open now. */
-    changed(state, detail) {
-      Object.assign(this, { state, detail });
-      if (state !== "open" && this.spans.length) this.spans.at(-1).to ??= Date.now();
+    get words() { return say(`line-${this.state}`, this.detail?.reason); }
+
+    get delay() { return this.arrivals.get(this.last)?.delay - skew(); }
+
+    /* In order, without what was caught up on: that says how long the cut was, not how quick
+       the way is. */
+    get delays() {
+      const prompt = [...this.arrivals.values()].filter(({ late }) => !late);
+      return prompt.map(({ delay }) => delay - skew()).sort((one, other) => one - other);
     }
 
-    delays(arrivals = [...this.arrivals.values()]) {
-      return arrivals.map(({ delay }) => delay - skew());
-    }
-
-    /* What was caught up on says how long the cut was, not how quick the way is. */
-    get prompt() { return this.delays([...this.arrivals.values()].filter(({ late }) => !late)); }
+    get median() { return this.delays[this.delays.length >> 1]; }
 
     /* Of the seconds between the first and the last that it has told. */
     get missed() { return this.first ? this.last - this.first + 1 - this.seen : 0; }
@@ -86,23 +86,20 @@
     }
   }
 
-  function remember(list, item, size = REMEMBERED) {
+  function remember(list, item) {
     list.push(item);
-    if (list.length > size) list.shift();
+    if (list.length > REMEMBERED) list.shift();
   }
 
-  /* The clocks of two machines differ. If even the fastest tick is early, or a second late,
-     they do: then delays are relative to it. */
-  let fastest = Infinity;
+  /* ms: after a second begins by our clock, its tick has come at the earliest. The clocks of
+     two machines differ. If even the fastest tick is early, or a second late, they do: then
+     delays are relative to it. */
+  let fastest = null;
   const skew = () => (fastest < -50 || fastest > LATE ? fastest : 0);
 
-  /* By how much, and the way of a tick, the server's second begins later than ours. */
-  const offset = () => (fastest === Infinity ? 0 : fastest);
-
-  let ways = {};
+  const ways = {}; // "polling" -> its Way
   let cuts = []; // {from, to}
   let gaps = 0; // what the server itself said that we missed
-  let drawnAt = 0; // ms: a page that was asleep has ticks in a clump, too
   let running = null; // the three ways, while the view is shown
   let drawing = 0;
 
@@ -112,19 +109,21 @@
     const way = ways.polling;
     const url = address("time");
     const { fetch: ask } = wire.tap("wire-polling", counted(way));
-    let timer = 0;
-    let slot = 0; // the server's second in which we asked last
+    let timer = setTimeout(once, EVERY * (1 + Math.random())); // then `fastest` is known
+    performance.clearResourceTimings();
+
     async function once() {
-      slot = Math.max(slot + 1, secondNow());
+      countConnections(way, url);
       const call = { from: Date.now() };
       const controller = new AbortController(); // AbortSignal.timeout() is younger
       const limit = setTimeout(() => controller.abort(), 5000);
+      let second = secondNow();
       try {
         const response = await ask(url, { cache: "no-store", signal: controller.signal });
         const text = await response.text();
         way.received += heads.response(response) + text.length;
         wire.record("wire-polling", "in", text);
-        way.arrived(JSON.parse(text).id);
+        second = way.arrived(JSON.parse(text).id);
         way.state = "idle";
       } catch {
         call.failed = true;
@@ -132,40 +131,28 @@
       }
       clearTimeout(limit);
       remember(way.calls, { ...call, to: Date.now() });
-      if (timer) timer = setTimeout(once, untilAfter(slot));
+      if (!running || way !== ways.polling) return;
+      timer = setTimeout(once, momentOf(second + 1) - Date.now());
     }
-    timer = setTimeout(once, EVERY * (1 + Math.random())); // then the offset is known
-    const stopCounting = countConnections(way, url);
-    return {
-      close() {
-        clearTimeout(timer);
-        timer = 0;
-        stopCounting();
-      },
-    };
+
+    return { close: () => clearTimeout(timer) };
   }
 
-  /* Once in each of the server's seconds, at a moment of it that is drawn anew: a poll does
-     not know when the ticks come, and its delay must be no accident of when it began. */
-  function untilAfter(second) {
-    const next = (second + 1) * EVERY + offset();
-    return next + EVERY * (0.05 + 0.8 * Math.random()) - Date.now();
-  }
+  const secondNow = () => Math.floor((Date.now() - (fastest ?? 0)) / EVERY);
 
-  const secondNow = () => Math.floor((Date.now() - offset()) / EVERY);
+  /* Each of the server's seconds is asked for once, at a moment of it that is drawn anew: a
+     poll does not know when the ticks come, and its delay must be no accident of when it began. */
+  const momentOf = (second) => (second + 0.05 + 0.8 * Math.random()) * EVERY + (fastest ?? 0);
 
   /* A browser keeps a connection for its next request; whether it did, it tells in the
-     timing of the request. The first one may be left over from the page's own files. */
+     timing of the request, though not to another origin. The first connection may be left over
+     from the page's own files. */
   function countConnections(way, url) {
-    const observer = new PerformanceObserver((list) => {
-      for (const { connectStart, connectEnd } of list.getEntriesByName(url)) {
-        if (!connectStart) way.connections = NaN; // not told to another origin
-        else if (connectEnd > connectStart || !way.connections) way.connections += 1;
-      }
-      performance.clearResourceTimings();
-    });
-    observer.observe({ type: "resource" });
-    return () => observer.disconnect();
+    for (const { connectStart, connectEnd } of performance.getEntriesByName(url)) {
+      const isNew = connectEnd > connectStart || way.connections === 0;
+      if (connectStart && isNew) way.connections += 1;
+    }
+    performance.clearResourceTimings();
   }
 
   function stream() {
@@ -173,10 +160,6 @@
     const tap = wire.tap("wire-stream", counted(way));
     return SSE.open(address("clock"), {
       fetch: tap.fetch,
-      onopen(response) {
-        way.opened();
-        way.received += heads.response(response);
-      },
       onbytes(bytes) {
         way.received += heads.chunk(bytes.length);
         tap.onbytes(bytes);
@@ -187,7 +170,7 @@
       },
       onstate(state, detail) {
         way.changed(state, detail);
-        wire.state("wire-stream", state, detail);
+        if (state === "open") way.received += heads.response(detail);
       },
     });
   }
@@ -196,17 +179,14 @@
     const way = ways.socket;
     let last = "";
     return Socket.open({
-      url: () => socketAddress("clock", { after: last }),
-      make(url) {
-        wire.record("wire-socket", "out", `GET ${url}\nUpgrade: websocket`, "request");
-        const made = network.socket(url); // or it throws: nothing was sent
-        way.requests += 1;
-        way.sent += heads.handshake(url);
-        return made;
+      name: "wire-socket",
+      url() {
+        const url = socketAddress(last ? `clock?after=${last}` : "clock");
+        way.asked(heads.handshake(url));
+        return url;
       },
       onmessage(text) {
         way.received += heads.frame(new TextEncoder().encode(text).length);
-        wire.record("wire-socket", "in", text);
         const { id } = JSON.parse(text);
         if (!id) return; // a gap
         last = id;
@@ -214,73 +194,43 @@
       },
       onstate(state, detail) {
         way.changed(state, detail);
-        if (state === "open") {
-          way.opened();
-          way.received += heads.handshakeAnswer;
-        }
-        wire.state("wire-socket", state, detail);
+        if (state === "open") way.received += heads.handshakeAnswer;
       },
     });
   }
 
-  /* The network of the page, which counts what each way sends. */
   const counted = (way) => (url, init) => {
-    if (!network.left) {
-      way.requests += 1;
-      way.sent += heads.request(url, init.headers);
-    }
+    way.asked(heads.request(url, init.headers));
     return network.fetch(url, init);
   };
 
   // ------------------------------------------------------------------------ drawing
 
   const clock = (second) => (second ? time.format(second * 1000) : "–");
-  const milliseconds = (ms) => (ms === undefined ? "–" : `${Math.round(ms)} ms`);
-  const bytes = (count) => `≈ ${Math.round(count).toLocaleString(LANGUAGE)}`;
-  const median = (values) => values.sort((a, b) => a - b)[values.length >> 1];
-  const TOLD = ["row-speaks", "row-resumes", "row-use"]; // the same for ever
-  const ROWS = {
-    "row-says": (way) => clock(way.last),
-    "row-state": (way) => say(`state-${way.state}`),
-    "row-delay": (way) => milliseconds(way.delays().at(-1)),
-    "row-median": (way) => milliseconds(median(way.prompt)),
-    "row-seen": (way) => way.seen,
-    "row-late": (way) => way.late,
-    "row-missed": (way) => way.missed,
-    "row-connections": (way) => (Number.isNaN(way.connections) ? "–" : way.connections),
-    "row-requests": (way) => way.requests,
-    "row-sent": (way) => bytes(way.sent),
-    "row-received": (way) => bytes(way.received),
-    "row-cost": (way) => bytes(way.cost),
+  const milliseconds = (ms) => (Number.isFinite(ms) ? `${Math.round(ms)} ms` : "–");
+  const bytes = (count) => `≈ ${decimal(count, 0)}`;
+
+  /* The rows of the table, by what they show of a Way. */
+  const FORMATS = {
+    last: clock, words: String, delay: milliseconds, median: milliseconds, seen: String,
+    late: String, missed: String, connections: (count) => `${count || "–"}`, requests: String,
+    sent: bytes, received: bytes, cost: bytes,
   };
-  const cells = {}; // "row-says polling" -> its element
 
   /* On a narrow screen its rows are grids: with roles, it stays a table when it is read. */
-  function drawTable() {
-    const titles = NAMES.map((name) => cell("th", say(name), "columnheader"));
-    const rows = [...TOLD, ...Object.keys(ROWS)].map((row) => {
-      const values = NAMES.map((name) => {
-        const said = TOLD.includes(row) ? say(`${row}-${name}`) : "";
-        return (cells[`${row} ${name}`] = cell("td", said));
-      });
-      const label = cell("th", say(row), "rowheader");
-      return element("tr", { role: "row", className: row }, label, ...values);
-    });
-    const head = element("tr", { role: "row" }, cell("td", ""), ...titles);
-    $("ways").append(
-      element("thead", { role: "rowgroup" }, head), element("tbody", { role: "rowgroup" }, ...rows),
-    );
+  const ROLES = {
+    rowgroup: "thead, tbody", row: "tr", cell: "td",
+    columnheader: "thead th", rowheader: "tbody th",
+  };
+  for (const [role, parts] of Object.entries(ROLES)) {
+    for (const part of $("ways").querySelectorAll(parts)) part.role = role;
   }
-
-  const cell = (tag, text, role = "cell") => element(tag, { role }, text);
 
   function draw() {
     const now = Date.now();
-    drawFace(ways.stream);
-    for (const name of NAMES) {
-      for (const [row, value] of Object.entries(ROWS)) {
-        write(cells[`${row} ${name}`], String(value(ways[name])));
-      }
+    for (const [what, format] of Object.entries(FORMATS)) {
+      const [, ...cells] = $("ways").querySelector(`.row-${what}`).cells;
+      cells.forEach((cell, n) => write(cell, format(ways[NAMES[n]][what])));
     }
     const left = Math.ceil(network.left / 1000);
     const cutSays = left ? say("picture-cutting", left) : "";
@@ -288,43 +238,39 @@
     picture.draw({ ways, cuts, tickAt, cutSays, newest: secondNow() }, now);
     write($("picture-words"), sentence());
     $("clumps").hidden = !isHeldBack(now);
-    drawnAt = now;
-  }
-
-  function drawFace(way) {
-    const parts = [];
-    if (way.last) {
-      write($("face"), clock(way.last));
-      const age = Math.max(0, Date.now() - skew() - way.last * 1000);
-      parts.push(say("clock-age", decimal(age / 1000)));
-    }
-    if (gaps) parts.push(say("clock-missed", gaps));
-    const { status, reason, message } = way.detail ?? {};
-    write($("clock-words"), say(`clock-${way.state}`, status ? reason : message));
-    write($("clock-age"), parts.join(" "));
+    const { last, words } = ways.stream;
+    write($("clock-words"), say("sentence", words));
+    if (!last) return;
+    write($("face"), clock(last));
+    const age = say("clock-age", decimal(Math.max(0, now - tickAt(last)) / 1000));
+    write($("clock-age"), gaps ? `${age} ${say("clock-missed", gaps)}` : age);
   }
 
   /* What one sees in the picture, in words. */
   function sentence() {
     const { polling, stream, socket } = ways;
     if (network.left) return say("sees-cut");
-    if (Math.min(polling.seen, stream.seen, socket.seen) < 5) return say("sees-nothing");
+    if (Math.min(polling.seen, stream.seen, socket.seen) < 4) return say("sees-nothing");
     const times = decimal(polling.cost / stream.cost, 0);
-    const delay = decimal(Math.max(0, ...polling.prompt) / 1000);
-    const parts = [say("sees-short", times, delay, polling.missed)];
+    const delay = decimal(Math.max(0, ...polling.delays) / 1000);
+    const short = say("sees-short", times, delay, polling.missed);
     const late = Math.max(stream.late, socket.late);
-    if (stream.missed || socket.missed) parts.push(say("sees-missed", stream.missed, socket.missed));
-    else parts.push(late ? say("sees-late", late) : say("sees-none"));
-    return parts.join(" ");
+    const missed = [stream.missed, socket.missed];
+    if (missed.some(Boolean)) return `${short} ${say("sees-missed", ...missed)}`;
+    return `${short} ${late ? say("sees-late", late) : say("sees-none")}`;
   }
 
-  /* Nobody holds back a short answer: the stream is compared with it. */
+  /* Whether ticks come in clumps, three times in half a minute and long after the connection
+     began; or not at all, while a short answer, which nobody holds back, tells of them. */
   function isHeldBack(now) {
     const { polling, stream } = ways;
-    const since = Math.max(stream.latest, stream.spans[0]?.from ?? now, cuts.at(-1)?.to ?? 0);
-    const silent = now - since > 6000 && polling.last > (stream.last ?? 0) + 5;
-    const clumped = stream.clumps.length === CLUMPS && now - stream.clumps[0] < 30000;
-    return clumped || (silent && !network.left);
+    const since = Math.max(now - 30000, (stream.spans.at(-1)?.from ?? now) + 3000);
+    const pauses = [...stream.arrivals.values()].filter(({ at }) => at > since)
+      .map(({ at }, n, all) => at - all[n - 1]?.at);
+    const clumps = pauses.filter((pause, n) => pause < 300 && !(pauses[n - 1] < 300));
+    const isSilent = polling.last - (stream.last ?? polling.first) > 5;
+    const isBack = !network.left && now - (cuts.at(-1)?.to ?? 0) > 6000;
+    return clumps.length >= 3 || (isSilent && isBack);
   }
 
   /* Once, when all is back; the live sentence itself would never stop talking. */
@@ -346,10 +292,10 @@
 
   views.clock = {
     enter() {
-      ways = { polling: new Way(), stream: new Way(), socket: new Way() }; // measured anew
+      for (const name of NAMES) ways[name] = Object.assign(new Way(), { name }); // measured anew
       cuts = network.left ? [{ from: Date.now(), to: null }] : [];
       gaps = 0;
-      fastest = Infinity;
+      fastest = null;
       running = [poll(), stream(), socket()];
       drawing = setInterval(draw, 200);
       draw();
@@ -363,6 +309,5 @@
   };
 
   network.controls($("clock-cut"), cutChanged);
-  drawTable();
   picture.build($("picture"));
 }

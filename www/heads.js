@@ -8,46 +8,40 @@ const heads = (() => {
   const size = (lines) => lines.reduce((sum, line) => sum + line.length + 2, 2);
   const written = (headers) => [...headers].map((pair) => pair.join(": "));
 
-  const ORIGIN = `Origin: ${location.protocol === "file:" ? "null" : location.origin}`;
+  const isOwn = SERVER.origin === self.origin;
+  const origin = `Origin: ${self.origin}`;
+  const languages = navigator.languages.map((name, i) => (i ? `${name};q=0.${10 - i}` : name));
+  const { brands = [], platform } = navigator.userAgentData ?? {};
+  const named = brands.map(({ brand, version }) => `"${brand}";v="${version}"`);
+  const hints = [ // Chromium's
+    `sec-ch-ua: ${named.join(", ")}`, "sec-ch-ua-mobile: ?0", `sec-ch-ua-platform: "${platform}"`,
+  ];
 
+  const ALWAYS = [
+    `Host: ${SERVER.host}`, "Pragma: no-cache", "Cache-Control: no-cache",
+    `User-Agent: ${navigator.userAgent}`, "Accept-Encoding: gzip, deflate, br, zstd",
+    `Accept-Language: ${languages}`,
+  ];
+  const FETCH = [
+    "Connection: keep-alive", `Sec-Fetch-Site: ${isOwn ? "same-origin" : "cross-site"}`,
+    "Sec-Fetch-Mode: cors", "Sec-Fetch-Dest: empty", ...(isOwn ? [] : [origin]),
+    ...(platform ? hints : []),
+  ];
   const HANDSHAKE = [
-    ORIGIN, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+    origin, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
     `Sec-WebSocket-Key: ${"x".repeat(24)}`,
     "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
   ];
 
-  function common(url) {
-    const { pathname, search, host } = new URL(url);
-    const [first, ...others] = navigator.languages;
-    const ranked = others.map((language, i) => `,${language};q=0.${9 - i}`);
-    return [
-      `GET ${pathname}${search} HTTP/1.1`, `Host: ${host}`,
-      "Pragma: no-cache", "Cache-Control: no-cache",
-      `User-Agent: ${navigator.userAgent}`, "Accept-Encoding: gzip, deflate, br, zstd",
-      `Accept-Language: ${first}${ranked.join("")}`,
-    ];
-  }
-
-  function fetched(url, extra) {
-    const own = new URL(url).origin === location.origin;
-    return [
-      "Connection: keep-alive", `Sec-Fetch-Site: ${own ? "same-origin" : "cross-site"}`,
-      "Sec-Fetch-Mode: cors", "Sec-Fetch-Dest: empty", ...(own ? [] : [ORIGIN]), ...hints(),
-      ...written(Object.entries({ Accept: "*/*", ...extra })),
-    ];
-  }
-
-  /* Chromium's client hints. */
-  function hints() {
-    const { brands = [], platform } = navigator.userAgentData ?? {};
-    if (!platform) return [];
-    const named = brands.map(({ brand, version }) => `"${brand}";v="${version}"`).join(", ");
-    return [`sec-ch-ua: ${named}`, "sec-ch-ua-mobile: ?0", `sec-ch-ua-platform: "${platform}"`];
+  function request(url, lines) {
+    const { pathname, search } = new URL(url);
+    return size([`GET ${pathname}${search} HTTP/1.1`, ...ALWAYS, ...lines]);
   }
 
   return {
-    request: (url, extra = {}) => size([...common(url), ...fetched(url, extra)]),
-    handshake: (url) => size([...common(url), ...HANDSHAKE]),
+    request: (url, headers) =>
+      request(url, [...FETCH, ...written(Object.entries({ Accept: "*/*", ...headers }))]),
+    handshake: (url) => request(url, HANDSHAKE),
     handshakeAnswer: 129, // 101, Upgrade, Connection, Sec-WebSocket-Accept
     response: ({ status, headers }) => size([`HTTP/1.1 ${status} `, ...written(headers)]),
     chunk: (length) => length + length.toString(16).length + 4,

@@ -4,29 +4,17 @@
 
 const $ = (id) => document.getElementById(id);
 
-/* Served by chatstream, the page talks to where it came from; opened from disk, or with a
-   `?server=` that is not an address, to the default one. */
+/* Served by chatstream, the page talks to where it came from; opened from disk, to the default
+   one. `?server=` names another. */
 const SERVER = (() => {
   const given = query.get("server");
+  if (given) return new URL(given.includes("://") ? given : `http://${given}`);
   const isServed = location.protocol.startsWith("http");
-  try {
-    if (given) return new URL(given.includes("://") ? given : `http://${given}`);
-  } catch {
-    // the default's name then shows in what the page says
-  }
-  return new URL(isServed ? new URL(".", location.href) : "http://localhost:4001/");
+  return new URL(".", isServed ? location.href : "http://localhost:4001/");
 })();
 
 const address = (path) => new URL(path, SERVER).href;
-
-function socketAddress(path, parameters) {
-  const url = new URL(path, SERVER);
-  url.protocol = SERVER.protocol.replace("http", "ws");
-  for (const [name, value] of Object.entries(parameters)) {
-    if (value) url.searchParams.set(name, value);
-  }
-  return url.href;
-}
+const socketAddress = (path) => address(path).replace("http", "ws");
 
 /* element("p", {className: "note"}, "text", child): text is only ever text. */
 function element(tag, properties = {}, ...children) {
@@ -43,6 +31,8 @@ function announce(text) {
   setTimeout(() => line.remove(), 5000);
 }
 
+const random = () => Math.random().toString(36).slice(2, 10);
+
 /* Only what has changed, so that a screen reader or a selection is left in peace. */
 function write(part, text) {
   if (part.textContent !== text) part.textContent = text;
@@ -50,54 +40,50 @@ function write(part, text) {
 
 /* Storage can be full, or forbidden: then the page forgets, and works. */
 const store = {
-  get(key, storage = "localStorage") {
-    try {
-      return JSON.parse(window[storage].getItem(key));
-    } catch {
-      return null;
-    }
-  },
-  set(key, value, storage = "localStorage") {
-    try {
-      window[storage].setItem(key, JSON.stringify(value));
-    } catch {
-      // see above
-    }
-  },
+  get: (key, of = "localStorage") => tried(() => JSON.parse(window[of].getItem(key))),
+  set: (key, value, of = "localStorage") =>
+    tried(() => window[of].setItem(key, JSON.stringify(value))),
+  remove: (key) => tried(() => localStorage.removeItem(key)),
+  keys: () => tried(() => Object.keys(localStorage)) ?? [],
 };
 
-const time = new Intl.DateTimeFormat(LANGUAGE, {
-  hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23",
-});
-const decimal = (value, digits = 1) => value.toLocaleString(LANGUAGE, {
-  minimumFractionDigits: digits, maximumFractionDigits: digits,
-});
+function tried(act) {
+  try {
+    return act();
+  } catch {
+    return null;
+  }
+}
 
-/* Views: sections of one page, so that an answer goes on while one looks at the clock. The
-   clock's connections live only while it is in view: a browser opens six HTTP/1.1
-   connections to a host, over all its tabs, and a stream keeps one for itself. */
-const views = { chat: {}, clock: {}, room: {} };
+const time = new Intl.DateTimeFormat(LANGUAGE, { timeStyle: "medium", hourCycle: "h23" });
+const decimal = (value, digits = 1) =>
+  value.toLocaleString(LANGUAGE, { minimumFractionDigits: digits, maximumFractionDigits: digits });
+
+/* Views: sections of one page, so that an answer goes on while one looks at the clock. Each may
+   have enter(), leave() and grows(). The clock's connections live only while it is in view: a
+   browser opens six HTTP/1.1 connections to a host, over all its tabs, and a stream keeps one. */
+const views = { chat: {}, clock: {}, room: {}, answer: {} };
 let shown = null;
 
 /* A view that grows downwards is scrolled along only while its reader is at the end. */
 let atEnd = true;
+const END = 1e9; // px: further down than any page
 const places = {}; // where each view was left
 
-const pageEnd = () => document.documentElement.scrollHeight - innerHeight;
 const grows = () => Boolean(views[shown]?.grows?.());
 
 function toEnd() {
   atEnd = true;
-  window.scrollTo(0, pageEnd());
+  window.scrollTo(0, END);
 }
 
 function stick() {
-  if (atEnd && grows()) window.scrollTo(0, pageEnd());
+  if (atEnd && grows()) toEnd();
   $("jump").hidden = atEnd || !grows();
 }
 
 function look() {
-  atEnd = pageEnd() - scrollY < 40;
+  atEnd = document.documentElement.scrollHeight - innerHeight - scrollY < 40;
   $("jump").hidden = atEnd || !grows();
 }
 
@@ -106,27 +92,30 @@ addEventListener("resize", stick); // the keyboard of a phone, for one
 $("jump").addEventListener("click", toEnd);
 
 function show() {
-  const [wanted] = location.hash.slice(1).split("/"); // #answer/<id> is the chat's to read
-  const name = Object.hasOwn(views, wanted) ? wanted : "chat";
-  if (name === shown) return;
-  if (shown) places[shown] = { atEnd, top: scrollY };
+  const [, wanted = "chat"] = /^#(clock|room|answer\/[\w-]+)$/.exec(location.hash) ?? [];
+  const [name] = wanted.split("/"); // #answer/<id>: the rest is for the view to read
+  if (shown) places[shown] = atEnd && grows() ? END : scrollY;
   for (const part of document.querySelectorAll("[data-view]")) {
-    part.classList.toggle("elsewhere", part.dataset.view !== name);
+    part.classList.toggle("elsewhere", !part.matches(`[data-view~=${name}]`));
   }
   for (const link of document.querySelectorAll("nav a")) {
-    const isShown = link.hash === `#${name}`;
-    link.ariaCurrent = isShown ? "page" : null;
-    if (isShown) document.title = `${link.textContent} · chatstream`;
+    link.ariaCurrent = link.hash === `#${name}` ? "page" : null;
   }
+  $("language").hash = location.hash;
+  document.title = `${$(`${name}-title`).textContent} · chatstream`;
   views[shown]?.leave?.();
   shown = name;
   views[name].enter?.();
-  const { atEnd: wasAtEnd, top = 0 } = places[name] ?? {};
-  window.scrollTo(0, wasAtEnd ? pageEnd() : top);
+  window.scrollTo(0, places[name] ?? (grows() ? END : 0));
   look();
 }
 
+/* The other language is another address of the same page: a reload, which an answer under
+   way survives as it survives any other. */
 function translate() {
+  const lang = IS_CHINESE ? "en" : "zh";
+  query.set("lang", lang);
+  Object.assign($("language"), { search: query, lang, hreflang: lang });
   document.documentElement.lang = LANGUAGE;
   if (!IS_CHINESE) return;
   const all = (selector) => document.querySelectorAll(selector);
@@ -135,19 +124,6 @@ function translate() {
   for (const part of all("[data-zh-hint]")) part.placeholder = part.dataset.zhHint;
 }
 
-/* The other language is another address of the same page: a reload, which an answer under
-   way survives as it survives any other. */
-function linkOtherLanguage() {
-  const other = IS_CHINESE ? "en" : "zh";
-  query.set("lang", other);
-  const href = `?${query}${location.hash}`;
-  Object.assign($("language"), { href, lang: other, hreflang: other });
-}
-
 translate();
-linkOtherLanguage();
-addEventListener("hashchange", () => {
-  show();
-  linkOtherLanguage();
-});
+addEventListener("hashchange", show);
 addEventListener("DOMContentLoaded", show); // after all deferred scripts

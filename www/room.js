@@ -8,8 +8,10 @@
    heard them is not known. If they come back later after all, they leave the field again. */
 
 {
-  const NAME = "chatstream.name"; // in localStorage, unless a tab uses it
-  const SEAT = "chatstream.seat"; // of a tab, over a reload: {tab, name}
+  // What a tab uses it takes out of the storage: a second tab, or a duplicate of the tab with a
+  // copy of its storage, then does not sit down on the same seat.
+  const NAME = "chatstream.name"; // in localStorage
+  const SEAT = "chatstream.seat"; // in sessionStorage, over a reload: {tab, name}
   const KEPT = 500; // messages on the page
   const NAMED = 20; // of those who are here
   const HISTORY = 1500; // ms in which what arrives is old: shown, not read aloud
@@ -17,21 +19,13 @@
   const talk = $("talk");
   const field = $("words");
   const present = new Set(); // the names we have heard of, and not that they left
-  const pending = new Map(); // key -> {text, article}: said, not heard yet
-  const returned = new Map(); // key -> text: back in the field
-  const seat = take(SEAT, "sessionStorage") ?? {};
-  const tab = seat.tab ?? Math.random().toString(36).slice(2, 10);
-  let name = "";
-  let socket = null;
+  const unheard = new Map(); // key -> {text, article}; without an article, back in the field
+  const seat = store.get(SEAT, "sessionStorage") ?? {};
+  const tab = seat.tab ?? random();
+  let name;
+  let socket = null; // while we are in the room
   let last = ""; // the id to go on after
-
-  /* What a tab uses it takes out of the storage: a duplicate of the tab, which gets a copy
-     of that, or a second tab then does not sit down on the same seat. */
-  function take(key, storage) {
-    const value = store.get(key, storage);
-    store.set(key, null, storage);
-    return value;
-  }
+  store.set(SEAT, null, "sessionStorage");
 
   function join(as) {
     name = as;
@@ -39,7 +33,8 @@
     talk.ariaLive = "off";
     setTimeout(() => (talk.ariaLive = "polite"), HISTORY);
     socket = Socket.open({
-      url: () => socketAddress("room", { name, after: last }),
+      name: "wire-room",
+      url: () => socketAddress(`room?${new URLSearchParams({ name, after: last })}`),
       protocols: ["chatstream.v1"],
       onmessage: hear,
       onstate: changed,
@@ -51,16 +46,16 @@
     store.set(NAME, name);
     socket.close();
     last = "";
-    pending.clear();
+    unheard.clear();
     present.clear();
     talk.replaceChildren();
-    showPresent(0);
-    out("");
+    socket = null;
+    refresh();
+    $("room-state").textContent = "";
     $("name").focus();
   }
 
   function hear(text) {
-    wire.record("wire-room", "in", text);
     const event = JSON.parse(text);
     if (event.id) last = event.id;
     if (event.name) present.add(event.name);
@@ -81,10 +76,7 @@
     joined: (event) => note("joined", event.name),
     left: (event) => note("left", event.name),
     gap: (event) => note("room-gap", event.missed),
-    error(event) {
-      const key = event.key ?? pending.keys().next().value;
-      if (pending.has(key)) giveBack(event.error.message, [key]);
-    },
+    error: ({ key, error }) => giveBack(error.message, key && [key]),
   };
 
   function message(className, text, ...head) {
@@ -114,48 +106,40 @@
   // ------------------------------------------------------------- what we say ourselves
 
   function speak(text) {
-    const key = `${tab}-${Date.now().toString(36)}${Math.random().toString(36).slice(2, 6)}`;
-    const frame = JSON.stringify({ text, key });
-    wire.record("wire-room", "out", frame);
-    socket.send(frame);
+    const key = `${tab}-${random()}`;
+    socket.send(JSON.stringify({ text, key }));
     const article = message("own pending", text, say("pending"));
-    pending.set(key, { text, article });
+    unheard.set(key, { text, article });
     talk.append(article);
     toEnd();
   }
 
   function delivered(key) {
-    pending.get(key)?.article.remove();
-    pending.delete(key);
-    if (field.value === returned.get(key)) field.value = "";
-    returned.delete(key);
+    const { text, article } = unheard.get(key) ?? {};
+    if (!article && field.value === text) field.value = "";
+    article?.remove();
+    unheard.delete(key);
   }
 
-  function giveBack(reason, keys = [...pending.keys()]) {
-    for (const key of keys) {
-      const { text, article } = pending.get(key);
-      article.remove();
-      pending.delete(key);
-      returned.set(key, text);
-      field.value = [text, field.value].filter(Boolean).join(" ");
+  function giveBack(reason, keys = [...unheard.keys()]) {
+    const pending = keys.map((key) => unheard.get(key)).filter((said) => said?.article);
+    for (const said of pending.reverse()) {
+      said.article.remove();
+      said.article = null;
+      field.value = [said.text, field.value].filter(Boolean).join(" ");
     }
-    if (keys.length) note("room-returned", reason);
+    if (pending.length) note("room-returned", reason);
   }
 
   // -------------------------------------------------------------------------- state
 
   function changed(state, detail) {
     wire.state("wire-room", state, detail);
-    $("room-state").textContent = say(`room-${state}`);
+    $("room-state").textContent = say(`line-${state}`, detail?.reason);
     if (state !== "open") showPresent(0); // until the server says who is there
     if (state === "waiting") giveBack(say("room-cut"));
-    if (state === "closed" && detail) out(say("room-refused", detail.reason)); // for good
-  }
-
-  function out(why) {
-    socket = null;
-    name = "";
-    $("room-state").textContent = why;
+    if (state !== "closed" || !detail) return;
+    socket = null; // for good
     refresh();
   }
 
@@ -167,9 +151,7 @@
 
   $("join").addEventListener("submit", (event) => {
     event.preventDefault();
-    const wanted = $("name").value.trim();
-    if (!wanted) return $("name").focus();
-    join(wanted);
+    join($("name").value.trim());
     field.focus();
   });
 
@@ -184,21 +166,13 @@
 
   $("leave").addEventListener("click", leave);
   addEventListener("pagehide", () => {
-    store.set(SEAT, { tab, name }, "sessionStorage");
-    if (name) store.set(NAME, name);
-  });
-  addEventListener("pageshow", ({ persisted }) => {
-    if (persisted) take(SEAT, "sessionStorage");
+    store.set(SEAT, { tab, name: socket && name }, "sessionStorage");
+    if (socket) store.set(NAME, name);
   });
 
-  views.room = {
-    grows: () => Boolean(socket),
-    enter() {
-      if (!socket && seat.name) join(seat.name); // before a reload
-      seat.name = "";
-    },
-  };
+  views.room = { grows: () => Boolean(socket) };
   const guest = say("guest", 100 + Math.floor(Math.random() * 900));
   $("name").value = seat.name || store.get(NAME) || guest;
-  refresh();
+  if (seat.name) join(seat.name); // as before a reload
+  else refresh();
 }

@@ -9,42 +9,47 @@
    A refused handshake looks to a page like a network that is gone: the server is asked why.
 
      url()                     where to connect to, this time
-     make(url, protocols)      makes the socket
      onmessage(text)
-     onstate(state, detail)    as in sse.js */
+     onstate(state, detail)    as in sse.js
+     name                      under which its frames are shown */
 
 const Socket = {
-  open({ url, protocols = [], make = network.socket, onmessage, onstate }) {
+  open({ name, url, protocols = [], onmessage, onstate }) {
     let socket = null;
 
-    async function connect(attempt) {
-      let wasOpen = false;
-      socket = make(url(), protocols);
+    async function connect(signal) {
+      const to = url();
+      let isRefused = true;
+      wire.record(name, "out", `GET ${to}\nUpgrade: websocket`, "request");
+      socket = network.socket(to, protocols);
       await new Promise((ended) => {
         socket.onopen = () => {
-          wasOpen = true;
-          attempt.heard();
+          isRefused = false;
+          kept.heard();
           onstate("open");
         };
         socket.onmessage = ({ data }) => {
           kept.failures = 0;
-          attempt.heard();
+          kept.heard();
+          wire.record(name, "in", data);
           onmessage(data);
         };
-        socket.onclose = attempt.signal.onabort = ended;
+        socket.onclose = signal.onabort = ended;
       });
       // Without waiting for `close`: a zombie never answers the closing handshake.
       socket.onopen = socket.onmessage = socket.onclose = null;
       socket.close();
-      const reason = wasOpen ? "" : await network.refusal(attempt.signal);
+      const reason = isRefused ? await network.refusal(signal) : "";
       throw Object.assign(new Error(reason), { reason });
     }
 
-    const isFinal = ({ reason }) => Boolean(reason);
-    const kept = new SSE.Kept({ connect, onstate, isFinal });
+    const kept = new SSE.Kept({ connect, onstate, isFinal: ({ reason }) => Boolean(reason) });
     return {
       get isOpen() { return socket?.readyState === WebSocket.OPEN; },
-      send: (text) => socket.send(text),
+      send(text) {
+        wire.record(name, "out", text);
+        socket.send(text);
+      },
       close: () => kept.close(),
     };
   },

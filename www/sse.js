@@ -3,29 +3,21 @@
 /* Server-sent events over fetch: the HTML standard's section 9.2, with what its own
    EventSource lacks (POST, headers, a watchdog for silence, a last word on failure).
 
-     const stream = SSE.open("/clock", {
-       onevent({ type, data, lastEventId }) { ... },
-       onstate(state, detail) { ... },
-     });
-     stream.done();   the last event has come: the server may end the stream
-     stream.close();  nothing more is wanted
+     const stream = SSE.open("/clock", { onevent, onstate });
+     onevent({ type, data, lastEventId })
+     onstate("connecting")
+     onstate("open", response)
+     onstate("waiting", { wait })   ms until the next attempt
+     onstate("closed", reason)      for good: a Refused (with status and reason), another
+                                    Error, or undefined after close() and done()
+     stream.close()                 nothing more is wanted
+     stream.done()                  the last event has come: the server may end the stream
 
-   What onstate() hears:
-     "connecting"
-     "open", response
-     "waiting", {wait}      ms until the next attempt
-     "closed", reason       final: a Refused (with status and reason), another Error, or
-                            undefined after close()
-
-   How it keeps a stream alive:
-   - A connection that breaks, ends or falls silent is made again and says in
-     `Last-Event-ID` where to go on. An answer of 5xx counts as a broken connection.
-   - 204 means that there is nothing more; a 4xx, or anything that is not an event stream,
-     would be the same the next time. Both are final.
-   - What is not safe to repeat is not repeated: a POST goes out once. It is sent again
-     only with a `Last-Event-ID`, which tells the server what it would continue, or if the
-     server has refused it as too busy and said when to come again.
-   - A hidden tab keeps its stream. */
+   A connection that breaks, ends or falls silent is made again, and says in `Last-Event-ID`
+   where to go on; so is one that was answered by a 5xx. 204 means that there is nothing more;
+   a 4xx, or anything that is not an event stream, would be the same the next time: these are
+   final. A POST goes out once. It is sent again only with a `Last-Event-ID`, which tells the
+   server what it would continue, or if the server was too busy and said when to come again. */
 
 const SSE = (() => {
   const DEFAULTS = {
@@ -35,8 +27,6 @@ const SSE = (() => {
     patience: 5000, // ms in which a new attempt must bring the response's head ...
     stale: 5000, // ... and after which a silent stream is not trusted on waking up
     method: "GET",
-    headers: {},
-    body: undefined,
     lastEventId: "",
     fetch: (url, init) => fetch(url, init),
     onevent() {},
@@ -60,7 +50,6 @@ const SSE = (() => {
     }
 
     feed(text) {
-      if (text === "") return;
       if (this.afterCR && text[0] === "\n") text = text.slice(1); // a CRLF cut in half
       this.afterCR = text.endsWith("\r");
       const [first, ...more] = text.split(/\r\n|\r|\n/);
@@ -115,41 +104,6 @@ const SSE = (() => {
 
   // ------------------------------------------------------------- keeping a connection
 
-  /* One attempt, which is given up after so many ms without a sign of life: the laptop
-     slept, the NAT forgot the connection, packets vanish without a word. One clock may stand
-     still while a computer sleeps, the other can be set: the later one counts. It looks
-     every second, because timers sleep too. */
-  class Attempt {
-    constructor(patience, silence) {
-      this.controller = new AbortController();
-      this.signal = this.controller.signal;
-      this.silence = silence; // the limit once something was heard
-      this.heard();
-      this.limit = patience;
-      this.look();
-    }
-
-    heard() {
-      this.limit = this.silence;
-      this.clocks = [performance.now(), Date.now()];
-    }
-
-    get quiet() {
-      return Math.max(performance.now() - this.clocks[0], Date.now() - this.clocks[1]);
-    }
-
-    look() {
-      const left = this.limit - this.quiet;
-      if (left <= 0) this.end("silence");
-      else this.timer = setTimeout(() => this.look(), Math.min(left, 1000));
-    }
-
-    end(why) {
-      clearTimeout(this.timer);
-      this.controller.abort(new Error(why));
-    }
-  }
-
   const REVIVALS = [[window, "online"], [window, "pageshow"], [document, "visibilitychange"]];
 
   /* The wait before a new attempt is drawn at random from a range that doubles with each
@@ -158,17 +112,22 @@ const SSE = (() => {
   const jitter = (failures, base = DEFAULTS.base, cap = DEFAULTS.cap) =>
     Math.random() * Math.min(cap, base * 2 ** failures);
 
-  /* Makes a connection again and again. `connect(attempt)` makes one, and throws the reason
-     when it has ended. Whoever wakes up, comes online or looks at the page again does not
-     wait. */
+  /* Makes a connection again and again. `connect(signal)` makes one, says heard() at each sign
+     of life, and throws the reason when it has ended. Whoever wakes up, comes online or looks
+     at the page again does not wait.
+
+     An attempt that brings nothing for so many ms is given up: the laptop slept, the NAT forgot
+     the connection, packets vanish without a word. */
   class Kept {
+    failures = 0; // since something was received: to open alone says nothing
+    retry = 0; // ms that the server asked for, on top of which comes the jitter
+    isClosed = false;
+    isHurried = false; // the next attempt need not wait
+    attempt = null; // the AbortController of the last one
+    wake = () => {};
+
     constructor(settings) {
       this.settings = { ...DEFAULTS, mayRepeat: () => true, ...settings };
-      this.failures = 0; // since something was received: to open alone says nothing
-      this.retry = 0; // ms that the server asked for, on top of which comes the jitter
-      this.isClosed = false;
-      this.isHurried = false; // the next attempt need not wait
-      this.wake = () => {};
       for (const [target, type] of REVIVALS) target.addEventListener(type, this);
       this.run();
     }
@@ -179,37 +138,48 @@ const SSE = (() => {
       let limit = mayRepeat() ? silence : 3 * silence;
       while (!this.isClosed) {
         onstate("connecting");
-        this.attempt = new Attempt(limit, silence);
-        const failure = await connect(this.attempt).catch((error) => error);
-        this.attempt.end("over"); // lets go of a response that we refused to read, too
-        this.attempt = null;
+        this.attempt = new AbortController();
+        this.heard(limit);
+        const looking = setInterval(() => this.quiet < this.limit || this.giveUp(), 250);
+        const failure = await connect(this.attempt.signal).catch((error) => error);
+        clearInterval(looking);
+        this.giveUp(); // lets go of a response that we refused to read, too
         limit = patience;
-        if (!this.isClosed && isFinal(failure)) this.close(failure);
-        if (!this.isClosed) await this.pause(failure);
+        if (isFinal(failure)) this.close(failure);
+        if (!this.isClosed && !this.isHurried) await this.pause(failure);
+        this.isHurried = false;
       }
     }
 
+    heard(limit = this.settings.silence) {
+      this.limit = limit;
+      this.heardAt = Date.now(); // performance.now() may stand still while a computer sleeps
+    }
+
+    get quiet() { return Date.now() - this.heardAt; }
+
+    giveUp() {
+      this.attempt.abort(new Error("silence"));
+    }
+
     async pause({ retryAfter = 0 }) {
-      if (!this.isHurried) {
-        const { base, cap, onstate } = this.settings;
-        const wait = Math.max(this.retry, retryAfter) + jitter(this.failures, base, cap);
-        this.failures += 1;
-        onstate("waiting", { wait });
-        await new Promise((resolve) => {
-          this.wake = resolve;
-          setTimeout(resolve, wait);
-        });
-      }
-      this.isHurried = false;
+      const { base, cap, onstate } = this.settings;
+      const wait = Math.max(this.retry, retryAfter) + jitter(this.failures, base, cap);
+      this.failures += 1;
+      onstate("waiting", { wait });
+      await new Promise((resolve) => {
+        this.wake = resolve;
+        setTimeout(resolve, wait);
+      });
     }
 
     handleEvent({ type }) {
       if (type === "visibilitychange" && document.hidden) return;
       this.wake();
       const { stale, mayRepeat } = this.settings;
-      if (!this.attempt || this.attempt.quiet < stale || !mayRepeat()) return;
+      if (this.quiet < stale || !mayRepeat()) return;
       this.isHurried = true;
-      this.attempt.end("silence");
+      this.giveUp();
     }
 
     /* `grace`: ms in which the other side may still end the connection itself. */
@@ -217,14 +187,17 @@ const SSE = (() => {
       if (this.isClosed) return;
       this.isClosed = true;
       for (const [target, type] of REVIVALS) target.removeEventListener(type, this);
-      if (grace) setTimeout(() => this.attempt?.end("over"), grace);
-      else this.attempt?.end("over");
+      if (grace) setTimeout(() => this.giveUp(), grace);
+      else this.giveUp();
       this.wake();
       this.settings.onstate("closed", reason);
     }
   }
 
   // ------------------------------------------------------------------ a stream, kept
+
+  const isStream = ({ status, headers }) =>
+    status === 200 && /^text\/event-stream\s*(;|$)/i.test(headers.get("Content-Type"));
 
   // Header values are bytes, and ids are UTF-8: fetch wants one character for each byte.
   const bytesOf = (text) => String.fromCharCode(...new TextEncoder().encode(text));
@@ -234,36 +207,26 @@ const SSE = (() => {
     let request = { ...settings, url };
     let { lastEventId } = settings;
 
-    async function connect(attempt) {
-      const response = await settings.fetch(request.url, init(attempt.signal));
-      await accept(response);
-      attempt.heard();
+    async function connect(signal) {
+      const { method, headers: own, body } = request;
+      const resume = lastEventId && { "Last-Event-ID": bytesOf(lastEventId) };
+      const headers = { ...own, Accept: "text/event-stream", ...resume };
+      const init = { method, headers, body, cache: "no-store", signal };
+      const response = await settings.fetch(request.url, init);
+      if (!isStream(response)) throw new Refused(response, await response.text());
+      kept.heard();
       request = { method: "GET", ...(settings.onopen(response) || request) };
       settings.onstate("open", response);
-      await read(response.body.getReader(), attempt);
+      await read(response.body.getReader());
     }
 
-    function init(signal) {
-      const { method, headers, body } = request;
-      const resume = lastEventId && { "Last-Event-ID": bytesOf(lastEventId) };
-      const all = { ...headers, Accept: "text/event-stream", ...resume };
-      return { method, body, headers: all, cache: "no-store", signal };
-    }
-
-    async function accept(response) {
-      const type = response.headers.get("Content-Type") || "";
-      if (response.status === 200 && /^text\/event-stream\s*(;|$)/i.test(type)) return;
-      const body = response.status === 204 ? "" : await response.text();
-      throw new Refused(response, body);
-    }
-
-    async function read(reader, attempt) {
+    async function read(reader) {
       const decoder = new TextDecoder(); // drops the one byte order mark that is allowed
       const parser = new Parser({ onevent, onretry: (ms) => (kept.retry = ms), lastEventId });
       for (;;) {
         const { done, value } = await reader.read();
         if (done) throw new Error("the stream ended");
-        attempt.heard();
+        kept.heard();
         settings.onbytes(value);
         parser.feed(decoder.decode(value, { stream: true }));
         if (!kept.isClosed) lastEventId = parser.lastEventId || nameOf(parser);

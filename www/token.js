@@ -24,10 +24,7 @@ function askForToken() {
     const isRight = await fits({ Authorization: `Bearer ${token}` }).catch(() => true);
     $("token-state").textContent = isRight ? "" : say("token-wrong");
     if (!isRight) return $("token-field").select();
-    const url = new URL(SERVER);
-    url.searchParams.set("token", token);
-    url.hash = location.hash;
-    location.assign(url);
+    location.assign(address(`?token=${encodeURIComponent(token)}${location.hash}`));
   });
 
   fits().then((isOpen) => isOpen || askForToken(), () => {});

@@ -3,9 +3,11 @@
 /* One message of the chat on the page: a question, or an answer with its reasoning, what
    became of it, its numbers, and what can be done with it. */
 
-const SAID = ":is(h2, h3, h4, h5, h6, p, pre, th, td)";
-
 class Turn {
+  stream = null; // of SSE.open(), once this tab reads the answer
+  counted = 0; // ms: when the numbers were last drawn
+
+  /* `acts`: what can be done with it, by name; null if it is only watched. */
   constructor(message, acts) {
     Object.assign(this, { message, acts });
     const className = message.role === "user" ? "question" : "answer";
@@ -16,6 +18,10 @@ class Turn {
     else this.drawAnswer();
   }
 
+  get isUnderWay() { return this.message.state === "under way"; }
+
+  get isRead() { return this.stream !== null && this.isUnderWay; }
+
   drawQuestion() {
     this.body.dir = "auto";
     this.body.textContent = this.message.content;
@@ -23,16 +29,14 @@ class Turn {
   }
 
   drawAnswer() {
+    this.hold = element("p", { className: "hold", hidden: true }, say("hold"));
     this.numbers = element("span", { className: "stats" });
     this.foot = element("p", { className: "answer-foot" }, this.numbers);
-    this.hold = element("p", { className: "hold", hidden: true });
     this.article.append(this.hold, this.foot);
     this.text = new Markdown(this.body, () => this.grown());
-    this.counted = 0; // ms: when the numbers were last drawn
-    this.isGrowing = isUnderWay(this.message);
-    this.article.classList.toggle("under-way", this.isGrowing);
+    this.article.classList.toggle("under-way", this.isUnderWay);
     this.draw(this.message.content, this.message.reasoning);
-    if (!this.isGrowing) this.end();
+    if (!this.isUnderWay) this.end();
   }
 
   grown() {
@@ -43,7 +47,7 @@ class Turn {
   /* More of the answer, or of what the model thinks before it speaks. */
   take(content = "", reasoning = "") {
     this.message.content += content;
-    if (reasoning) this.message.reasoning = (this.message.reasoning ?? "") + reasoning;
+    this.message.reasoning += reasoning;
     this.draw(content, reasoning);
   }
 
@@ -64,69 +68,52 @@ class Turn {
     return new Markdown(body, stick);
   }
 
-  /* The connection: "open", or why nothing comes. */
-  connection(state, wait = 0) {
-    clearInterval(this.countdown);
-    const isOpen = state === "open" || !this.message.id;
-    this.article.classList.toggle("on-hold", !isOpen);
-    this.hold.hidden = isOpen;
-    const until = Date.now() + wait;
-    const tell = () => {
-      const seconds = Math.ceil((until - Date.now()) / 1000);
-      this.hold.textContent = seconds > 0 ? say("hold-waiting", seconds) : say("hold-connecting");
-    };
-    tell();
-    if (!isOpen) this.countdown = setInterval(tell, 250);
+  /* Whether nothing comes, because the connection is gone. */
+  putOnHold(isOnHold) {
+    this.article.classList.toggle("on-hold", isOnHold);
+    this.hold.hidden = !isOnHold;
     stick();
   }
 
   /* Resolves once all of it is on the page. */
   end() {
-    const { message, article, foot } = this;
-    this.connection("open");
-    this.isGrowing = false;
+    const { message, article, foot, acts } = this;
+    this.putOnHold(false);
     article.classList.remove("under-way");
     this.count();
     if (message.trouble) article.append(this.trouble());
-    else if (!message.isWatched) foot.append(this.button(this.way()));
+    else if (acts) foot.append(this.button(message.state === "done" ? "regenerate" : "again"));
     if (message.content) foot.append(copyButton(() => message.content));
-    if (message.id && !message.isWatched) foot.append(this.link());
+    const href = `#answer/${message.id}`;
+    const link = { className: "plain", href, title: say("link-title") };
+    if (message.id && acts) foot.append(element("a", link, say("link")));
     this.thoughts?.finish();
     return this.text.finish();
-  }
-
-  way() {
-    return this.message.state === "done" ? "regenerate" : "again";
   }
 
   /* What a screen reader is to say: without the words around code. (`innerText` would lay out
      all of a long answer.) */
   spoken() {
-    const parts = this.body.querySelectorAll(`${SAID}:not(.code-head)`);
-    return [...parts].map(({ textContent }) => textContent).join("\n");
+    const said = ":is(h2, h3, h4, h5, h6, p, pre, th, td):not(.code-head)";
+    return [...this.body.querySelectorAll(said)].map((part) => part.textContent).join("\n");
   }
 
   trouble() {
     const words = element("p", { dir: "auto" }, this.message.trouble);
-    const ways = this.message.isWatched ? [] : [this.button("again", "turn")];
+    const ways = this.acts ? [this.button("again", "turn")] : [];
     return element("div", { className: "trouble box" }, words, ...ways);
   }
 
   /* Those of the last turn only are seen. */
   button(name, className = "turn plain") {
     const button = element("button", { type: "button", className }, say(name));
-    button.addEventListener("click", () => this.acts[name](this.message));
+    button.addEventListener("click", () => this.acts[name](this));
     return button;
-  }
-
-  link() {
-    const href = `#answer/${this.message.id}`;
-    return element("a", { className: "plain", href, title: say("link-title") }, say("link"));
   }
 
   count() {
     const { state, at, first, latest, events, caught, took, finish, model } = this.message;
-    const isTimed = events && !this.message.isWatched; // else it is not read as it is written
+    const isTimed = events && this.acts; // what is watched is not read as it is written
     const writing = (latest - first) / 1000;
     const parts = [];
     const add = (text, className = "") => parts.push(element("span", { className }, text));
@@ -136,8 +123,8 @@ class Turn {
     if (model) add(model, "model");
     if (isTimed) add(say("stats-first", decimal(first / 1000, 2)));
     if (isTimed && writing > 0.1) add(say("stats-rate", decimal((events - 1) / writing)));
-    if (events) add(say("stats-events", events.toLocaleString(LANGUAGE)));
-    if (isTimed && caught) add(say("stats-caught", caught.toLocaleString(LANGUAGE)));
+    if (events) add(say("stats-events", decimal(events, 0)));
+    if (isTimed && caught) add(say("stats-caught", decimal(caught, 0)));
     if (isTimed) add(say("stats-total", decimal((took ?? this.counted - at) / 1000)));
     this.numbers.replaceChildren(...parts);
   }

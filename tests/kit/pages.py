@@ -57,9 +57,15 @@ def questions_on(page):
     return page.locator(".question .text")
 
 
+STORED = """() => Object.entries(localStorage)
+  .filter(([name]) => name.startsWith('chatstream.conversation '))
+  .map(([, message]) => JSON.parse(message))
+  .sort((one, other) => one.at - other.at)"""
+
+
 def stored(page):
     """The conversation, as it is kept for a reload and for other tabs."""
-    return page.evaluate("conversation.messages")
+    return page.evaluate(STORED)
 
 
 # ------------------------------------------------------------------------- the room

@@ -150,7 +150,8 @@ class Line(Background):
         self._flowing.clear()
 
     def flow(self):
-        self._flowing.set()
+        """After a cut that was asked for before: what was held back does not overtake it."""
+        self.soon(self._flowing.set)
 
     def passed(self, *marks):
         """The bytes, up and down, of all requests that have these in their heads."""

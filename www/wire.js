@@ -8,7 +8,7 @@ const wire = (() => {
   const KEPT = 40; // frames of each connection
   const LONGEST = 2000; // characters of a frame
   const VIEWS = {
-    "wire-chat": "chat", "wire-polling": "clock", "wire-stream": "clock",
+    "wire-chat": "chat answer", "wire-polling": "clock", "wire-stream": "clock",
     "wire-socket": "clock", "wire-room": "room",
   };
   const MARKS = { in: "←", out: "→", note: "·" };
@@ -46,7 +46,7 @@ const wire = (() => {
   function draw() {
     drawing = 0;
     const all = Object.values(connections);
-    for (const { section, view, rows } of all) section.hidden = view !== shown || !rows.length;
+    for (const { section, view, rows } of all) section.hidden = !view.includes(shown) || !rows.length;
     $("wire-empty").hidden = all.some(({ section }) => !section.hidden);
     for (const { rows, list, follows } of all) { // now each has its height
       for (const row of rows.filter(({ item }) => !item)) list.append((row.item = makeItem(row)));

@@ -152,7 +152,7 @@ DIFFERENT = {
         ("Hello", None),
         ("Hello", FAILED),
     ),
-    "An end before the first word is an error.": (
+    "An end before the first event is an error.": (
         [("[DONE] alone", True), ("an empty body", True)],
         ("", None),
         ("", FAILED),
@@ -167,7 +167,7 @@ DIFFERENT = {
         ("", None),
         ("", FAILED),
     ),
-    "An HTML page is an error: somewhere on the way one has to log in.": (
+    "An HTML page is an error: it is mostly the login page of something in between.": (
         [("an HTML page", True)],
         ("", None),
         ("", FAILED),
@@ -183,7 +183,7 @@ DIFFERENT = {
         ("Hello", None),
         ("", FAILED),
     ),
-    "A whole completion in answer to a streamed question is told as a stream.": (
+    "A whole completion in answer to a streamed question is sent as a stream.": (
         [("a whole completion", True)],
         ("", None),
         ("Hello", None),

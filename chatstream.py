@@ -3244,9 +3244,10 @@ class Intake:
 
     async def run(self) -> None:
         while self._epoll:
-            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            while not (ready := self._epoll.poll(0)):
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
             turn = Turn()
-            for fd, _ in self._epoll.poll(0):
+            for fd, _ in ready:
                 await turn.pause()
                 if read_now := self._reads.get(fd):  # still
                     read_now()

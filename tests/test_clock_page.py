@@ -54,7 +54,7 @@ def verdict(page, way):
 
 
 def cut(page, seconds):
-    page.evaluate(f"document.querySelector('#clock-cut button').dataset.cut = {seconds}")
+    page.evaluate(f"document.querySelector('#clock-cut button').value = {seconds}")
     page.locator("#clock-cut button").first.click()
 
 

@@ -150,7 +150,6 @@ def test_no_function_has_more_than_40_lines():
     assert long == []
 
 
-@REBUILD
 def test_the_pages_have_at_most_3000_lines():
     assert sum(len((ROOT / "www" / page).read_text().splitlines()) for page in PAGES) <= 3000
 

@@ -303,8 +303,7 @@
 
   // ------------------------------------------------------------------------- input
 
-  $("ask").addEventListener("submit", (event) => {
-    event.preventDefault();
+  $("ask").addEventListener("submit", () => {
     const text = question.value.trim();
     if (!text) return;
     if (isBusy()) return void ($("chat-state").textContent = say("chat-busy"));
@@ -357,11 +356,7 @@
   });
 
   network.controls($("cut-chat"), refresh);
-  let hearing = 0; // one tab may say several things at once
-  addEventListener("storage", () => {
-    clearTimeout(hearing);
-    hearing = setTimeout(sync, 10);
-  });
+  addEventListener("storage", () => sync());
   const before = store.get(DRAFT, "sessionStorage");
   question.value = before?.text ?? "";
   if (before?.focused) question.focus();

@@ -8,8 +8,6 @@ const heads = (() => {
   const size = (lines) => lines.reduce((sum, line) => sum + line.length + 2, 2);
   const written = (headers) => [...headers].map((pair) => pair.join(": "));
 
-  const isOwn = SERVER.origin === self.origin;
-  const origin = `Origin: ${self.origin}`;
   const languages = navigator.languages.map((name, i) => (i ? `${name};q=0.${10 - i}` : name));
   const { brands = [], platform } = navigator.userAgentData ?? {};
   const named = brands.map(({ brand, version }) => `"${brand}";v="${version}"`);
@@ -23,13 +21,12 @@ const heads = (() => {
     `Accept-Language: ${languages}`,
   ];
   const FETCH = [
-    "Connection: keep-alive", `Sec-Fetch-Site: ${isOwn ? "same-origin" : "cross-site"}`,
-    "Sec-Fetch-Mode: cors", "Sec-Fetch-Dest: empty", ...(isOwn ? [] : [origin]),
-    ...(platform ? hints : []),
+    "Connection: keep-alive", "Sec-Fetch-Site: same-origin", "Sec-Fetch-Mode: cors",
+    "Sec-Fetch-Dest: empty", ...(platform ? hints : []),
   ];
   const HANDSHAKE = [
-    origin, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
-    `Sec-WebSocket-Key: ${"x".repeat(24)}`,
+    `Origin: ${self.origin}`, "Connection: Upgrade", "Upgrade: websocket",
+    "Sec-WebSocket-Version: 13", `Sec-WebSocket-Key: ${"x".repeat(24)}`,
     "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
   ];
 

@@ -86,19 +86,16 @@ const network = (() => {
   }
 
   function controls(place, onchange) {
-    const label = element("span", { id: `${place.id}-label` }, say("cut"));
     const words = element("span", { role: "status" });
     const count = element("span", { className: "count" });
-    place.setAttribute("aria-labelledby", label.id);
-    place.append(label, ...SECONDS.map(button), words, count);
+    place.ariaLabel = say("cut");
+    place.append(element("span", {}, say("cut")), ...SECONDS.map(button), words, count);
     places.push({ words, count, onchange });
   }
 
-  function button(seconds) {
-    const made = element("button", { type: "button" }, say("cut-seconds", seconds));
-    made.dataset.cut = seconds;
-    made.addEventListener("click", () => cut(Number(made.dataset.cut)));
-    return made;
+  function button(value) {
+    const onclick = ({ target }) => cut(Number(target.value));
+    return element("button", { type: "button", value, onclick }, say("cut-seconds", value));
   }
 
   return {

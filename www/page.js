@@ -126,4 +126,5 @@ function translate() {
 
 translate();
 addEventListener("hashchange", show);
+addEventListener("submit", (event) => event.preventDefault()); // the scripts send what a form has
 addEventListener("DOMContentLoaded", show); // after all deferred scripts

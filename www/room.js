@@ -149,14 +149,12 @@
     stick();
   }
 
-  $("join").addEventListener("submit", (event) => {
-    event.preventDefault();
+  $("join").addEventListener("submit", () => {
     join($("name").value.trim());
     field.focus();
   });
 
-  $("speak").addEventListener("submit", (event) => {
-    event.preventDefault();
+  $("speak").addEventListener("submit", () => {
     const text = field.value;
     if (!text.trim()) return;
     if (!socket.isOpen) return void ($("room-state").textContent = say("room-unsent"));

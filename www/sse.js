@@ -65,13 +65,11 @@ const SSE = (() => {
       const [, field, value] = /^([^:]*):? ?([^]*)$/.exec(line);
       if (field === "data") this.data += `${value}\n`;
       else if (field === "event") this.type = value;
-      else if (field === "id" && !value.includes("\0")) this.named(value);
       else if (field === "retry" && /^[0-9]+$/.test(value)) this.onretry(Number(value));
-    }
-
-    named(id) {
-      this.id = id;
-      if (this.data === "") this.bareId = id;
+      else if (field === "id" && !value.includes("\0")) {
+        this.id = value;
+        if (this.data === "") this.bareId = value;
+      }
     }
 
     dispatch() {

@@ -18,8 +18,7 @@ function askForToken() {
     return response.status !== 401;
   }
 
-  $("token").addEventListener("submit", async (event) => {
-    event.preventDefault();
+  $("token").addEventListener("submit", async () => {
     const token = $("token-field").value.trim();
     const isRight = await fits({ Authorization: `Bearer ${token}` }).catch(() => true);
     $("token-state").textContent = isRight ? "" : say("token-wrong");

@@ -12,8 +12,7 @@ class Turn {
     Object.assign(this, { message, acts });
     const className = message.role === "user" ? "question" : "answer";
     this.body = element("div", { className: "text" });
-    const ariaLabel = say(className === "question" ? "you" : "answer");
-    this.article = element("article", { className, ariaLabel }, this.body);
+    this.article = element("article", { className, ariaLabel: say(className) }, this.body);
     if (className === "question") this.drawQuestion();
     else this.drawAnswer();
   }
@@ -106,9 +105,8 @@ class Turn {
 
   /* Those of the last turn only are seen. */
   button(name, className = "turn plain") {
-    const button = element("button", { type: "button", className }, say(name));
-    button.addEventListener("click", () => this.acts[name](this));
-    return button;
+    const onclick = () => this.acts[name](this);
+    return element("button", { type: "button", className, onclick }, say(name));
   }
 
   count() {

@@ -46,7 +46,7 @@ const wire = (() => {
   function draw() {
     drawing = 0;
     const all = Object.values(connections);
-    for (const { section, view, rows } of all) section.hidden = !view.includes(shown) || !rows.length;
+    for (const one of all) one.section.hidden = !(one.rows.length && one.view.includes(shown));
     $("wire-empty").hidden = all.some(({ section }) => !section.hidden);
     for (const { rows, list, follows } of all) { // now each has its height
       for (const row of rows.filter(({ item }) => !item)) list.append((row.item = makeItem(row)));

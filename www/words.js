@@ -18,7 +18,7 @@ const WORDS = {
   "refused-origin": ["{0} is not for pages from here. Its --allow-origin says which are.",
     "{0} 不接受来自这里的页面。启动参数 --allow-origin 决定接受哪些。"],
 
-  "you": ["You", "你"],
+  "question": ["You", "你"],
   "answer": ["Answer", "回答"],
   "copy": ["Copy", "复制"],
   "copied": ["Copied", "已复制"],

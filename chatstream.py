@@ -1456,7 +1456,7 @@ async def shake_hands(wire: Wire, head: bytes, may_v1: bool) -> bool:
 
 
 INVISIBLE = re.compile(
-    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 
 
@@ -1467,7 +1467,7 @@ def clean_name(name: str) -> str:
     """
     shown, marks = "", 0
     for c in filter(str.isprintable, INVISIBLE.sub("", unicodedata.normalize("NFKC", name[:500]))):
-        is_mark = unicodedata.combining(c) or unicodedata.category(c) == "Me"
+        is_mark = unicodedata.category(c) in ("Mn", "Me")  # Thai has some of class 0
         marks = marks + 1 if is_mark else 0
         if marks <= 2:
             shown += c

@@ -3745,6 +3745,7 @@ def demo_response(words: list[str], prompt: int, with_usage: bool) -> Iterator[J
 # and so makes a TLS record and a write of it for each reader, as over HTTP/1.
 
 HTTP2_STREAMS = 100
+HTTP2_TABLE = 4 * KiB  # of headers that were sent before
 HTTP2_BITE = KiB  # h2 takes 0.1 ms for a frame of 10 bytes, and does not pause
 GOODBYE = 0.5  # seconds, for a client that may be stuck
 
@@ -3764,7 +3765,8 @@ class Http2Stream:
     async def handle(self, event: object) -> None:
         """From Hypercorn: a piece of the body, its end, or the end of the stream."""
         if isinstance(event, Body):
-            with contextlib.suppress(trio.ClosedResourceError):  # we have answered already
+            answered = (trio.ClosedResourceError, trio.BrokenResourceError)  # already
+            with contextlib.suppress(*answered):
                 return await self._body_in.send(event.data)
         self.heard |= isinstance(event, EndBody)
         self._body_in.close()
@@ -3783,6 +3785,7 @@ class Http2Stream:
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in dated(headers)]
         own = [(name, value) for name, value in raw if name != b"connection"]
+        self._body.close()  # what still comes of a refused one must not stop all reading
         self.h2.send_headers(self.number, [(b":status", b"%d" % status), *own])
         await self.protocol._flush()
         await self._write(body)
@@ -3805,13 +3808,13 @@ class Http2Stream:
         return bool(self._unsent or self.protocol.wire.unsent)
 
     def write_now(self, data: bytes) -> None:
-        """Write without waiting, if the window has space and nobody else is writing."""
+        """Write without waiting, if the window has space."""
         self._unsent = data
         with contextlib.suppress(trio.BrokenResourceError, h2.exceptions.ProtocolError):
-            if self._space() >= len(data) and not self.protocol.sending.locked():
+            if self._space() >= len(data):
                 self.h2.send_data(self.number, data)
                 self._unsent = b""
-                self.protocol.wire.write_now(self.h2.data_to_send())
+                self.protocol.push()
 
     async def flush(self) -> None:
         await self._write(self._unsent)
@@ -3823,11 +3826,14 @@ class Http2Stream:
         """Wait for the client's window, as long as the client takes anything."""
         data = memoryview(data)
         while data:
-            with trio.move_on_after(STUCK_TIMEOUT):
-                while (space := self._space()) <= 0:
+            since = trio.current_time()
+            while (space := self._space()) <= 0:
+                if self.h2.outbound_flow_control_window <= 0:  # other streams were faster
+                    since = max(since, self.protocol.widened)
+                with trio.move_on_at(since + STUCK_TIMEOUT) as patience:
                     await self.protocol.news.wait()
-            if space <= 0:
-                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
+                if patience.cancelled_caught:
+                    raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
             self.h2.send_data(self.number, data[:space])
             data = data[space:]
             await self.protocol._flush()
@@ -3836,7 +3842,7 @@ class Http2Stream:
         if self.gone.is_set():
             raise trio.BrokenResourceError("the client has left")
         window = self.h2.local_flow_control_window(self.number)
-        return min(window, self.h2.max_outbound_frame_size)
+        return min(window, self.h2.max_outbound_frame_size, WRITE_BYTES)
 
 
 class Http2(H2Protocol):
@@ -3860,17 +3866,36 @@ class Http2(H2Protocol):
         )
         self.wire = wire
         self.handle_request = handle
-        self.sending = trio.Lock()
+        self.said = b""  # by h2, and not yet written
+        self.sending = trio.Lock()  # of those that wait for the socket
         self.news = trio.Event()  # from the client: there may be more room
+        self.widened = -inf  # when the window of all streams was last
         self.patience = trio.CancelScope()
         self.patience.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
 
     async def on_event(self, event: object) -> None:
-        if isinstance(event, RawData):
-            async with self.sending:  # in h2's order: a head is read after those before it
-                await self.wire.send(event.data)
-        elif isinstance(event, Closed):
+        if isinstance(event, Closed):
             raise trio.BrokenResourceError("the client has broken the rules of HTTP/2")
+
+    def push(self) -> None:
+        """Write what h2 has said, in its order, unless the socket is full."""
+        self.said += self.connection.data_to_send()
+        if self.said and not self.wire.unsent:
+            said, self.said = self.said, b""
+            self.wire.write_now(said)
+
+    async def _flush(self) -> None:
+        """Wait until all that h2 has said is written.
+
+        A task that is called away meanwhile leaves it to the next one: a head that is
+        lost would make all heads after it unreadable (RFC 7541, section 2.2).
+        """
+        self.said += self.connection.data_to_send()
+        if self.said:
+            async with self.sending:
+                await self.wire.flush()
+                self.push()
+                await self.wire.flush()
 
     async def run(self) -> None:
         """Read until either side has had enough."""
@@ -3905,10 +3930,25 @@ class Http2(H2Protocol):
                 self.connection.acknowledge_received_data(size, event.stream_id)
             # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
             elif not isinstance(event, h2.events.PriorityUpdated):
+                if isinstance(event, h2.events.WindowUpdated) and not event.stream_id:
+                    self.widened = trio.current_time()
                 await super()._handle_events([event])
+        self.bound_table()
         await self._flush()
         self.news.set()
         self.news = trio.Event()
+
+    def bound_table(self) -> None:
+        """A client may allow us a table of 4 GiB for our heads: it is searched for each.
+
+        And hpack keeps each change of its size, to tell them all with the next head.
+        """
+        encoder = self.connection.encoder
+        if encoder.header_table_size > HTTP2_TABLE:
+            encoder.header_table_size = HTTP2_TABLE
+        if sizes := encoder.table_size_changes:
+            sizes[:] = [min(sizes), sizes[-1]]  # RFC 7541, section 4.2
+            encoder.header_table.resized = True
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         if len(self.streams) >= HTTP2_STREAMS:

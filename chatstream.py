@@ -912,12 +912,19 @@ class Answers:
 
     @contextlib.asynccontextmanager
     async def parsing(self, body: bytes) -> AsyncIterator[None]:
-        """Of long questions, one is parsed at a time: all else has its turn in between."""
+        """Of long questions, one is parsed at a time: all else has its turn in between.
+
+        Those that wait are counted. Raises Problem 503 if there are too many.
+        """
         if len(body) < LONG_QUESTION:
             yield
-        else:
+            return
+        self.reserve(len(body))
+        try:
             async with self._parsing:
                 yield
+        finally:
+            self.held -= len(body)
 
     def begin(self, nursery: trio.Nursery, model: Model, question: Question, name: str) -> Answer:
         """Start an answer in this nursery. Raises Problem 503 if there are too many.
@@ -3573,13 +3580,14 @@ def unreachable(error: BaseException) -> str:
 def watch_for_life(sock: socket.socket, seconds: int, may_wait: bool = False) -> None:
     """Let the system notice a peer whose network is gone, where it can (tcp(7)).
 
-    TCP_USER_TIMEOUT also ends a peer that is there and does not read: an upstream that is
-    busy, or still loading its model, may wait with a long question.
+    TCP_USER_TIMEOUT also ends a peer that is there and reads less than a segment, which may
+    have 64 KiB, in that time: at 4 KB/s, that takes 16 s. And an upstream that is busy, or
+    still loading its model, may wait with a long question.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", seconds // 3), ("TCP_KEEPINTVL", seconds // 6),
-        ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 0 if may_wait else seconds * 1000),
+        ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 0 if may_wait else seconds * 3000),
         ("TCP_NODELAY", 1),
     ):  # fmt: skip
         if hasattr(socket, name):
@@ -4612,7 +4620,7 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
 # All that can be wrong with flags, ports, certificate and Redis is found before the
 # first client is served, and told in one line.
 
-CLIENT_VANISHED = 20  # seconds without TCP acknowledgement
+CLIENT_VANISHED = 20  # seconds without TCP acknowledgement; three times as many under way
 GC_THRESHOLD = 20_000  # new objects; the default of 700 looks for cycles all the time
 
 

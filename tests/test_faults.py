@@ -9,6 +9,7 @@ import random
 import re
 import shlex
 import signal
+import socket
 import time
 from contextlib import AsyncExitStack, suppress
 
@@ -410,6 +411,22 @@ async def test_long_questions_that_come_together_are_parsed_one_by_one(serve):
     assert "round:" not in server.stderr_text(), server.stderr_text()
 
 
+async def test_long_questions_that_wait_to_be_parsed_are_counted(serve):
+    """Each takes 0.1 s: they come much faster than that."""
+    server = serve(program=program(ANSWERS_BYTES=4 << 20))
+    lists = ",".join(["[" * 100 + "]" * 100] * 1400)
+    question = f'{json.dumps(asking("hi"))[:-1]},"x":[{lists}],}}'.encode()  # not quite JSON
+    statuses = []
+
+    async def ask():
+        statuses.append((await fetch("POST", server.http + OPENAI, None, question)).status)
+
+    async with unharmed(server), trio.open_nursery() as nursery:
+        for _ in range(60):
+            nursery.start_soon(ask)
+    assert {*statuses} == ({400} if FULL else {400, 503})
+
+
 async def test_a_number_without_end_is_no_fault_of_the_demo(demo):
     question = (
         json.dumps(asking("Hello", model="demo"))[:-1].encode() + b', "seed": ' + b"9" * 5000 + b"}"
@@ -467,6 +484,23 @@ async def test_a_reader_that_stands_still_is_dropped_after_10_seconds(serve, ups
                 await until_health(server, readers=left)
                 assert 9 < time.monotonic() - began[name] < 15, name
         nursery.cancel_scope.cancel()
+
+
+async def test_a_reader_of_4_kilobytes_a_second_is_not_dropped(serve, upstream):
+    """The system may take one that never has room for a whole segment for one that is gone."""
+    limits = program(CLIENT_VANISHED=6)
+    server = serve("--upstream", upstream.url, "--model", "m", program=limits)
+    body = json.dumps(asking(upstream.script(*sse(*[delta("x" * 500_000)] * 16, HOLD)))).encode()
+    plain = trio.socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with plain:
+        await plain.connect(("127.0.0.1", server.port))
+        length = f"Content-Length: {len(body)}"
+        await plain.send(head("POST", CHAT, "Host: localhost", length) + body)
+        for _ in range(160 if FULL else 44):
+            await trio.sleep(0.25)
+            with trio.fail_after(5):
+                assert await plain.recv(1024)
 
 
 async def read_on(response):

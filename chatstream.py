@@ -3907,10 +3907,13 @@ class Http2(H2Protocol):
 
     async def run(self) -> None:
         """Read until either side has had enough."""
-        most = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: HTTP2_STREAMS}
+        codes = h2.settings.SettingCodes
+        most = {codes.MAX_CONCURRENT_STREAMS: HTTP2_STREAMS, codes.MAX_HEADER_LIST_SIZE: HEAD_BYTES}
         self.connection.local_settings = h2.settings.Settings(client=False, initial_values=most)
         self.connection.initiate_connection()
         self.connection.local_settings = h2.settings.Settings(client=False)  # h2 has no limit
+        # Of streams, that is. A head of 20 bytes can stand for the 64 KiB that it allows.
+        self.connection.decoder.max_header_list_size = HEAD_BYTES
         await self._flush()
         try:
             with self.patience:

@@ -10,7 +10,7 @@ import re
 import socket
 import ssl
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -353,6 +353,18 @@ async def test_a_body_that_nobody_reads_any_more_holds_no_other_stream_up(secure
         client.conn.increment_flow_control_window(1000, asked)
         await client.flush()
         assert (await client.whole(asked, 5))[0] == 200
+
+
+async def test_a_head_has_16_kib_at_most_over_http_2_too(secure):
+    """Sent twice, it takes a few bytes, and as much memory as before for each stream."""
+    async with unharmed(secure), http2(secure.http) as client:
+        for size, many in ((3000, 5), (3000, 6)):
+            with suppress(AssertionError):  # the connection has ended
+                for _ in range(3):
+                    head = [("x-long", "y" * size)] * many
+                    assert (await client.whole(await client.ask("/time", headers=head)))[0] == 200
+            assert client.closed == (many == 6)
+        assert client.goaway == 11, "ENHANCE_YOUR_CALM"
 
 
 # ---------------------------------------------------------------- broken frames

@@ -803,7 +803,7 @@ class Answer(EventLog):
 
 ANSWER_BYTES = 64 * MiB
 ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
-LONG_QUESTION = 64 * KiB
+LONG_QUESTION = 8 * KiB  # may take 0.2 ms to parse
 ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
 
 

@@ -395,12 +395,15 @@ async def test_what_the_demo_has_yet_to_say_takes_no_memory(serve):
         assert resident(server.process.pid) - before < 20 << 20
 
 
-async def test_long_questions_that_come_together_are_parsed_one_by_one(serve):
+@pytest.mark.parametrize(
+    ("more", "count"), [(f'"{"x" * 2**20}"', 40), (f"[{'[],' * 19_000}0]", 150)]
+)
+async def test_long_questions_that_come_together_are_parsed_one_by_one(serve, more, count):
     server = serve(program=measured(60, rounds=0.06))
-    question = json.dumps(asking("x" * 2**20)).encode()
+    question = f'{json.dumps(asking("hi"))[:-1]},"more":{more}}}'.encode()
     lines = "Host: localhost", f"Content-Length: {len(question)}"
     async with unharmed(server), AsyncExitStack() as stack:
-        askers = [await stack.enter_async_context(connect(server.http)) for _ in range(40)]
+        askers = [await stack.enter_async_context(connect(server.http)) for _ in range(count)]
         for asker in askers:
             await asker.send(head("POST", OPENAI, *lines) + question[:-1])
         await trio.sleep(0.5)  # until all but the last byte is there

@@ -803,7 +803,7 @@ class Answer(EventLog):
 
 ANSWER_BYTES = 64 * MiB
 ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
-LONG_QUESTION = 64 * KiB
+LONG_QUESTION = 8 * KiB  # may take 0.2 ms to parse
 ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
 
 
@@ -912,12 +912,19 @@ class Answers:
 
     @contextlib.asynccontextmanager
     async def parsing(self, body: bytes) -> AsyncIterator[None]:
-        """Of long questions, one is parsed at a time: all else has its turn in between."""
+        """Of long questions, one is parsed at a time: all else has its turn in between.
+
+        Those that wait are counted. Raises Problem 503 if there are too many.
+        """
         if len(body) < LONG_QUESTION:
             yield
-        else:
+            return
+        self.reserve(len(body))
+        try:
             async with self._parsing:
                 yield
+        finally:
+            self.held -= len(body)
 
     def begin(self, nursery: trio.Nursery, model: Model, question: Question, name: str) -> Answer:
         """Start an answer in this nursery. Raises Problem 503 if there are too many.
@@ -1456,7 +1463,7 @@ async def shake_hands(wire: Wire, head: bytes, may_v1: bool) -> bool:
 
 
 INVISIBLE = re.compile(
-    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 
 
@@ -1467,7 +1474,7 @@ def clean_name(name: str) -> str:
     """
     shown, marks = "", 0
     for c in filter(str.isprintable, INVISIBLE.sub("", unicodedata.normalize("NFKC", name[:500]))):
-        is_mark = unicodedata.combining(c) or unicodedata.category(c) == "Me"
+        is_mark = unicodedata.category(c) in ("Mn", "Me")  # Thai has some of class 0
         marks = marks + 1 if is_mark else 0
         if marks <= 2:
             shown += c
@@ -3575,13 +3582,14 @@ def unreachable(error: BaseException) -> str:
 def watch_for_life(sock: socket.socket, seconds: int, may_wait: bool = False) -> None:
     """Let the system notice a peer whose network is gone, where it can (tcp(7)).
 
-    TCP_USER_TIMEOUT also ends a peer that is there and does not read: an upstream that is
-    busy, or still loading its model, may wait with a long question.
+    TCP_USER_TIMEOUT also ends a peer that is there and reads less than a segment, which may
+    have 64 KiB, in that time: at 4 KB/s, that takes 16 s. And an upstream that is busy, or
+    still loading its model, may wait with a long question.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", seconds // 3), ("TCP_KEEPINTVL", seconds // 6),
-        ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 0 if may_wait else seconds * 1000),
+        ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 0 if may_wait else seconds * 3000),
         ("TCP_NODELAY", 1),
     ):  # fmt: skip
         if hasattr(socket, name):
@@ -3747,6 +3755,7 @@ def demo_response(words: list[str], prompt: int, with_usage: bool) -> Iterator[J
 # and so makes a TLS record and a write of it for each reader, as over HTTP/1.
 
 HTTP2_STREAMS = 100
+HTTP2_TABLE = 4 * KiB  # of headers that were sent before
 HTTP2_BITE = KiB  # h2 takes 0.1 ms for a frame of 10 bytes, and does not pause
 GOODBYE = 0.5  # seconds, for a client that may be stuck
 
@@ -3766,7 +3775,8 @@ class Http2Stream:
     async def handle(self, event: object) -> None:
         """From Hypercorn: a piece of the body, its end, or the end of the stream."""
         if isinstance(event, Body):
-            with contextlib.suppress(trio.ClosedResourceError):  # we have answered already
+            answered = (trio.ClosedResourceError, trio.BrokenResourceError)  # already
+            with contextlib.suppress(*answered):
                 return await self._body_in.send(event.data)
         self.heard |= isinstance(event, EndBody)
         self._body_in.close()
@@ -3785,6 +3795,7 @@ class Http2Stream:
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in dated(headers)]
         own = [(name, value) for name, value in raw if name != b"connection"]
+        self._body.close()  # what still comes of a refused one must not stop all reading
         self.h2.send_headers(self.number, [(b":status", b"%d" % status), *own])
         await self.protocol._flush()
         await self._write(body)
@@ -3807,13 +3818,13 @@ class Http2Stream:
         return bool(self._unsent or self.protocol.wire.unsent)
 
     def write_now(self, data: bytes) -> None:
-        """Write without waiting, if the window has space and nobody else is writing."""
+        """Write without waiting, if the window has space."""
         self._unsent = data
         with contextlib.suppress(trio.BrokenResourceError, h2.exceptions.ProtocolError):
-            if self._space() >= len(data) and not self.protocol.sending.locked():
+            if self._space() >= len(data):
                 self.h2.send_data(self.number, data)
                 self._unsent = b""
-                self.protocol.wire.write_now(self.h2.data_to_send())
+                self.protocol.push()
 
     async def flush(self) -> None:
         await self._write(self._unsent)
@@ -3825,11 +3836,14 @@ class Http2Stream:
         """Wait for the client's window, as long as the client takes anything."""
         data = memoryview(data)
         while data:
-            with trio.move_on_after(STUCK_TIMEOUT):
-                while (space := self._space()) <= 0:
+            since = trio.current_time()
+            while (space := self._space()) <= 0:
+                if self.h2.outbound_flow_control_window <= 0:  # other streams were faster
+                    since = max(since, self.protocol.widened)
+                with trio.move_on_at(since + STUCK_TIMEOUT) as patience:
                     await self.protocol.news.wait()
-            if space <= 0:
-                raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
+                if patience.cancelled_caught:
+                    raise Stuck(f"it read nothing for {STUCK_TIMEOUT} s")
             self.h2.send_data(self.number, data[:space])
             data = data[space:]
             await self.protocol._flush()
@@ -3838,7 +3852,7 @@ class Http2Stream:
         if self.gone.is_set():
             raise trio.BrokenResourceError("the client has left")
         window = self.h2.local_flow_control_window(self.number)
-        return min(window, self.h2.max_outbound_frame_size)
+        return min(window, self.h2.max_outbound_frame_size, WRITE_BYTES)
 
 
 class Http2(H2Protocol):
@@ -3862,24 +3876,46 @@ class Http2(H2Protocol):
         )
         self.wire = wire
         self.handle_request = handle
-        self.sending = trio.Lock()
+        self.said = b""  # by h2, and not yet written
+        self.sending = trio.Lock()  # of those that wait for the socket
         self.news = trio.Event()  # from the client: there may be more room
+        self.widened = -inf  # when the window of all streams was last
         self.patience = trio.CancelScope()
         self.patience.deadline = trio.current_time() + HEAD_TIMEOUT  # for a whole head
 
     async def on_event(self, event: object) -> None:
-        if isinstance(event, RawData):
-            async with self.sending:  # in h2's order: a head is read after those before it
-                await self.wire.send(event.data)
-        elif isinstance(event, Closed):
+        if isinstance(event, Closed):
             raise trio.BrokenResourceError("the client has broken the rules of HTTP/2")
+
+    def push(self) -> None:
+        """Write what h2 has said, in its order, unless the socket is full."""
+        self.said += self.connection.data_to_send()
+        if self.said and not self.wire.unsent:
+            said, self.said = self.said, b""
+            self.wire.write_now(said)
+
+    async def _flush(self) -> None:
+        """Wait until all that h2 has said is written.
+
+        A task that is called away meanwhile leaves it to the next one: a head that is
+        lost would make all heads after it unreadable (RFC 7541, section 2.2).
+        """
+        self.said += self.connection.data_to_send()
+        if self.said:
+            async with self.sending:
+                await self.wire.flush()
+                self.push()
+                await self.wire.flush()
 
     async def run(self) -> None:
         """Read until either side has had enough."""
-        most = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: HTTP2_STREAMS}
+        codes = h2.settings.SettingCodes
+        most = {codes.MAX_CONCURRENT_STREAMS: HTTP2_STREAMS, codes.MAX_HEADER_LIST_SIZE: HEAD_BYTES}
         self.connection.local_settings = h2.settings.Settings(client=False, initial_values=most)
         self.connection.initiate_connection()
         self.connection.local_settings = h2.settings.Settings(client=False)  # h2 has no limit
+        # Of streams, that is. A head of 20 bytes can stand for the 64 KiB that it allows.
+        self.connection.decoder.max_header_list_size = HEAD_BYTES
         await self._flush()
         try:
             with self.patience:
@@ -3907,10 +3943,25 @@ class Http2(H2Protocol):
                 self.connection.acknowledge_received_data(size, event.stream_id)
             # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
             elif not isinstance(event, h2.events.PriorityUpdated):
+                if isinstance(event, h2.events.WindowUpdated) and not event.stream_id:
+                    self.widened = trio.current_time()
                 await super()._handle_events([event])
+        self.bound_table()
         await self._flush()
         self.news.set()
         self.news = trio.Event()
+
+    def bound_table(self) -> None:
+        """A client may allow us a table of 4 GiB for our heads: it is searched for each.
+
+        And hpack keeps each change of its size, to tell them all with the next head.
+        """
+        encoder = self.connection.encoder
+        if encoder.header_table_size > HTTP2_TABLE:
+            encoder.header_table_size = HTTP2_TABLE
+        if sizes := encoder.table_size_changes:
+            sizes[:] = [min(sizes), sizes[-1]]  # RFC 7541, section 4.2
+            encoder.header_table.resized = True
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         if len(self.streams) >= HTTP2_STREAMS:
@@ -4574,7 +4625,7 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
 # All that can be wrong with flags, ports, certificate and Redis is found before the
 # first client is served, and told in one line.
 
-CLIENT_VANISHED = 20  # seconds without TCP acknowledgement
+CLIENT_VANISHED = 20  # seconds without TCP acknowledgement; three times as many under way
 GC_THRESHOLD = 20_000  # new objects; the default of 700 looks for cycles all the time
 
 

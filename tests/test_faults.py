@@ -9,6 +9,7 @@ import random
 import re
 import shlex
 import signal
+import socket
 import time
 from contextlib import AsyncExitStack, suppress
 
@@ -422,12 +423,15 @@ async def test_a_name_that_is_kept_with_an_answer_has_a_limit(demo, name):
     assert json.loads(refused.body)["error"]["param"] == name
 
 
-async def test_long_questions_that_come_together_are_parsed_one_by_one(serve):
+@pytest.mark.parametrize(
+    ("more", "count"), [(f'"{"x" * 2**20}"', 40), (f"[{'[],' * 19_000}0]", 150)]
+)
+async def test_long_questions_that_come_together_are_parsed_one_by_one(serve, more, count):
     server = serve(program=measured(60, rounds=0.06))
-    question = json.dumps(asking("x" * 2**20)).encode()
+    question = f'{json.dumps(asking("hi"))[:-1]},"more":{more}}}'.encode()
     lines = "Host: localhost", f"Content-Length: {len(question)}"
     async with unharmed(server), AsyncExitStack() as stack:
-        askers = [await stack.enter_async_context(connect(server.http)) for _ in range(40)]
+        askers = [await stack.enter_async_context(connect(server.http)) for _ in range(count)]
         for asker in askers:
             await asker.send(head("POST", OPENAI, *lines) + question[:-1])
         await trio.sleep(0.5)  # until all but the last byte is there
@@ -436,6 +440,22 @@ async def test_long_questions_that_come_together_are_parsed_one_by_one(serve):
         for asker in askers:
             assert (await asker.response("POST")).status == 200
     assert "round:" not in server.stderr_text(), server.stderr_text()
+
+
+async def test_long_questions_that_wait_to_be_parsed_are_counted(serve):
+    """Each takes 0.1 s: they come much faster than that."""
+    server = serve(program=program(ANSWERS_BYTES=4 << 20))
+    lists = ",".join(["[" * 100 + "]" * 100] * 1400)
+    question = f'{json.dumps(asking("hi"))[:-1]},"x":[{lists}],}}'.encode()  # not quite JSON
+    statuses = []
+
+    async def ask():
+        statuses.append((await fetch("POST", server.http + OPENAI, None, question)).status)
+
+    async with unharmed(server), trio.open_nursery() as nursery:
+        for _ in range(60):
+            nursery.start_soon(ask)
+    assert {*statuses} == ({400} if FULL else {400, 503})
 
 
 async def test_a_number_without_end_is_no_fault_of_the_demo(demo):
@@ -495,6 +515,23 @@ async def test_a_reader_that_stands_still_is_dropped_after_10_seconds(serve, ups
                 await until_health(server, readers=left)
                 assert 9 < time.monotonic() - began[name] < 15, name
         nursery.cancel_scope.cancel()
+
+
+async def test_a_reader_of_4_kilobytes_a_second_is_not_dropped(serve, upstream):
+    """The system may take one that never has room for a whole segment for one that is gone."""
+    limits = program(CLIENT_VANISHED=6)
+    server = serve("--upstream", upstream.url, "--model", "m", program=limits)
+    body = json.dumps(asking(upstream.script(*sse(*[delta("x" * 500_000)] * 16, HOLD)))).encode()
+    plain = trio.socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with plain:
+        await plain.connect(("127.0.0.1", server.port))
+        length = f"Content-Length: {len(body)}"
+        await plain.send(head("POST", CHAT, "Host: localhost", length) + body)
+        for _ in range(160 if FULL else 44):
+            await trio.sleep(0.25)
+            with trio.fail_after(5):
+                assert await plain.recv(1024)
 
 
 async def read_on(response):

@@ -123,6 +123,8 @@ async def test_a_message_has_a_name_a_time_and_an_id(open_room):
         ("\uff21n", "An"),  # NFKC: full width
         ("A\u200dn\u3164", "An"),  # nothing invisible
         ("e" + "\u0316" * 9, "e" + "\u0316" * 2),
+        ("ก" + "\u0e47" * 9, "ก" + "\u0e47" * 2),  # whose combining class is 0
+        ("A\u180b\u180dn", "An"),
     ],
 )
 async def test_a_name_is_told_as_it_can_be_shown(serve, name, shown):

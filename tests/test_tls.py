@@ -10,7 +10,7 @@ import re
 import socket
 import ssl
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,7 @@ from kit import (
     measured,
     narrow,
     need,
+    plain,
     program,
     raw_member,
     read_frame,
@@ -340,6 +341,32 @@ async def test_a_body_in_many_pieces_blocks_no_other_stream(secure, path):
     assert_no_fault(secure.stderr_text())
 
 
+async def test_a_body_that_nobody_reads_any_more_holds_no_other_stream_up(secure):
+    """Its refusal waits for the client's window; all else is read meanwhile."""
+    async with unharmed(secure), http2(secure.http, INITIAL_WINDOW_SIZE=0) as client:
+        length = [("content-length", str(20 << 20))]
+        number = await client.ask(OPENAI, "POST", headers=length, end=False)
+        for _ in range(30):
+            client.conn.send_data(number, b"x" * 1000)
+            await client.flush()
+        asked = await client.ask("/time")
+        client.conn.increment_flow_control_window(1000, asked)
+        await client.flush()
+        assert (await client.whole(asked, 5))[0] == 200
+
+
+async def test_a_head_has_16_kib_at_most_over_http_2_too(secure):
+    """Sent twice, it takes a few bytes, and as much memory as before for each stream."""
+    async with unharmed(secure), http2(secure.http) as client:
+        for size, many in ((3000, 5), (3000, 6)):
+            with suppress(AssertionError):  # the connection has ended
+                for _ in range(3):
+                    head = [("x-long", "y" * size)] * many
+                    assert (await client.whole(await client.ask("/time", headers=head)))[0] == 200
+            assert client.closed == (many == 6)
+        assert client.goaway == 11, "ENHANCE_YOUR_CALM"
+
+
 # ---------------------------------------------------------------- broken frames
 
 
@@ -484,6 +511,57 @@ async def test_answers_that_are_reset_are_stopped(serve, certificate, upstream):
                 await trio.sleep(0.1)
 
 
+async def test_a_reset_while_the_socket_is_full_harms_no_other_stream(serve, certificate, upstream):
+    """A head that is not sent would leave the client with a table unlike ours."""
+    server = serve(*certificate, "--upstream", upstream.url, "--model", "scripted")
+    lots = asking(upstream.script(*sse(*[delta("x" * 500_000)] * 40, HOLD)))
+    short = {"input": upstream.script(1, plain(200, {"object": "list", "data": []}))}
+    async with unharmed(server), http2(server.http, INITIAL_WINDOW_SIZE=2**31 - 1) as client:
+        client.conn.increment_flow_control_window(2**30)
+        asked = [
+            await client.ask("/v1/embeddings", "POST", json.dumps(short).encode()) for _ in range(3)
+        ]
+        async with client.reading:
+            big = await client.ask(CHAT, "POST", json.dumps(lots).encode())
+            await trio.sleep(2.5)  # the socket is full, and then the short answers come
+            for number in asked:
+                client.conn.reset_stream(number)
+            await client.flush()
+            await trio.sleep(0.5)
+        client.conn.reset_stream(big)
+        for path in ("/v1/models", "/time", "/healthz"):
+            assert (await client.whole(await client.ask(path)))[0] == 200
+
+
+async def test_a_table_whose_size_changes_all_the_time_stops_nobody(serve, certificate):
+    server = serve(*certificate, program=measured(0.03))
+    sizes = (2**32 - 1, 2**32 - 2)
+    changes = [serialized(frames.SettingsFrame, 0, settings={1: size}) for size in sizes]
+    async with unharmed(server), http2(server.http) as client:
+        client.conn.decoder.max_allowed_table_size = 2**32 - 1
+        for _ in range(100):
+            await client.raw(b"".join(changes) * 100)
+        assert (await client.whole(await client.ask("/time"), 30))[0] == 200
+    assert "held:" not in server.stderr_text(), server.stderr_text()
+
+
+async def test_our_table_of_sent_headers_stays_small(serve, certificate):
+    """However large the client's may be, and whatever we are made to repeat to it."""
+    server = serve(*certificate)
+    before = resident(server.process.pid)
+    async with unharmed(server), http2(server.http, HEADER_TABLE_SIZE=2**32 - 1) as client:
+        client.conn.decoder.max_allowed_table_size = 2**32 - 1
+        for n in range(300):
+            echoed = [("access-control-request-headers", f"{n}" + "x" * 10_000)]
+            asked = await client.ask("/clock", "OPTIONS", headers=echoed)
+            assert (await client.whole(asked))[0] == 204
+            client.heads.clear()
+        assert (
+            sum(len(value) for _, value in client.conn.decoder.header_table.dynamic_entries) < 5000
+        )
+    assert resident(server.process.pid) - before < 10 << 20
+
+
 # ------------------------------------------------------------------------- silence
 
 
@@ -534,6 +612,23 @@ async def test_a_reader_whose_window_fills_up_is_dropped_and_counted(serve, cert
             while asked not in client.resets:  # noqa: ASYNC110
                 await trio.sleep(0.1)
         assert dropped in (await fetch("GET", server.http + "/metrics")).body
+
+
+async def test_streams_that_share_a_narrow_window_are_not_stuck(serve, certificate, upstream):
+    """The connection's window is given back in halves: each time, only two get any of it."""
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve(*certificate, program=program(**LIMITS), env=env)
+    body = json.dumps(asking(upstream.script(*sse(*[delta("x" * 5000)] * 100, HOLD)))).encode()
+    async with http2(server.http, INITIAL_WINDOW_SIZE=2**31 - 1) as client:
+        client.acknowledge = False
+        asked = [await client.ask(CHAT, "POST", body) for _ in range(6)]
+        for _ in range(10):
+            await trio.sleep(8 if FULL else 1)
+            client.conn.increment_flow_control_window(32768)
+            await client.flush()
+        assert not client.resets
+        # Now nothing is given back any more.
+        await client.until(lambda: client.resets.keys() == {*asked}, 15 if FULL else 6)
 
 
 @pytest.mark.parametrize("scheme", ["https", "wss"])

@@ -33,6 +33,7 @@ class H2:
         self.closed = False  # the connection has ended
         self.goaway = None
         self.acknowledge = True  # False: nothing is ever read, windows stay shut
+        self.reading = trio.Lock()  # who holds it lets the server's bytes pile up
         self._news = trio.Event()
         self._sending = trio.Lock()
 
@@ -49,6 +50,8 @@ class H2:
         """Take in what the server sends; the tests look at what has come."""
         with suppress(trio.BrokenResourceError, ssl.SSLError):
             while data := await self.transport.receive_some(65536):
+                async with self.reading:
+                    pass
                 for event in self.conn.receive_data(data):
                     self.note(event)
                 self._tell()

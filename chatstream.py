@@ -2187,7 +2187,7 @@ class App:
         question = api.ask(api, body, passed_headers(request, self.settings.token))
         self.model.prepare(question, body.fields)
         if key := request.headers.get("idempotency-key"):
-            caller = to_json([api.path, key, sorted(credentials(request).items())])
+            caller = to_json([request.path, key, sorted(credentials(request).items())])
             question.key = hashlib.sha256(caller.encode()).hexdigest()
             question.digest = hashlib.sha256(request.body).hexdigest()
         return question

@@ -3688,7 +3688,8 @@ class Demo(Model):
         """Events like those of OpenAI's streams, because clients are tried on them."""
         events = answer.question.prepared
         self.answers.drop_question(answer)
-        answer.accepted.set()
+        if not answer.question.polled:  # then its first event has to name it
+            answer.accepted.set()
         relay, whole = Relay(answer, self.metrics), next(events)
         if not answer.question.stream:
             await trio.sleep(self.PACE)

@@ -432,6 +432,13 @@ def test_in_the_background_of_an_upstream_that_refuses(openai, responses, upstre
     with pytest.raises(openai.BadRequestError, match=r"Too long\."):
         create(responses, prompt, background=True)
 
+def test_the_demo_answers_in_the_background(openai, quick_demo):
+    with openai_client(quick_demo.http) as client:
+        begun = client.responses.create(model="demo", input="Hello", background=True)
+        assert begun.status == "in_progress"
+        assert poll(client.responses, begun.id, "completed").output_text
+
+
 
 def test_a_response_that_was_not_streamed_can_be_retrieved(responses, upstream):
     prompt = upstream.script(plain(200, response_whole()))

@@ -592,6 +592,20 @@ def test_ids_pass_through_two_relays(serve, relay, upstream):
 
 
 def test_what_the_relay_cannot_do_it_says(openai, relay, responses, upstream):
+@pytest.mark.parametrize("id", ["resp_a/b+c==", "a/cancel", "a b%2F?c#d", "\u4f60", "..", 7])
+def test_an_upstream_may_give_any_id(responses, upstream, id):
+    """Some gateways' are base64."""
+    events = response_stream()
+    events = [
+        e | ({"response": e["response"] | {"id": id}} if "response" in e else {}) for e in events
+    ]
+    name, events = read(create(responses, upstream.script(*told(BOOK, events)), stream=True))
+    assert name.startswith(f"{id}.")
+    assert responses.retrieve(name).output_text == SENTENCE
+    assert list(responses.retrieve(name, stream=True, starting_after=5)) == events[6:]
+    assert responses.cancel(name).id == name
+
+
     prompt = upstream.script(*told(BOOK, response_stream()))
     name, _ = read(create(responses, prompt, stream=True))
     with openai_client(relay.http) as client:

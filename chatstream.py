@@ -3001,8 +3001,9 @@ def fail_response(answer: Answer, problem: Problem, number: int) -> Event:
 
 def sequence_of(answer: Answer, place: int) -> int:
     """An event's sequence_number, or its place where it has none."""
-    found = re.search(r'"sequence_number":\s*(\d{1,15})', answer[place].data)
-    return int(found[1]) if found else place
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        return int(from_json(answer[place].data)["sequence_number"])
+    return place
 
 
 def place_of_sequence(answer: Answer, number: int) -> int:

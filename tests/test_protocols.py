@@ -31,6 +31,7 @@ from kit import (
     response_stream,
     response_whole,
     stream,
+    sse,
     told,
     wait_until,
 )
@@ -244,6 +245,19 @@ def test_numbers_are_looked_for_where_the_upstream_counts_oddly(responses, upstr
 
 
 def test_the_helper_of_the_sdk_resumes(relay, responses, upstream):
+def test_a_number_in_what_is_said_is_not_that_of_the_event(responses, upstream):
+    """It may stand before it, such as in the example of a tool."""
+    example = {"type": "function", "name": "f", "parameters": {"sequence_number": 99}}
+    events = []
+    for n, event in enumerate(response_stream()):
+        for name in event.keys() & {"response", "item"}:
+            event[name]["tools"] = [example]
+        events.append({**event, "sequence_number": n})
+    name, events = read(create(responses, upstream.script(*sse(*events)), stream=True))
+    for n in range(len(events)):
+        assert list(responses.retrieve(name, stream=True, starting_after=n)) == events[n + 1 :]
+
+
     """It asks for all of it and skips by itself."""
     prompt = upstream.script(*told(BOOK, response_stream()))
     name, events = read(create(responses, prompt, stream=True))

@@ -3013,13 +3013,18 @@ def place_of_sequence(answer: Answer, number: int) -> int:
 
 
 def split_message(whole: JSON) -> Iterator[JSON]:
-    """Each block whole; of its text, one delta."""
+    """Each block with one delta for what a client puts together of deltas."""
     yield {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
     for n, block in enumerate(whole["content"]):
-        begun = {**block, "text": ""} if "text" in block else block
-        delta = {"type": "text_delta", "text": block.get("text", "")}
+        grows = [name for name in ("text", "thinking", "signature") if name in block]
+        deltas = [{"type": f"{name}_delta", name: block[name]} for name in grows]
+        begun = {**block, **dict.fromkeys(grows, "")}
+        if "input" in block:  # a tool's
+            deltas = [{"type": "input_json_delta", "partial_json": to_json(block["input"])}]
+            begun["input"] = {}
         yield {"type": "content_block_start", "index": n, "content_block": begun}
-        yield {"type": "content_block_delta", "index": n, "delta": delta}
+        for delta in deltas:
+            yield {"type": "content_block_delta", "index": n, "delta": delta}
         yield {"type": "content_block_stop", "index": n}
     end = {name: whole.get(name) for name in ("stop_reason", "stop_sequence")}
     yield {"type": "message_delta", "delta": end, "usage": whole.get("usage") or {}}

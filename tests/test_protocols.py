@@ -3,6 +3,7 @@
 Each of them streams, resumes, polls and cancels, whatever the manner of the upstream.
 """
 
+import json
 import re
 
 import pytest
@@ -524,6 +525,32 @@ def test_a_refusal_reads_as_words(sdks, relay, upstream, call, streamed):
     error = sdks(call, relay, prompt, stream=streamed)["error"]
     assert error["status"] == 429
     assert "Slow down, please." in error["message"]
+
+
+async def test_a_message_that_came_as_json_is_put_together_of_its_deltas(relay, upstream):
+    """As clients do it: what a tool is asked, and what the model thinks, too."""
+    blocks = [
+        {"type": "thinking", "thinking": "Let me see", "signature": "c2lnbmVk"},
+        {"type": "text", "text": SENTENCE},
+        {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"x": ["\u4f60", 1.5]}},
+        {"type": "redacted_thinking", "data": "cmVkYWN0ZWQ="},
+    ]
+    path, _, whole, ask = PROTOCOLS["messages"]
+    prompt = upstream.script(plain(200, whole() | {"content": blocks, "stop_reason": "tool_use"}))
+    events = await fetch_events("POST", relay.http + path, None, ask(prompt) | {"stream": True})
+    built = []
+    for said in (event.json for event in events):
+        if said["type"] == "content_block_start":
+            built.append(said["content_block"])
+        elif said["type"] == "content_block_delta":
+            kind, (_, more) = said["delta"].pop("type"), *said["delta"].items()
+            if kind == "input_json_delta":
+                assert built[-1]["input"] == {}
+                built[-1]["input"] = json.loads(more)
+            else:
+                built[-1][kind.removesuffix("_delta")] += more
+    assert built == blocks
+    assert events[-2].json["delta"]["stop_reason"] == "tool_use"
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

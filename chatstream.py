@@ -2864,11 +2864,11 @@ def take_for_page(relay: Relay, chunk: JSON, data: str, type: str) -> None:
         return
     delta, finish = choice.get("delta"), choice.get("finish_reason")
     if isinstance(delta, dict):
-        if text := text_of(delta.get("content")):
+        if text := text_of(delta.get("content") or delta.get("refusal")):
             relay.write(to_json({"content": text}))
         if text := text_of(delta.get("reasoning_content") or delta.get("reasoning")):
             relay.write(to_json({"content": "", "reasoning": text}))
-    if isinstance(finish, str) and finish != "stop":
+    if isinstance(finish, str) and finish not in ("stop", ""):
         relay.write(to_json({"content": "", "finish_reason": finish}))
 
 

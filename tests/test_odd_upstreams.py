@@ -924,6 +924,21 @@ TALKS = {
 @WAY
 @pytest.mark.parametrize("name", TALKS)
 async def test_messages_are_the_upstreams_to_judge(relay, upstream, way, name):
+async def test_the_page_is_not_told_of_a_reason_that_is_none(relay, upstream):
+    """Some send an empty one with each chunk."""
+    steps = sse(delta("Hel", finish=""), delta("lo", finish=""), STOP, DONE)
+    events = await events_of(relay, CHAT, upstream.script(*steps))
+    assert [event.data for event in events] == ['{"content":"Hel"}', '{"content":"lo"}', "[DONE]"]
+
+
+async def test_the_page_is_told_what_the_model_refuses(relay, upstream):
+    """OpenAI's models say it in a field of its own, and end with "stop"."""
+    refused = delta()
+    refused["choices"][0]["delta"] = {"content": None, "refusal": "I cannot help with that."}
+    events = await events_of(relay, CHAT, upstream.script(*sse(refused, STOP, DONE)))
+    assert_whole(events, "I cannot help with that.")
+
+
     whole = [plain(200, chat_whole())]
     prompt = upstream.script(*(answer("Hello") if WAYS[way][1] else whole))
     path, body = question(way, prompt)

@@ -2613,7 +2613,7 @@ def is_error(said: Any) -> bool:
 def reason_given(status: int, said: Any, secrets: Iterable[str]) -> Problem:
     """The upstream's own words about what went wrong, wherever they stand, without the key."""
     places = ("error", "message", "detail", "errors", "msg", "title", "reason")
-    words, waiting = "", [said]
+    words, waiting, whole = "", [said], said
     around: JSON = {}
     while waiting and not words:
         said = waiting.pop()
@@ -2629,6 +2629,8 @@ def reason_given(status: int, said: Any, secrets: Iterable[str]) -> Problem:
         if isinstance(value, str | int) and value not in ("", "error"):
             problem.error[name] = clean_words(value, secrets) if isinstance(value, str) else value
     return problem
+    if not words and whole and isinstance(whole, dict | list):  # somewhere else
+        words = clean_words(to_json(whole), secrets)
 
 
 def clean_words(text: str, secrets: Iterable[str]) -> str:

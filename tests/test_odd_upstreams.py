@@ -16,6 +16,7 @@ from kit import (
     HOLD,
     OPENAI,
     RST,
+    SECRET,
     SSE_HEAD,
     Background,
     Connection,
@@ -258,6 +259,23 @@ NO_ANSWERS |= {"nothing": {}, "an empty list": []}
 
 @STREAMED
 @pytest.mark.parametrize("name", NO_ANSWERS)
+ELSEWHERE = {
+    "another name": {"Message": CONTEXT},
+    "by field": {"errors": {"messages": [CONTEXT]}},
+    "in two languages": {"error": {"message": {"en": CONTEXT}, "code": 400}},
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@WAY
+async def test_words_in_a_place_that_nobody_knows_are_told_with_it(relay, upstream, way, name):
+    prompt = upstream.script(plain(400, ELSEWHERE[name] | {"key": SECRET}))
+    response = await refusal(relay, way, prompt)
+    assert response.status == 400
+    assert CONTEXT in response.error["message"]
+    assert SECRET not in response.body.decode()
+
+
 async def test_json_without_an_answer_is_no_success(relay, upstream, path, name):
     """A 200 all the same."""
     prompt = upstream.script(plain(200, NO_ANSWERS[name]))

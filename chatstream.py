@@ -2588,12 +2588,18 @@ class SSEParser:
                 if lines:  # without data it does not end an event, and the type is lost
                     events.append(ServerSentEvent("\n".join(lines), type or "message"))
                 lines, type = [], ""
+            elif name == "error":  # not in the standard: llama.cpp tells one so
+                lines, type = [value], name
+            elif line[0] == "{":  # nor this: a server that had begun, and then failed
+                lines.append(line)
         return events
 
-    def unfinished(self) -> str:
-        """The data of a last event that lacks its blank line."""
-        events = self.feed(b"\n\n")
-        return events[-1].data if events else ""
+    def unfinished(self) -> list[ServerSentEvent]:
+        """The last event, if it lacks its blank line and tells the end: [DONE], or an error."""
+        for event in self.feed(b"\n\n"):
+            if event.data.strip() == "[DONE]" or '"error":' in f'"{event.type}":{event.data}':
+                return [event]
+        return []
 
 
 def upstream_problem(message: str, status: int = 502, code: str | None = None) -> Problem:
@@ -2623,14 +2629,14 @@ def reason_given(status: int, said: Any, secrets: Iterable[str]) -> Problem:
             waiting += reversed(said[: len(places)])
         elif isinstance(said, str):
             words = clean_words(said, secrets)
+    if not words and whole and isinstance(whole, dict | list):  # somewhere else
+        words = clean_words(to_json(whole), secrets)
     problem = upstream_problem(words or f"the upstream answered {status}", status)
     for name in ("type", "param", "code"):
         value = around.get(name)
         if isinstance(value, str | int) and value not in ("", "error"):
             problem.error[name] = clean_words(value, secrets) if isinstance(value, str) else value
     return problem
-    if not words and whole and isinstance(whole, dict | list):  # somewhere else
-        words = clean_words(to_json(whole), secrets)
 
 
 def clean_words(text: str, secrets: Iterable[str]) -> str:
@@ -2752,15 +2758,15 @@ class Relay:
         """Raises Problem if it says an error, or nothing that can be understood."""
         data, type = event
         api, answer, data = self.api, self.answer, data.strip()
-        if answer.closed or not data:
+        if answer.closed or not (data or type == "error"):
             return
-        if data == "[DONE]":
+        if data == "[DONE]" and type != "error":
             return self.finish() if api.adds_done else None
         try:
             chunk, end = DECODER.raw_decode(data)
         except (ValueError, RecursionError):
-            end = 0
-        if end < len(data):
+            end = -1
+        if end != len(data):
             if type != "error":
                 raise upstream_problem("the upstream sent a chunk that is not JSON")
             chunk = data
@@ -3367,8 +3373,8 @@ class Upstream(Model):
         except ValueError as error:
             raise upstream_problem(f"the upstream sent {error}") from None
         if streams or not first.strip():
-            if parser.unfinished().strip() == "[DONE]":
-                relay.take(ServerSentEvent("[DONE]", "message"))
+            for event in parser.unfinished():
+                relay.take(event)
             relay.end()
         elif kind == "text/html" or (kind != "application/json" and NOT_JSON.match(first)):
             shown = clean_words(named, exchange.secrets) or "nothing"

@@ -146,6 +146,10 @@ FAILED = {
     "error beside choices": data(delta() | {"error": CRASHED}),
     "error is a string": data({"error": "crashed"}),
     "type: error": data({"type": "error", "error": CRASHED}),
+    # Not event streams, but servers write it into one.
+    "error: instead of data:, flat": b"error: %b\n\n" % json.dumps(CRASHED).encode(),
+    "error: instead of data:, nested": b"error:%b\n\n" % json.dumps({"error": CRASHED}).encode(),
+    "JSON and nothing before it": json.dumps({"error": CRASHED}).encode() + b"\n\n",
 }
 
 
@@ -163,9 +167,19 @@ async def test_a_failed_answer_is_not_called_whole(relay, upstream, path, name):
 
 
 @STREAMED
-async def test_an_error_event_without_a_word_is_an_error(relay, upstream, path):
-    prompt = upstream.script(*sse(HELLO, b"event: error\ndata: {}\n\n", DONE))
+@pytest.mark.parametrize("said", [b"{}", b"", b"null", b"[DONE]"])
+async def test_an_error_event_without_a_word_is_an_error(relay, upstream, path, said):
+    prompt = upstream.script(*sse(HELLO, b"event: error\ndata: %b\n\n" % said, DONE))
     assert error_of(await events_of(relay, path, prompt))["message"]
+
+
+@STREAMED
+@pytest.mark.parametrize("before", [data(HELLO), b": soon\n\n"])
+@pytest.mark.parametrize("framed", [b"data: %b", b"event: error\ndata: %b\n", b"%b", b"%b\n"])
+async def test_an_error_that_ends_the_body_at_once_is_told(relay, upstream, path, before, framed):
+    """Without its blank line, or as JSON alone: the server had begun, and then failed."""
+    prompt = upstream.script(*sse(before + framed % json.dumps({"error": CRASHED}).encode()))
+    assert error_of(await events_of(relay, path, prompt))["message"] == "crashed"
 
 
 @STREAMED
@@ -245,20 +259,6 @@ async def test_a_refusal_is_told_in_the_upstreams_words(relay, upstream, way, na
     assert response.json["type"] == "error"
 
 
-@WAY
-async def test_a_long_reason_is_cut(relay, upstream, way):
-    prompt = upstream.script(plain(500, b"word " * 10_000, content_type="text/plain"))
-    message = (await refusal(relay, way, prompt)).error["message"]
-    assert "word word" in message
-    assert message.count("word") <= 100
-
-
-NO_ANSWERS = {name: said for name, said in REASONS.items() if name not in ("text", "html")}
-NO_ANSWERS |= {"nothing": {}, "an empty list": []}
-
-
-@STREAMED
-@pytest.mark.parametrize("name", NO_ANSWERS)
 ELSEWHERE = {
     "another name": {"Message": CONTEXT},
     "by field": {"errors": {"messages": [CONTEXT]}},
@@ -276,6 +276,20 @@ async def test_words_in_a_place_that_nobody_knows_are_told_with_it(relay, upstre
     assert SECRET not in response.body.decode()
 
 
+@WAY
+async def test_a_long_reason_is_cut(relay, upstream, way):
+    prompt = upstream.script(plain(500, b"word " * 10_000, content_type="text/plain"))
+    message = (await refusal(relay, way, prompt)).error["message"]
+    assert "word word" in message
+    assert message.count("word") <= 100
+
+
+NO_ANSWERS = {name: said for name, said in REASONS.items() if name not in ("text", "html")}
+NO_ANSWERS |= {"nothing": {}, "an empty list": []}
+
+
+@STREAMED
+@pytest.mark.parametrize("name", NO_ANSWERS)
 async def test_json_without_an_answer_is_no_success(relay, upstream, path, name):
     """A 200 all the same."""
     prompt = upstream.script(plain(200, NO_ANSWERS[name]))
@@ -910,6 +924,21 @@ async def test_the_page_is_told_the_last_words_and_the_reason(relay, upstream):
     assert reasons[-1] == "length"
 
 
+async def test_the_page_is_not_told_of_a_reason_that_is_none(relay, upstream):
+    """Some send an empty one with each chunk."""
+    steps = sse(delta("Hel", finish=""), delta("lo", finish=""), STOP, DONE)
+    events = await events_of(relay, CHAT, upstream.script(*steps))
+    assert [event.data for event in events] == ['{"content":"Hel"}', '{"content":"lo"}', "[DONE]"]
+
+
+async def test_the_page_is_told_what_the_model_refuses(relay, upstream):
+    """OpenAI's models say it in a field of its own, and end with "stop"."""
+    refused = delta()
+    refused["choices"][0]["delta"] = {"content": None, "refusal": "I cannot help with that."}
+    events = await events_of(relay, CHAT, upstream.script(*sse(refused, STOP, DONE)))
+    assert_whole(events, "I cannot help with that.")
+
+
 async def test_the_page_is_not_told_that_all_is_well(relay, upstream):
     events = await events_of(relay, CHAT, upstream.script(*answer("Hello")))
     assert [event.json for event in events[:-1]] == [{"content": "Hello"}]
@@ -942,21 +971,6 @@ TALKS = {
 @WAY
 @pytest.mark.parametrize("name", TALKS)
 async def test_messages_are_the_upstreams_to_judge(relay, upstream, way, name):
-async def test_the_page_is_not_told_of_a_reason_that_is_none(relay, upstream):
-    """Some send an empty one with each chunk."""
-    steps = sse(delta("Hel", finish=""), delta("lo", finish=""), STOP, DONE)
-    events = await events_of(relay, CHAT, upstream.script(*steps))
-    assert [event.data for event in events] == ['{"content":"Hel"}', '{"content":"lo"}', "[DONE]"]
-
-
-async def test_the_page_is_told_what_the_model_refuses(relay, upstream):
-    """OpenAI's models say it in a field of its own, and end with "stop"."""
-    refused = delta()
-    refused["choices"][0]["delta"] = {"content": None, "refusal": "I cannot help with that."}
-    events = await events_of(relay, CHAT, upstream.script(*sse(refused, STOP, DONE)))
-    assert_whole(events, "I cannot help with that.")
-
-
     whole = [plain(200, chat_whole())]
     prompt = upstream.script(*(answer("Hello") if WAYS[way][1] else whole))
     path, body = question(way, prompt)

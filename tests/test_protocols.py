@@ -31,8 +31,8 @@ from kit import (
     protocol_of,
     response_stream,
     response_whole,
-    stream,
     sse,
+    stream,
     told,
     wait_until,
 )
@@ -245,7 +245,6 @@ def test_numbers_are_looked_for_where_the_upstream_counts_oddly(responses, upstr
         assert rest == [event for event in events if event.sequence_number > after]
 
 
-def test_the_helper_of_the_sdk_resumes(relay, responses, upstream):
 def test_a_number_in_what_is_said_is_not_that_of_the_event(responses, upstream):
     """It may stand before it, such as in the example of a tool."""
     example = {"type": "function", "name": "f", "parameters": {"sequence_number": 99}}
@@ -259,6 +258,7 @@ def test_a_number_in_what_is_said_is_not_that_of_the_event(responses, upstream):
         assert list(responses.retrieve(name, stream=True, starting_after=n)) == events[n + 1 :]
 
 
+def test_the_helper_of_the_sdk_resumes(relay, responses, upstream):
     """It asks for all of it and skips by itself."""
     prompt = upstream.script(*told(BOOK, response_stream()))
     name, events = read(create(responses, prompt, stream=True))
@@ -432,6 +432,13 @@ def test_in_the_background_nobody_has_to_attend(responses, upstream, streamed):
     assert heard.json["stream"] is True
 
 
+def test_the_demo_answers_in_the_background(openai, quick_demo):
+    with openai_client(quick_demo.http) as client:
+        begun = client.responses.create(model="demo", input="Hello", background=True)
+        assert begun.status == "in_progress"
+        assert poll(client.responses, begun.id, "completed").output_text
+
+
 def test_in_the_background_an_id_stays_what_it_was(responses, upstream):
     """Though the upstream takes its time to give its own."""
     events = response_stream()
@@ -446,13 +453,6 @@ def test_in_the_background_of_an_upstream_that_refuses(openai, responses, upstre
     prompt = upstream.script(plain(400, {"error": {"message": "Too long."}}))
     with pytest.raises(openai.BadRequestError, match=r"Too long\."):
         create(responses, prompt, background=True)
-
-def test_the_demo_answers_in_the_background(openai, quick_demo):
-    with openai_client(quick_demo.http) as client:
-        begun = client.responses.create(model="demo", input="Hello", background=True)
-        assert begun.status == "in_progress"
-        assert poll(client.responses, begun.id, "completed").output_text
-
 
 
 def test_a_response_that_was_not_streamed_can_be_retrieved(responses, upstream):
@@ -592,6 +592,20 @@ def test_a_guessed_id_is_unknown(openai, responses, upstream):
             assert secret not in str(raised.value)
 
 
+@pytest.mark.parametrize("id", ["resp_a/b+c==", "a/cancel", "a b%2F?c#d", "\u4f60", "..", 7])
+def test_an_upstream_may_give_any_id(responses, upstream, id):
+    """Some gateways' are base64."""
+    events = response_stream()
+    events = [
+        e | ({"response": e["response"] | {"id": id}} if "response" in e else {}) for e in events
+    ]
+    name, events = read(create(responses, upstream.script(*told(BOOK, events)), stream=True))
+    assert name.startswith(f"{id}.")
+    assert responses.retrieve(name).output_text == SENTENCE
+    assert list(responses.retrieve(name, stream=True, starting_after=5)) == events[6:]
+    assert responses.cancel(name).id == name
+
+
 def test_no_two_responses_share_an_id(responses, upstream):
     """The upstream gives each of them the same."""
     names = {
@@ -633,20 +647,6 @@ def test_ids_pass_through_two_relays(serve, relay, upstream):
 
 
 def test_what_the_relay_cannot_do_it_says(openai, relay, responses, upstream):
-@pytest.mark.parametrize("id", ["resp_a/b+c==", "a/cancel", "a b%2F?c#d", "\u4f60", "..", 7])
-def test_an_upstream_may_give_any_id(responses, upstream, id):
-    """Some gateways' are base64."""
-    events = response_stream()
-    events = [
-        e | ({"response": e["response"] | {"id": id}} if "response" in e else {}) for e in events
-    ]
-    name, events = read(create(responses, upstream.script(*told(BOOK, events)), stream=True))
-    assert name.startswith(f"{id}.")
-    assert responses.retrieve(name).output_text == SENTENCE
-    assert list(responses.retrieve(name, stream=True, starting_after=5)) == events[6:]
-    assert responses.cancel(name).id == name
-
-
     prompt = upstream.script(*told(BOOK, response_stream()))
     name, _ = read(create(responses, prompt, stream=True))
     with openai_client(relay.http) as client:

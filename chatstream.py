@@ -3089,6 +3089,7 @@ CONNECT_TIMEOUT = 5
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT = 10, 10
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
+PLAIN_BYTES = 32 * KiB  # at once, of a body that is compressed
 INTAKE_REST = 0.001  # seconds, after a pass; epoll counts whole milliseconds
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
@@ -3206,11 +3207,7 @@ class Exchange:
             pieces.append(data[size.end() : at])
         self.left, self.rest = max(0, at - len(data)), data[at:]
         if payload := b"".join(pieces):
-            payload = self.decode(payload) if self.coded else payload
-            self.room -= len(payload)
-            if self.room < 0 or len(payload) > WHOLE_BYTES:
-                raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
-            take(payload)
+            take(payload if self.coded else self.count(payload))
         last = self.LAST.match(self.rest) if size else None
         whole = b"\r\n\r\n" if size else b"\r\n"  # if it is there, more bytes will not help
         if last or not (self.chunked or self.left):
@@ -3219,18 +3216,24 @@ class Exchange:
         elif whole in self.rest[2:] or len(self.rest) > HEAD_BYTES:
             raise h11.RemoteProtocolError("the framing of the body is broken")
 
-    def decode(self, data: bytes) -> bytes:
+    def count(self, data: bytes) -> bytes:
+        self.room -= len(data)
+        if self.room < 0:
+            raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
+        return data
+
+    def decode(self, data: bytes) -> Iterator[bytes]:
         """gzip, though we ask for none, also in several members (RFC 1952, section 2.2)."""
         plain = b""
         try:
-            while data and len(plain) <= WHOLE_BYTES:
+            while data or len(plain) == PLAIN_BYTES:  # then there may be more inside
                 if self.unzip is None or self.unzip.eof:
                     self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
-                plain += self.unzip.decompress(data, WHOLE_BYTES)
+                plain = self.unzip.decompress(data, PLAIN_BYTES)
                 data = self.unzip.unconsumed_tail or self.unzip.unused_data
+                yield self.count(plain)
         except zlib.error:
             raise upstream_problem("the upstream compresses, and not by gzip") from None
-        return plain
 
     def passed_back(self) -> Headers:
         """What of its headers goes on to the client."""
@@ -3267,8 +3270,11 @@ class Intake:
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
         """A body, to its end. Raises what `take` and the exchange raise."""
-        exchange.feed(b"", take)  # what came with the head
         fd = exchange.wire.socket.fileno()
+        if exchange.coded:
+            await self.read_coded(exchange, take, fd)
+        else:
+            exchange.feed(b"", take)  # what came with the head
         if self._epoll and not exchange.ended.is_set():
             self._reads[fd] = functools.partial(exchange.read_now, take)
             self._epoll.register(fd, select.EPOLLIN)
@@ -3282,6 +3288,19 @@ class Intake:
             exchange.read_now(take)
         if exchange.failed:
             raise exchange.failed
+
+    async def read_coded(self, exchange: Exchange, take: Callable[[bytes], None], fd: int) -> None:
+        """A few bytes may become thousands of events: others have their turn in between."""
+        coded = bytearray()
+        exchange.feed(b"", coded.extend)
+        while coded or not exchange.ended.is_set():
+            if not coded:
+                await trio.lowlevel.wait_readable(fd)
+                exchange.read_now(coded.extend)
+            for plain in exchange.decode(bytes(coded)):
+                take(plain)
+                await trio.lowlevel.checkpoint()
+            coded.clear()
 
 
 @dataclasses.dataclass
@@ -3357,7 +3376,7 @@ class Upstream(Model):
         def take(data: bytes) -> None:
             nonlocal streams
             if not streams:
-                first.extend(data)
+                first.extend(data if first else data.lstrip())
                 if not begins.match(first):
                     return
                 if not question.stream:

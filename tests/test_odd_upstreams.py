@@ -26,6 +26,7 @@ from kit import (
     ask,
     asking,
     chat_whole,
+    connect,
     data,
     delta,
     error_of,
@@ -569,6 +570,40 @@ async def test_gzip_in_several_members_is_read_to_its_end(relay, upstream, path)
     for steps in (packed, [b"".join(packed)]):
         prompt = upstream.script(*sse(*steps, head=head))
         assert_whole(await events_of(relay, path, prompt))
+
+
+async def test_gzip_that_becomes_an_answer_at_once_holds_up_nobody(relay, upstream):
+    """20 KB of it are 20,000 tokens. (A busy machine may hold somebody up, too.)"""
+    said = data(delta("word ")) * 20_000 + data(STOP) + DONE
+    zipped = plain(200, gzip.compress(said), "Content-Encoding: gzip")
+    for _ in range(4):
+        waits, began = [], trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_again_and_again, relay, waits)
+            response = await fetch("POST", relay.http + OPENAI, None, ask(upstream.script(zipped)))
+            nursery.cancel_scope.cancel()
+        assert response.body.count(b"data: ") == 20_002
+        if max(waits) < (trio.current_time() - began) / 4:
+            return
+    raise AssertionError(waits)
+
+
+async def ask_again_and_again(server, waits):
+    async with connect(server.http) as connection:
+        while True:
+            began = trio.current_time()
+            await (await connection.request("GET", "/healthz")).read()
+            waits.append(trio.current_time() - began)
+
+
+@pytest.mark.parametrize("size", [1, 32 * 1024, 32 * 1024 + 1, 100_000])
+async def test_gzip_loses_no_byte(relay, upstream, size):
+    """Whatever the size, and also where most of it is the same again."""
+    whole = chat_whole(["a" * (size - len(json.dumps(chat_whole([""]))))])
+    for body in (json.dumps(whole).encode(), json.dumps(whole).encode() + b" " * size):
+        prompt = upstream.script(plain(200, gzip.compress(body), "Content-Encoding: gzip"))
+        response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
+        assert response.json == whole
 
 
 @WAY

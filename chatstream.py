@@ -2926,7 +2926,7 @@ def take_response(relay: Relay, chunk: JSON, data: str, kind: str) -> None:
         if previous := relay.answer.question.previous:
             renamed["previous_response_id"] = previous
         if response.get("error"):
-            failure = reason_given(502, response, relay.secrets).error
+            failure = reason_given(502, {"error": response["error"]}, relay.secrets).error
             code = failure["code"] or "server_error"
             renamed["error"] = {"code": code, "message": failure["message"]}
     elif kind in RESPONSE_ENDS:
@@ -2980,6 +2980,7 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
     Or as it stood when its log had that end.
     """
     items: list[Any] = []
+    found: JSON = {}
     for place, event in answer.backwards(RESPONSE_STATES | {"response.output_item.done"}):
         if place >= end:
             continue
@@ -2988,14 +2989,15 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
             items += [item] if isinstance(item, dict) else []
         else:
             response = from_json(event.data).get("response")
-            if isinstance(response, dict):
-                now = {"output": items[::-1]}
-                return response if event.type in RESPONSE_ENDS else response | now
-    return {
-        "id": response_id(answer, None), "object": "response", "output": items[::-1],
-        "created_at": int(time.time()), "status": "in_progress", "tools": [],
-        "model": answer.question.model, "parallel_tool_calls": True, "tool_choice": "auto",
+            found = found or (response if isinstance(response, dict) else {})
+            if found and (event.type not in RESPONSE_ENDS or found.get("output")):
+                break  # some end with none: then it is in the items before
+    unnamed: JSON = {
+        "id": response_id(answer, None), "object": "response", "created_at": int(time.time()),
+        "status": "in_progress", "model": answer.question.model, "parallel_tool_calls": True,
+        "tools": [], "tool_choice": "auto",
     }  # fmt: skip
+    return (found or unnamed) | {"output": items[::-1] or found.get("output") or []}
 
 
 def fail_response(answer: Answer, problem: Problem, number: int) -> Event:

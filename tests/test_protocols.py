@@ -406,6 +406,16 @@ def test_what_is_done_can_be_seen_while_the_rest_is_under_way(responses, upstrea
     running.close()
 
 
+@pytest.mark.parametrize("output", [[], None])
+def test_what_is_done_can_be_seen_though_the_end_does_not_repeat_it(responses, upstream, output):
+    """Some upstreams send each item, and then an end without any."""
+    *events, end = response_stream()
+    end["response"] |= {"output": output}
+    begun = create(responses, upstream.script(*told(BOOK, [*events, end])), background=True)
+    done = poll(responses, begun.id, "completed")
+    assert (done.output_text, done.usage.total_tokens) == (SENTENCE, 8)
+
+
 def test_cancel_after_the_end_changes_nothing(responses, upstream):
     prompt = upstream.script(*told(BOOK, response_stream()))
     name, _ = read(create(responses, prompt, stream=True))

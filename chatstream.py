@@ -85,7 +85,7 @@ from email.utils import formatdate
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 import h2.events
 import h2.exceptions
@@ -2093,7 +2093,8 @@ class App:
 
     async def get_models(self, request: Request, name: str | None) -> None:
         one = functools.partial(self.model.model, name or "")
-        await self.pass_through(request, one if name else self.model.models)
+        many = functools.partial(self.model.models, query=urlencode(request.query))
+        await self.pass_through(request, one if name else many)
 
     async def post_short(self, request: Request, path: str) -> None:
         """Embeddings, count_tokens: nothing that one could follow."""
@@ -3412,7 +3413,7 @@ class Upstream(Model):
             await self.intake.read(exchange, read.extend)
         return Reply(read.decode(errors="replace"), exchange.passed_back())
 
-    async def models(self, headers: Headers) -> Reply:
+    async def models(self, headers: Headers, query: str = "") -> Reply:
         """The list of models: the pinned ones, or the upstream's as it came.
 
         It is asked once for everyone with the same key, and kept for a moment; a failure is
@@ -3420,14 +3421,15 @@ class Upstream(Model):
         """
         if self.settings.model:
             return list_models(self.settings.model)
-        began, key = trio.current_time(), to_json([headers.get(name) for name in CREDENTIALS])
+        path = f"/models?{query}" if query else "/models"  # a list may have pages
+        began, key = trio.current_time(), to_json([path, *map(headers.get, CREDENTIALS)])
         shown = self.lists.setdefault(key, ModelList())
         if len(self.lists) > 32:
             del self.lists[next(iter(self.lists))]
         async with shown.lock:
             if shown.fresh_until < began:
                 try:
-                    shown.reply, kept = await self.short("/models", headers), MODELS_KEPT
+                    shown.reply, kept = await self.short(path, headers), MODELS_KEPT
                 except Problem as problem:
                     shown.reply, kept = problem, 0
                 shown.fresh_until = trio.current_time() + kept
@@ -3460,13 +3462,14 @@ class Upstream(Model):
         try:
             with trio.fail_after(patience) as limit, contextlib.ExitStack() as stack:
                 headers = self.headers(path, passed, body)
+                query = self.query.replace("?", "&") if "?" in path else self.query
                 # A question that meets the goodbye of a kept connection, with not one byte of a
                 # response, is asked once more on a fresh one, as curl and browsers do.
                 for kept in (self.kept_wire(), None):
                     wire = kept or await self.connect()
                     exchange = Exchange(wire, limit, patience if body else 0)
                     try:
-                        await exchange.ask(method, self.base + path + self.query, headers, body)
+                        await exchange.ask(method, self.base + path + query, headers, body)
                         break
                     except BaseException as error:
                         wire.close()
@@ -3683,7 +3686,7 @@ class Demo(Model):
     def choose(self, model: str) -> str:
         return model or "demo"
 
-    async def models(self, headers: dict[str, str]) -> Reply:
+    async def models(self, headers: dict[str, str], query: str = "") -> Reply:
         return list_models(["demo"])
 
     async def model(self, name: str, headers: dict[str, str]) -> Reply:

@@ -3724,7 +3724,7 @@ class Demo(Model):
 
     async def write(self, answer: Answer) -> None:
         """Events like those of OpenAI's streams, because clients are tried on them."""
-        events = answer.question.prepared
+        events, answer.question.prepared = answer.question.prepared, None
         self.answers.drop_question(answer)
         if not answer.question.polled:  # then its first event has to name it
             answer.accepted.set()

@@ -85,7 +85,7 @@ from email.utils import formatdate
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 import h2.events
 import h2.exceptions
@@ -2100,7 +2100,8 @@ class App:
 
     async def get_models(self, request: Request, name: str | None) -> None:
         one = functools.partial(self.model.model, name or "")
-        await self.pass_through(request, one if name else self.model.models)
+        many = functools.partial(self.model.models, query=urlencode(request.query))
+        await self.pass_through(request, one if name else many)
 
     async def post_short(self, request: Request, path: str) -> None:
         """Embeddings, count_tokens: nothing that one could follow."""
@@ -2194,7 +2195,7 @@ class App:
         question = api.ask(api, body, passed_headers(request, self.settings.token))
         self.model.prepare(question, body.fields)
         if key := request.headers.get("idempotency-key"):
-            caller = to_json([api.path, key, sorted(credentials(request).items())])
+            caller = to_json([request.path, key, sorted(credentials(request).items())])
             question.key = hashlib.sha256(caller.encode()).hexdigest()
             question.digest = hashlib.sha256(request.body).hexdigest()
         return question
@@ -2371,8 +2372,8 @@ ROUTES = [
         ("(/chatgptApi/chatgpt_qa_stream)", OWN, {"POST": App.post_question}),
         ("/v1(/chat/completions|/completions)", OWN, {"POST": App.post_question}),
         ("/v1(/responses|/messages)", OWN, {"POST": App.post_question}),
-        ("/v1/responses/([^/]+)", OWN, {"GET": App.get_response}),
-        ("/v1/responses/([^/]+)/cancel", OWN, {"POST": App.cancel_response}),
+        ("/v1/responses/(.+)/cancel", OWN, {"POST": App.cancel_response}),
+        (r"/v1/responses/(.+\.\w+|[^/]+)", OWN, {"GET": App.get_response}),
         ("/v1/models(?:/(.+))?", OWN, {"GET": App.get_models}),
         ("/v1(/embeddings|/messages/count_tokens)", OWN, {"POST": App.post_short}),
         ("/answers/([^/]+)", OWN, {"GET": App.get_answer, "DELETE": App.delete_answer}),
@@ -2595,12 +2596,18 @@ class SSEParser:
                 if lines:  # without data it does not end an event, and the type is lost
                     events.append(ServerSentEvent("\n".join(lines), type or "message"))
                 lines, type = [], ""
+            elif name == "error":  # not in the standard: llama.cpp tells one so
+                lines, type = [value], name
+            elif line[0] == "{":  # nor this: a server that had begun, and then failed
+                lines.append(line)
         return events
 
-    def unfinished(self) -> str:
-        """The data of a last event that lacks its blank line."""
-        events = self.feed(b"\n\n")
-        return events[-1].data if events else ""
+    def unfinished(self) -> list[ServerSentEvent]:
+        """The last event, if it lacks its blank line and tells the end: [DONE], or an error."""
+        for event in self.feed(b"\n\n"):
+            if event.data.strip() == "[DONE]" or '"error":' in f'"{event.type}":{event.data}':
+                return [event]
+        return []
 
 
 def upstream_problem(message: str, status: int = 502, code: str | None = None) -> Problem:
@@ -2620,7 +2627,7 @@ def is_error(said: Any) -> bool:
 def reason_given(status: int, said: Any, secrets: Iterable[str]) -> Problem:
     """The upstream's own words about what went wrong, wherever they stand, without the key."""
     places = ("error", "message", "detail", "errors", "msg", "title", "reason")
-    words, waiting = "", [said]
+    words, waiting, whole = "", [said], said
     around: JSON = {}
     while waiting and not words:
         said = waiting.pop()
@@ -2630,6 +2637,8 @@ def reason_given(status: int, said: Any, secrets: Iterable[str]) -> Problem:
             waiting += reversed(said[: len(places)])
         elif isinstance(said, str):
             words = clean_words(said, secrets)
+    if not words and whole and isinstance(whole, dict | list):  # somewhere else
+        words = clean_words(to_json(whole), secrets)
     problem = upstream_problem(words or f"the upstream answered {status}", status)
     for name in ("type", "param", "code"):
         value = around.get(name)
@@ -2758,15 +2767,15 @@ class Relay:
         """Raises Problem if it says an error, or nothing that can be understood."""
         data, type = event
         api, answer, data = self.api, self.answer, data.strip()
-        if answer.closed or not data:
+        if answer.closed or not (data or type == "error"):
             return
-        if data == "[DONE]":
+        if data == "[DONE]" and type != "error":
             return self.finish() if api.adds_done else None
         try:
             chunk, end = DECODER.raw_decode(data)
         except (ValueError, RecursionError):
-            end = 0
-        if end < len(data):
+            end = -1
+        if end != len(data):
             if type != "error":
                 raise upstream_problem("the upstream sent a chunk that is not JSON")
             chunk = data
@@ -2872,11 +2881,11 @@ def take_for_page(relay: Relay, chunk: JSON, data: str, type: str) -> None:
         return
     delta, finish = choice.get("delta"), choice.get("finish_reason")
     if isinstance(delta, dict):
-        if text := text_of(delta.get("content")):
+        if text := text_of(delta.get("content") or delta.get("refusal")):
             relay.write(to_json({"content": text}))
         if text := text_of(delta.get("reasoning_content") or delta.get("reasoning")):
             relay.write(to_json({"content": "", "reasoning": text}))
-    if isinstance(finish, str) and finish != "stop":
+    if isinstance(finish, str) and finish not in ("stop", ""):
         relay.write(to_json({"content": "", "finish_reason": finish}))
 
 
@@ -2926,7 +2935,7 @@ def take_response(relay: Relay, chunk: JSON, data: str, kind: str) -> None:
         if previous := relay.answer.question.previous:
             renamed["previous_response_id"] = previous
         if response.get("error"):
-            failure = reason_given(502, response, relay.secrets).error
+            failure = reason_given(502, {"error": response["error"]}, relay.secrets).error
             code = failure["code"] or "server_error"
             renamed["error"] = {"code": code, "message": failure["message"]}
     elif kind in RESPONSE_ENDS:
@@ -2980,6 +2989,7 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
     Or as it stood when its log had that end.
     """
     items: list[Any] = []
+    found: JSON = {}
     for place, event in answer.backwards(RESPONSE_STATES | {"response.output_item.done"}):
         if place >= end:
             continue
@@ -2988,14 +2998,15 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
             items += [item] if isinstance(item, dict) else []
         else:
             response = from_json(event.data).get("response")
-            if isinstance(response, dict):
-                now = {"output": items[::-1]}
-                return response if event.type in RESPONSE_ENDS else response | now
-    return {
-        "id": response_id(answer, None), "object": "response", "output": items[::-1],
-        "created_at": int(time.time()), "status": "in_progress", "tools": [],
-        "model": answer.question.model, "parallel_tool_calls": True, "tool_choice": "auto",
+            found = found or (response if isinstance(response, dict) else {})
+            if found and (event.type not in RESPONSE_ENDS or found.get("output")):
+                break  # some end with none: then it is in the items before
+    unnamed: JSON = {
+        "id": response_id(answer, None), "object": "response", "created_at": int(time.time()),
+        "status": "in_progress", "model": answer.question.model, "parallel_tool_calls": True,
+        "tools": [], "tool_choice": "auto",
     }  # fmt: skip
+    return (found or unnamed) | {"output": items[::-1] or found.get("output") or []}
 
 
 def fail_response(answer: Answer, problem: Problem, number: int) -> Event:
@@ -3009,8 +3020,9 @@ def fail_response(answer: Answer, problem: Problem, number: int) -> Event:
 
 def sequence_of(answer: Answer, place: int) -> int:
     """An event's sequence_number, or its place where it has none."""
-    found = re.search(r'"sequence_number":\s*(\d{1,15})', answer[place].data)
-    return int(found[1]) if found else place
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        return int(from_json(answer[place].data)["sequence_number"])
+    return place
 
 
 def place_of_sequence(answer: Answer, number: int) -> int:
@@ -3020,13 +3032,18 @@ def place_of_sequence(answer: Answer, number: int) -> int:
 
 
 def split_message(whole: JSON) -> Iterator[JSON]:
-    """Each block whole; of its text, one delta."""
+    """Each block with one delta for what a client puts together of deltas."""
     yield {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
     for n, block in enumerate(whole["content"]):
-        begun = {**block, "text": ""} if "text" in block else block
-        delta = {"type": "text_delta", "text": block.get("text", "")}
+        grows = [name for name in ("text", "thinking", "signature") if name in block]
+        deltas = [{"type": f"{name}_delta", name: block[name]} for name in grows]
+        begun = {**block, **dict.fromkeys(grows, "")}
+        if "input" in block:  # a tool's
+            deltas = [{"type": "input_json_delta", "partial_json": to_json(block["input"])}]
+            begun["input"] = {}
         yield {"type": "content_block_start", "index": n, "content_block": begun}
-        yield {"type": "content_block_delta", "index": n, "delta": delta}
+        for delta in deltas:
+            yield {"type": "content_block_delta", "index": n, "delta": delta}
         yield {"type": "content_block_stop", "index": n}
     end = {name: whole.get(name) for name in ("stop_reason", "stop_sequence")}
     yield {"type": "message_delta", "delta": end, "usage": whole.get("usage") or {}}
@@ -3083,6 +3100,7 @@ CONNECT_TIMEOUT = 5
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT = 10, 10
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
+PLAIN_BYTES = 32 * KiB  # at once, of a body that is compressed
 INTAKE_REST = 0.001  # seconds, after a pass; epoll counts whole milliseconds
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
@@ -3200,11 +3218,7 @@ class Exchange:
             pieces.append(data[size.end() : at])
         self.left, self.rest = max(0, at - len(data)), data[at:]
         if payload := b"".join(pieces):
-            payload = self.decode(payload) if self.coded else payload
-            self.room -= len(payload)
-            if self.room < 0 or len(payload) > WHOLE_BYTES:
-                raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
-            take(payload)
+            take(payload if self.coded else self.count(payload))
         last = self.LAST.match(self.rest) if size else None
         whole = b"\r\n\r\n" if size else b"\r\n"  # if it is there, more bytes will not help
         if last or not (self.chunked or self.left):
@@ -3213,18 +3227,24 @@ class Exchange:
         elif whole in self.rest[2:] or len(self.rest) > HEAD_BYTES:
             raise h11.RemoteProtocolError("the framing of the body is broken")
 
-    def decode(self, data: bytes) -> bytes:
+    def count(self, data: bytes) -> bytes:
+        self.room -= len(data)
+        if self.room < 0:
+            raise upstream_problem(f"the upstream sent more than {WHOLE_BYTES / MiB:g} MiB")
+        return data
+
+    def decode(self, data: bytes) -> Iterator[bytes]:
         """gzip, though we ask for none, also in several members (RFC 1952, section 2.2)."""
         plain = b""
         try:
-            while data and len(plain) <= WHOLE_BYTES:
+            while data or len(plain) == PLAIN_BYTES:  # then there may be more inside
                 if self.unzip is None or self.unzip.eof:
                     self.unzip = zlib.decompressobj(zlib.MAX_WBITS | 32)
-                plain += self.unzip.decompress(data, WHOLE_BYTES)
+                plain = self.unzip.decompress(data, PLAIN_BYTES)
                 data = self.unzip.unconsumed_tail or self.unzip.unused_data
+                yield self.count(plain)
         except zlib.error:
             raise upstream_problem("the upstream compresses, and not by gzip") from None
-        return plain
 
     def passed_back(self) -> Headers:
         """What of its headers goes on to the client."""
@@ -3262,8 +3282,11 @@ class Intake:
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
         """A body, to its end. Raises what `take` and the exchange raise."""
-        exchange.feed(b"", take)  # what came with the head
         fd = exchange.wire.socket.fileno()
+        if exchange.coded:
+            await self.read_coded(exchange, take, fd)
+        else:
+            exchange.feed(b"", take)  # what came with the head
         if self._epoll and not exchange.ended.is_set():
             self._reads[fd] = functools.partial(exchange.read_now, take)
             self._epoll.register(fd, select.EPOLLIN)
@@ -3277,6 +3300,19 @@ class Intake:
             exchange.read_now(take)
         if exchange.failed:
             raise exchange.failed
+
+    async def read_coded(self, exchange: Exchange, take: Callable[[bytes], None], fd: int) -> None:
+        """A few bytes may become thousands of events: others have their turn in between."""
+        coded = bytearray()
+        exchange.feed(b"", coded.extend)
+        while coded or not exchange.ended.is_set():
+            if not coded:
+                await trio.lowlevel.wait_readable(fd)
+                exchange.read_now(coded.extend)
+            for plain in exchange.decode(bytes(coded)):
+                take(plain)
+                await trio.lowlevel.checkpoint()
+            coded.clear()
 
 
 @dataclasses.dataclass
@@ -3352,7 +3388,7 @@ class Upstream(Model):
         def take(data: bytes) -> None:
             nonlocal streams
             if not streams:
-                first.extend(data)
+                first.extend(data if first else data.lstrip())
                 if not begins.match(first):
                     return
                 if not question.stream:
@@ -3368,8 +3404,8 @@ class Upstream(Model):
         except ValueError as error:
             raise upstream_problem(f"the upstream sent {error}") from None
         if streams or not first.strip():
-            if parser.unfinished().strip() == "[DONE]":
-                relay.take(ServerSentEvent("[DONE]", "message"))
+            for event in parser.unfinished():
+                relay.take(event)
             relay.end()
         elif kind == "text/html" or (kind != "application/json" and NOT_JSON.match(first)):
             shown = clean_words(named, exchange.secrets) or "nothing"
@@ -3386,7 +3422,7 @@ class Upstream(Model):
             await self.intake.read(exchange, read.extend)
         return Reply(read.decode(errors="replace"), exchange.passed_back())
 
-    async def models(self, headers: Headers) -> Reply:
+    async def models(self, headers: Headers, query: str = "") -> Reply:
         """The list of models: the pinned ones, or the upstream's as it came.
 
         It is asked once for everyone with the same key, and kept for a moment; a failure is
@@ -3394,14 +3430,15 @@ class Upstream(Model):
         """
         if self.settings.model:
             return list_models(self.settings.model)
-        began, key = trio.current_time(), to_json([headers.get(name) for name in CREDENTIALS])
+        path = f"/models?{query}" if query else "/models"  # a list may have pages
+        began, key = trio.current_time(), to_json([path, *map(headers.get, CREDENTIALS)])
         shown = self.lists.setdefault(key, ModelList())
         if len(self.lists) > 32:
             del self.lists[next(iter(self.lists))]
         async with shown.lock:
             if shown.fresh_until < began:
                 try:
-                    shown.reply, kept = await self.short("/models", headers), MODELS_KEPT
+                    shown.reply, kept = await self.short(path, headers), MODELS_KEPT
                 except Problem as problem:
                     shown.reply, kept = problem, 0
                 shown.fresh_until = trio.current_time() + kept
@@ -3434,13 +3471,14 @@ class Upstream(Model):
         try:
             with trio.fail_after(patience) as limit, contextlib.ExitStack() as stack:
                 headers = self.headers(path, passed, body)
+                query = self.query.replace("?", "&") if "?" in path else self.query
                 # A question that meets the goodbye of a kept connection, with not one byte of a
                 # response, is asked once more on a fresh one, as curl and browsers do.
                 for kept in (self.kept_wire(), None):
                     wire = kept or await self.connect()
                     exchange = Exchange(wire, limit, patience if body else 0)
                     try:
-                        await exchange.ask(method, self.base + path + self.query, headers, body)
+                        await exchange.ask(method, self.base + path + query, headers, body)
                         break
                     except BaseException as error:
                         wire.close()
@@ -3658,7 +3696,7 @@ class Demo(Model):
     def choose(self, model: str) -> str:
         return model or "demo"
 
-    async def models(self, headers: dict[str, str]) -> Reply:
+    async def models(self, headers: dict[str, str], query: str = "") -> Reply:
         return list_models(["demo"])
 
     async def model(self, name: str, headers: dict[str, str]) -> Reply:
@@ -3698,7 +3736,8 @@ class Demo(Model):
         """Events like those of OpenAI's streams, because clients are tried on them."""
         events, answer.question.prepared = answer.question.prepared, None
         self.answers.drop_question(answer)
-        answer.accepted.set()
+        if not answer.question.polled:  # then its first event has to name it
+            answer.accepted.set()
         relay, whole = Relay(answer, self.metrics), next(events)
         if not answer.question.stream:
             await trio.sleep(self.PACE)

@@ -23,6 +23,7 @@ from kit import (
     fetch,
     fetch_events,
     program,
+    resident,
     sse,
     stream,
     text_of,
@@ -570,3 +571,22 @@ async def test_ended_answers_are_forgotten_the_oldest_first(serve, upstream):
     assert known == sorted(known, reverse=True)
     assert known[0] == 404
     assert known[-3:] == [200, 200, 200]
+
+
+async def test_what_is_left_of_a_stopped_answer_is_small(serve):
+    """What the demo would have said is not kept: 4 KB are counted, and its events."""
+    server = serve()
+    body = {"input": "What is SSE?", "stream": True}
+
+    async def ask_and_stop(count):
+        for _ in range(count):
+            async with stream("POST", server.http + "/v1/responses", None, body) as response:
+                name = response.headers["x-answer-id"]
+            assert (await fetch("DELETE", f"{server.http}/answers/{name}")).status == 204
+
+    await ask_and_stop(300)  # what a server needs once
+    before = resident(server.process.pid)
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(ask_and_stop, 400)
+    assert (resident(server.process.pid) - before) / 1600 < 6000

@@ -120,6 +120,17 @@ async def test_another_question_with_the_same_key_is_422(open_relay, upstream, p
     assert not upstream.asked(second)
 
 
+async def test_each_path_has_keys_of_its_own(open_relay, upstream):
+    """The same body may be asked in the chat page's format, and in OpenAI's."""
+    prompt = upstream.script(*answer("Hello"))
+    body, said = asking(prompt, model="scripted", stream=True), []
+    for path in (CHAT, OPENAI):
+        said += [await fetch_events("POST", open_relay.http + path, keyed("both"), body)]
+    assert said[0][0].json == {"content": "Hello"}
+    assert said[1][0].json["choices"]
+    assert len(upstream.asked(prompt)) == 2
+
+
 async def test_another_callers_key_is_another(open_relay, upstream):
     prompt = upstream.script(*answer("Hello"))
     path, body = question("chat", prompt, True)

@@ -218,6 +218,27 @@ async def test_the_list_is_asked_for_once_by_all_with_the_same_key(serve):
         assert listed == [NAMES] * 7
 
 
+@pytest.mark.parametrize("query", ["", "?api-version=1"])
+def test_a_list_with_pages_is_read_to_its_end(serve, query):
+    """An SDK asks on while there is more: the same page again, and it would never end."""
+    anthropic = need_module("anthropic", "pip install anthropic")
+
+    def page(heard):
+        n = len(heard.target.partition("after_id=")[2].partition("&")[0])
+        assert heard.target.endswith(query.lstrip("?"))
+        name = "a" * (n + 1)
+        listed = [{"id": name, "type": "model", "display_name": "", "created_at": "2026-01-01"}]
+        return [plain(200, {"data": listed, "has_more": n < 3, "first_id": name, "last_id": name})]
+
+    with Upstream() as upstream:
+        upstream.other = page
+        server = serve("--upstream", upstream.url + query)
+        with anthropic.Anthropic(base_url=server.http, api_key="none") as client:
+            listed = zip(client.models.list(limit=1), range(9), strict=False)
+            assert [model.id for model, _ in listed] == ["a", "aa", "aaa", "aaaa"]
+        assert len(upstream.heard) == 4
+
+
 async def test_a_refusal_is_told_to_all_who_wait_and_to_nobody_later(serve):
     gate = Gate()
     with Upstream() as upstream:

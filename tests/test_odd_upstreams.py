@@ -16,6 +16,7 @@ from kit import (
     HOLD,
     OPENAI,
     RST,
+    SECRET,
     SSE_HEAD,
     Background,
     Connection,
@@ -25,6 +26,7 @@ from kit import (
     ask,
     asking,
     chat_whole,
+    connect,
     data,
     delta,
     error_of,
@@ -145,6 +147,10 @@ FAILED = {
     "error beside choices": data(delta() | {"error": CRASHED}),
     "error is a string": data({"error": "crashed"}),
     "type: error": data({"type": "error", "error": CRASHED}),
+    # Not event streams, but servers write it into one.
+    "error: instead of data:, flat": b"error: %b\n\n" % json.dumps(CRASHED).encode(),
+    "error: instead of data:, nested": b"error:%b\n\n" % json.dumps({"error": CRASHED}).encode(),
+    "JSON and nothing before it": json.dumps({"error": CRASHED}).encode() + b"\n\n",
 }
 
 
@@ -162,9 +168,19 @@ async def test_a_failed_answer_is_not_called_whole(relay, upstream, path, name):
 
 
 @STREAMED
-async def test_an_error_event_without_a_word_is_an_error(relay, upstream, path):
-    prompt = upstream.script(*sse(HELLO, b"event: error\ndata: {}\n\n", DONE))
+@pytest.mark.parametrize("said", [b"{}", b"", b"null", b"[DONE]"])
+async def test_an_error_event_without_a_word_is_an_error(relay, upstream, path, said):
+    prompt = upstream.script(*sse(HELLO, b"event: error\ndata: %b\n\n" % said, DONE))
     assert error_of(await events_of(relay, path, prompt))["message"]
+
+
+@STREAMED
+@pytest.mark.parametrize("before", [data(HELLO), b": soon\n\n"])
+@pytest.mark.parametrize("framed", [b"data: %b", b"event: error\ndata: %b\n", b"%b", b"%b\n"])
+async def test_an_error_that_ends_the_body_at_once_is_told(relay, upstream, path, before, framed):
+    """Without its blank line, or as JSON alone: the server had begun, and then failed."""
+    prompt = upstream.script(*sse(before + framed % json.dumps({"error": CRASHED}).encode()))
+    assert error_of(await events_of(relay, path, prompt))["message"] == "crashed"
 
 
 @STREAMED
@@ -242,6 +258,23 @@ async def test_a_refusal_is_told_in_the_upstreams_words(relay, upstream, way, na
     assert CONTEXT in response.error["message"]
     assert not set("<{") & set(response.error["message"])
     assert response.json["type"] == "error"
+
+
+ELSEWHERE = {
+    "another name": {"Message": CONTEXT},
+    "by field": {"errors": {"messages": [CONTEXT]}},
+    "in two languages": {"error": {"message": {"en": CONTEXT}, "code": 400}},
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@WAY
+async def test_words_in_a_place_that_nobody_knows_are_told_with_it(relay, upstream, way, name):
+    prompt = upstream.script(plain(400, ELSEWHERE[name] | {"key": SECRET}))
+    response = await refusal(relay, way, prompt)
+    assert response.status == 400
+    assert CONTEXT in response.error["message"]
+    assert SECRET not in response.body.decode()
 
 
 @WAY
@@ -537,6 +570,40 @@ async def test_gzip_in_several_members_is_read_to_its_end(relay, upstream, path)
     for steps in (packed, [b"".join(packed)]):
         prompt = upstream.script(*sse(*steps, head=head))
         assert_whole(await events_of(relay, path, prompt))
+
+
+async def test_gzip_that_becomes_an_answer_at_once_holds_up_nobody(relay, upstream):
+    """20 KB of it are 20,000 tokens. (A busy machine may hold somebody up, too.)"""
+    said = data(delta("word ")) * 20_000 + data(STOP) + DONE
+    zipped = plain(200, gzip.compress(said), "Content-Encoding: gzip")
+    for _ in range(4):
+        waits, began = [], trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_again_and_again, relay, waits)
+            response = await fetch("POST", relay.http + OPENAI, None, ask(upstream.script(zipped)))
+            nursery.cancel_scope.cancel()
+        assert response.body.count(b"data: ") == 20_002
+        if max(waits) < (trio.current_time() - began) / 4:
+            return
+    raise AssertionError(waits)
+
+
+async def ask_again_and_again(server, waits):
+    async with connect(server.http) as connection:
+        while True:
+            began = trio.current_time()
+            await (await connection.request("GET", "/healthz")).read()
+            waits.append(trio.current_time() - began)
+
+
+@pytest.mark.parametrize("size", [1, 32 * 1024, 32 * 1024 + 1, 100_000])
+async def test_gzip_loses_no_byte(relay, upstream, size):
+    """Whatever the size, and also where most of it is the same again."""
+    whole = chat_whole(["a" * (size - len(json.dumps(chat_whole([""]))))])
+    for body in (json.dumps(whole).encode(), json.dumps(whole).encode() + b" " * size):
+        prompt = upstream.script(plain(200, gzip.compress(body), "Content-Encoding: gzip"))
+        response = await fetch("POST", relay.http + OPENAI, None, asking(prompt))
+        assert response.json == whole
 
 
 @WAY
@@ -890,6 +957,21 @@ async def test_the_page_is_told_the_last_words_and_the_reason(relay, upstream):
     assert text_of(events) == "Hello"
     reasons = [event.json.get("finish_reason") for event in events[:-1]]
     assert reasons[-1] == "length"
+
+
+async def test_the_page_is_not_told_of_a_reason_that_is_none(relay, upstream):
+    """Some send an empty one with each chunk."""
+    steps = sse(delta("Hel", finish=""), delta("lo", finish=""), STOP, DONE)
+    events = await events_of(relay, CHAT, upstream.script(*steps))
+    assert [event.data for event in events] == ['{"content":"Hel"}', '{"content":"lo"}', "[DONE]"]
+
+
+async def test_the_page_is_told_what_the_model_refuses(relay, upstream):
+    """OpenAI's models say it in a field of its own, and end with "stop"."""
+    refused = delta()
+    refused["choices"][0]["delta"] = {"content": None, "refusal": "I cannot help with that."}
+    events = await events_of(relay, CHAT, upstream.script(*sse(refused, STOP, DONE)))
+    assert_whole(events, "I cannot help with that.")
 
 
 async def test_the_page_is_not_told_that_all_is_well(relay, upstream):

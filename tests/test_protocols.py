@@ -3,6 +3,7 @@
 Each of them streams, resumes, polls and cancels, whatever the manner of the upstream.
 """
 
+import json
 import re
 
 import pytest
@@ -30,6 +31,7 @@ from kit import (
     protocol_of,
     response_stream,
     response_whole,
+    sse,
     stream,
     told,
     wait_until,
@@ -243,6 +245,19 @@ def test_numbers_are_looked_for_where_the_upstream_counts_oddly(responses, upstr
         assert rest == [event for event in events if event.sequence_number > after]
 
 
+def test_a_number_in_what_is_said_is_not_that_of_the_event(responses, upstream):
+    """It may stand before it, such as in the example of a tool."""
+    example = {"type": "function", "name": "f", "parameters": {"sequence_number": 99}}
+    events = []
+    for n, event in enumerate(response_stream()):
+        for name in event.keys() & {"response", "item"}:
+            event[name]["tools"] = [example]
+        events.append({**event, "sequence_number": n})
+    name, events = read(create(responses, upstream.script(*sse(*events)), stream=True))
+    for n in range(len(events)):
+        assert list(responses.retrieve(name, stream=True, starting_after=n)) == events[n + 1 :]
+
+
 def test_the_helper_of_the_sdk_resumes(relay, responses, upstream):
     """It asks for all of it and skips by itself."""
     prompt = upstream.script(*told(BOOK, response_stream()))
@@ -391,6 +406,16 @@ def test_what_is_done_can_be_seen_while_the_rest_is_under_way(responses, upstrea
     running.close()
 
 
+@pytest.mark.parametrize("output", [[], None])
+def test_what_is_done_can_be_seen_though_the_end_does_not_repeat_it(responses, upstream, output):
+    """Some upstreams send each item, and then an end without any."""
+    *events, end = response_stream()
+    end["response"] |= {"output": output}
+    begun = create(responses, upstream.script(*told(BOOK, [*events, end])), background=True)
+    done = poll(responses, begun.id, "completed")
+    assert (done.output_text, done.usage.total_tokens) == (SENTENCE, 8)
+
+
 def test_cancel_after_the_end_changes_nothing(responses, upstream):
     prompt = upstream.script(*told(BOOK, response_stream()))
     name, _ = read(create(responses, prompt, stream=True))
@@ -415,6 +440,13 @@ def test_in_the_background_nobody_has_to_attend(responses, upstream, streamed):
     (heard,) = upstream.asked(prompt)
     assert "background" not in heard.json
     assert heard.json["stream"] is True
+
+
+def test_the_demo_answers_in_the_background(openai, quick_demo):
+    with openai_client(quick_demo.http) as client:
+        begun = client.responses.create(model="demo", input="Hello", background=True)
+        assert begun.status == "in_progress"
+        assert poll(client.responses, begun.id, "completed").output_text
 
 
 def test_in_the_background_an_id_stays_what_it_was(responses, upstream):
@@ -505,6 +537,32 @@ def test_a_refusal_reads_as_words(sdks, relay, upstream, call, streamed):
     assert "Slow down, please." in error["message"]
 
 
+async def test_a_message_that_came_as_json_is_put_together_of_its_deltas(relay, upstream):
+    """As clients do it: what a tool is asked, and what the model thinks, too."""
+    blocks = [
+        {"type": "thinking", "thinking": "Let me see", "signature": "c2lnbmVk"},
+        {"type": "text", "text": SENTENCE},
+        {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"x": ["\u4f60", 1.5]}},
+        {"type": "redacted_thinking", "data": "cmVkYWN0ZWQ="},
+    ]
+    path, _, whole, ask = PROTOCOLS["messages"]
+    prompt = upstream.script(plain(200, whole() | {"content": blocks, "stop_reason": "tool_use"}))
+    events = await fetch_events("POST", relay.http + path, None, ask(prompt) | {"stream": True})
+    built = []
+    for said in (event.json for event in events):
+        if said["type"] == "content_block_start":
+            built.append(said["content_block"])
+        elif said["type"] == "content_block_delta":
+            kind, (_, more) = said["delta"].pop("type"), *said["delta"].items()
+            if kind == "input_json_delta":
+                assert built[-1]["input"] == {}
+                built[-1]["input"] = json.loads(more)
+            else:
+                built[-1][kind.removesuffix("_delta")] += more
+    assert built == blocks
+    assert events[-2].json["delta"]["stop_reason"] == "tool_use"
+
+
 @pytest.mark.parametrize("name", PROTOCOLS)
 async def test_json_for_a_stream_is_the_answer_or_an_error(relay, upstream, name):
     """Never a success without a word."""
@@ -542,6 +600,20 @@ def test_a_guessed_id_is_unknown(openai, responses, upstream):
             with pytest.raises(openai.NotFoundError) as raised:
                 call(guess)
             assert secret not in str(raised.value)
+
+
+@pytest.mark.parametrize("id", ["resp_a/b+c==", "a/cancel", "a b%2F?c#d", "\u4f60", "..", 7])
+def test_an_upstream_may_give_any_id(responses, upstream, id):
+    """Some gateways' are base64."""
+    events = response_stream()
+    events = [
+        e | ({"response": e["response"] | {"id": id}} if "response" in e else {}) for e in events
+    ]
+    name, events = read(create(responses, upstream.script(*told(BOOK, events)), stream=True))
+    assert name.startswith(f"{id}.")
+    assert responses.retrieve(name).output_text == SENTENCE
+    assert list(responses.retrieve(name, stream=True, starting_after=5)) == events[6:]
+    assert responses.cancel(name).id == name
 
 
 def test_no_two_responses_share_an_id(responses, upstream):

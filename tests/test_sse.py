@@ -120,7 +120,23 @@ def test_a_last_event_without_its_blank_line_can_be_asked_for(size):
         parser = SSEParser()
         pieces = [stream[n : n + size] for n in range(0, len(stream), size)]
         assert [event for piece in pieces for event in parser.feed(piece)] == [message("a")]
-        assert parser.unfinished() == "[DONE]"
+        assert parser.unfinished() == [message("[DONE]")]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_last_event_without_its_blank_line_is_an_end_or_nothing(end):
+    for event in (b"data: [DONE", b"data: b", b'data: {"content": "error"}', b"event: a\ndata: b"):
+        assert unfinished(event + end) == []
+    failed = [('{"error": "b"}', "message"), ("b", "error")]
+    assert unfinished(b'data: {"error": "b"}' + end) == failed[:1]
+    assert unfinished(b'{"error": "b"}' + end) == failed[:1]
+    assert unfinished(b"event: error\ndata: b" + end) == failed[1:]
+
+
+def unfinished(stream):
+    parser = SSEParser()
+    assert parser.feed(b"data: a\n\n" + stream) == [message("a")]
+    return parser.unfinished()
 
 
 @pytest.mark.parametrize(

@@ -2243,7 +2243,8 @@ class App:
         """An answer again, after this event; its name stands for "nothing seen yet"."""
         with answer.attended():
             if last_event_id != answer.name:
-                place = await self.reach(answer, last_event_id)
+                await self.reach(answer, lambda: answer.place_after(last_event_id) is not None)
+                place = answer.place_after(last_event_id)
                 if place is None:
                     wrong = "this Last-Event-ID is not of this answer: send the last one you saw"
                     raise Problem(400, wrong, param="Last-Event-ID")
@@ -2257,21 +2258,15 @@ class App:
                 return await request.respond(204)
             await self.stream(request, answer, start, last_event_id)
 
-    async def reach(self, answer: Answer, id: str) -> int | None:
-        """The place after this event, if it is one of this answer.
-
-        What a reader has seen in another process may still be on its way to us. A second
-        is many times what the way takes.
-        """
-        with trio.move_on_after(1 if answer.model.writer else 0):
-            while answer.place_after(id) is None and not answer.closed:  # noqa: ASYNC110
-                await trio.sleep(0.01)
-        return answer.place_after(id)
+    async def reach(self, answer: Answer, known: Callable[[], bool]) -> None:
+        """Wait until we know what a reader may have seen in another process. Raises Problem."""
+        if self.cluster and answer.model.writer:
+            await self.cluster.reach(answer, known)
 
     async def find_response(self, id: str) -> Answer:
         """By the id that we gave it: the upstream's, and our secret behind a dot."""
         answer = await self.find_answer(id.rpartition(".")[2])
-        await self.reach(answer, answer.id(0))
+        await self.reach(answer, lambda: answer.end > 0)
         if answer.question.api is not RESPONSES or response_now(answer).get("id") != id:
             raise Problem(404, "there is no such response", code="not_found")
         return answer
@@ -2282,8 +2277,9 @@ class App:
             return await request.respond_json(to_json(response_now(answer)))
         start, after = 0, request.query.get("starting_after", "")
         if re.fullmatch("[0-9]{1,15}", after):
-            await self.reach(answer, answer.id(int(after)))
-            start = place_of_sequence(answer, int(after))
+            number = int(after)
+            await self.reach(answer, lambda: place_of_sequence(answer, number - 1) < answer.end)
+            start = place_of_sequence(answer, number)
         await self.follow(request, answer, request.last_event_id or answer.name, start)
 
     async def cancel_response(self, request: Request, id: str) -> None:
@@ -4332,6 +4328,13 @@ class Cluster:
         if not copy.closed:
             self.read[key] = entries[-1].identifier
         return copy
+
+    async def reach(self, copy: Answer, known: Callable[[], bool]) -> None:
+        """Wait for what may be on its way, until we have heard ourselves a second later."""
+        asked = trio.current_time()
+        with self.must_know("what was said"), trio.fail_after(REDIS_TIMEOUT + 1):
+            while not (known() or copy.closed or self.beaten > asked + 1):  # noqa: ASYNC110
+                await trio.sleep(0.01)
 
     def hear_answer(self, key: str, entry: Mapping[str, str]) -> None:
         """A batch of its events, of which we may have some already."""

@@ -10,7 +10,10 @@ import sys
 import pytest
 import trio
 from kit import (
+    BOOK,
     OPENAI,
+    PROTOCOLS,
+    RESPONSES,
     ROOT,
     TOGETHER,
     Gate,
@@ -34,6 +37,7 @@ from kit import (
     sse,
     stream,
     text_of,
+    told,
     until,
 )
 
@@ -298,6 +302,28 @@ async def test_while_redis_is_away_an_answer_elsewhere_cannot_be_found(pair, red
         assert response.status == 503
         assert int(response.headers["retry-after"]) >= 1
         assert await fetch_events("GET", at(a, here)) == events
+
+
+async def test_while_redis_is_away_what_was_said_meanwhile_is_not_known(pair, redis, upstream):
+    """Which is not the same as: nobody said that. And nothing is told twice."""
+    a, b = pair
+    gate, book = Gate(), BOOK._replace(done=True)
+    head, first, *rest = told(book, PROTOCOLS["responses"].stream())
+    prompt = upstream.script(head, first, gate, *rest[:3], Gate())
+    body = PROTOCOLS["responses"].ask(prompt) | {"stream": True}
+    async with stream("POST", a.http + RESPONSES, None, body) as here:
+        (created,) = await here.events(1)
+        response = f"{b.http}{RESPONSES}/{created.json['response']['id']}?stream=true"
+        async with stream("GET", response) as there:
+            assert await there.events(1) == [created]
+            redis.stop()
+            gate.open()
+            last = (await here.events(2))[-1]
+            known = fetch("GET", at(b, here), {"Last-Event-ID": last.id})
+            with trio.fail_after(8):
+                assert (await known).status == 503
+                after = f"&starting_after={last.json['sequence_number']}"
+                assert (await fetch("GET", response + after)).status == 503
 
 
 @pytest.mark.parametrize("lost", ["the middle", "the end", "all"])

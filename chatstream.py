@@ -78,6 +78,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import weakref
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -2250,7 +2251,8 @@ class App:
         """An answer again, after this event; its name stands for "nothing seen yet"."""
         with answer.attended():
             if last_event_id != answer.name:
-                place = await self.reach(answer, last_event_id)
+                await self.reach(answer, lambda: answer.place_after(last_event_id) is not None)
+                place = answer.place_after(last_event_id)
                 if place is None:
                     wrong = "this Last-Event-ID is not of this answer: send the last one you saw"
                     raise Problem(400, wrong, param="Last-Event-ID")
@@ -2264,21 +2266,15 @@ class App:
                 return await request.respond(204)
             await self.stream(request, answer, start, last_event_id)
 
-    async def reach(self, answer: Answer, id: str) -> int | None:
-        """The place after this event, if it is one of this answer.
-
-        What a reader has seen in another process may still be on its way to us. A second
-        is many times what the way takes.
-        """
-        with trio.move_on_after(1 if answer.model.writer else 0):
-            while answer.place_after(id) is None and not answer.closed:  # noqa: ASYNC110
-                await trio.sleep(0.01)
-        return answer.place_after(id)
+    async def reach(self, answer: Answer, known: Callable[[], bool]) -> None:
+        """Wait until we know what a reader may have seen in another process. Raises Problem."""
+        if self.cluster and answer.model.writer:
+            await self.cluster.reach(answer, known)
 
     async def find_response(self, id: str) -> Answer:
         """By the id that we gave it: the upstream's, and our secret behind a dot."""
         answer = await self.find_answer(id.rpartition(".")[2])
-        await self.reach(answer, answer.id(0))
+        await self.reach(answer, lambda: answer.end > 0)
         if answer.question.api is not RESPONSES or response_now(answer).get("id") != id:
             raise Problem(404, "there is no such response", code="not_found")
         return answer
@@ -2289,8 +2285,9 @@ class App:
             return await request.respond_json(to_json(response_now(answer)))
         start, after = 0, request.query.get("starting_after", "")
         if re.fullmatch("[0-9]{1,15}", after):
-            await self.reach(answer, answer.id(int(after)))
-            start = place_of_sequence(answer, int(after))
+            number = int(after)
+            await self.reach(answer, lambda: place_of_sequence(answer, number - 1) < answer.end)
+            start = place_of_sequence(answer, number)
         await self.follow(request, answer, request.last_event_id or answer.name, start)
 
     async def cancel_response(self, request: Request, id: str) -> None:
@@ -2416,8 +2413,7 @@ class Server:
                 for listener in listeners:
                     listener.close()
                 await self.end()
-                connections.cancel_scope.cancel()
-            app.writers.cancel_scope.cancel()
+                app.writers.cancel_scope.cancel()  # and the connections, which are inside
 
     async def end(self) -> None:
         """Answers may finish; then all logs end, and with them their readers."""
@@ -4078,6 +4074,10 @@ LUA = """
 local function heal(key, type)
   if redis.call('TYPE', key).ok ~= type then redis.call('DEL', key) end
 end
+-- A number that is ours. (For Lua, "inf", "1.5" and "0x10" are some, too.)
+local function whole(text)
+  return text and text:find('^%d+$') and #text < 16 and tonumber(text)
+end
 -- The last entry that has this field: others are not ours.
 local function last_entry(key, field)
   heal(key, 'stream')
@@ -4085,7 +4085,7 @@ local function last_entry(key, field)
     if entry[1]:find('^18446744073709551615') then redis.call('DEL', key) return {} end
     local fields = {}
     for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
-    if tonumber(fields[field]) then return fields end
+    if whole(fields[field]) then return fields end
   end
   return {}
 end
@@ -4105,7 +4105,7 @@ redis.call('SET', stored, late, 'EX', 3600)
 heal(comings, 'list') heal(presence, 'hash')
 redis.call('HSET', presence, me, here)
 local members = 0
-for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (tonumber(n) or 0) end
+for _, n in ipairs(redis.call('HVALS', presence)) do members = members + (whole(n) or 0) end
 local tail = last_entry(room, 'place')
 local name, place = tail.room or our_name, (tail.place or -1) + 1
 local last = tail.members and tail.after or tail.place or -1  -- the last message's place
@@ -4152,6 +4152,20 @@ redis.call('HSET', KEYS[1], me, members)
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state)
 return redis.call('TIME')
 """
+# Of those who claim a key at the same time, one gets it: also a key whose answer is forgotten.
+CLAIM = """
+heal(KEYS[1], 'string')
+local claimed, forgotten = redis.call('GET', KEYS[1]) or '', ARGV[1]
+if claimed ~= forgotten and claimed ~= '' then return claimed end
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
+return ARGV[2]
+"""
+SCRIPTS = (SAY, MIRROR, TELL, CLAIM)
+
+
+def whole(text: str) -> int:
+    """A number that is ours, as in Lua. Raises ValueError."""
+    return int(text if re.fullmatch("-1|[0-9]{1,15}", text) else "")
 
 
 @dataclasses.dataclass
@@ -4197,15 +4211,14 @@ class Cluster:
         self.me = secrets.token_hex(8)
         options: JSON = {"connect_timeout": 1, "stream_timeout": REDIS_TIMEOUT}
         options["retry_policy"] = coredis.retry.NoRetryPolicy()  # else a timeout counts thrice
+        self.connect: Callable[[], coredis.Redis[str]]
+        self.connect = lambda: coredis.Redis.from_url(url, decode_responses=True, **options)
         self.redis: coredis.Redis[str]
-        self.redis = coredis.Redis.from_url(url, decode_responses=True, **options)
-        register = self.redis.register_script
-        self.scripts: JSON = {text: register(LUA + text) for text in (SAY, MIRROR, TELL)}
-        self.trouble = (coredis.exceptions.RedisError, OSError)
-        self.if_new = coredis.PureToken.NX
+        self.scripts: JSON = {}
         # What we have heard
         self.read = {ROOM: "", STATE: ""}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
+        self.finding = weakref.WeakValueDictionary[str, trio.Lock]()  # by answer
         self.neighbours: dict[str, Neighbour] = {}
         self.beaten = -inf  # when we heard ourselves
         self.offset = 0.0  # Redis's time less ours, in seconds
@@ -4223,28 +4236,44 @@ class Cluster:
 
         No client comes before we know what was said, unless Redis is away.
         """
-        async with self.redis, trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(self.keep_in_touch)
             with trio.move_on_after(REDIS_TIMEOUT):
                 await self.caught_up.wait()
             task_status.started()
 
     async def keep_in_touch(self) -> None:
-        """Again after each trouble, and from the beginning: Redis may have lost everything."""
-        reason = ""
-        while True:
-            by_id = self.app.answers.by_id
-            self.mirrored = {a: n for a, n in self.mirrored.items() if a.name in by_id}
-            self.read = dict.fromkeys(self.read, "0-0")
-            try:
-                await self.tell()  # and so heal what we read
-                async with trio.open_nursery() as nursery:
-                    for task in (self.beat, self.follow, self.mirror):
-                        nursery.start_soon(task)
-            except* Exception as group:
-                if reason != (reason := why(group)):
-                    logger.warning("redis: %s", reason)
-            await trio.sleep(random.uniform(0.1, 2))
+        """Again after each trouble, and from the beginning: Redis may have lost everything.
+
+        With a new client. The old one may have connections whose network is gone, and its
+        pool loses a place with each that breaks under an XREAD (coredis 6.9).
+        """
+        reason, pause, old = "", 0.0, trio.CancelScope()
+        async with trio.open_nursery() as clients:
+            while True:
+                by_id = self.app.answers.by_id
+                self.mirrored = {a: n for a, n in self.mirrored.items() if a.name in by_id}
+                self.read = dict.fromkeys(self.read, "0-0")
+                new = await clients.start(self.hold_client)
+                await trio.sleep(pause)  # in which the old one ends what is under way
+                old.cancel()
+                try:
+                    await self.tell()  # and so heal what we read
+                    async with trio.open_nursery() as nursery:
+                        for task in (self.beat, self.follow, self.mirror):
+                            nursery.start_soon(task)
+                except* Exception as group:
+                    if reason != (reason := why(group)):
+                        logger.warning("redis: %s", reason)
+                pause, old = random.uniform(0.1, 2), new
+
+    async def hold_client(self, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        with trio.CancelScope() as scope, contextlib.suppress(Exception):
+            async with self.connect() as self.redis:
+                register = self.redis.register_script
+                self.scripts = {text: register(LUA + text) for text in SCRIPTS}
+                task_status.started(scope)
+                await trio.sleep_forever()
 
     async def goodbye(self) -> None:
         """Until the last events of our answers are stored, for those who read them elsewhere."""
@@ -4266,6 +4295,8 @@ class Cluster:
         try:
             await ended.wait()
         except trio.Cancelled:  # said is said, and its sender must hear of a failure
+            if said.type != "message":
+                raise
             with trio.CancelScope(shield=True):  # to enter one for each would take 5 us
                 await ended.wait()
         if batch:  # not emptied
@@ -4283,7 +4314,7 @@ class Cluster:
                 for said in batch:
                     args += [said.type, to_json((int(time.time() * 1000), said))]
                 for _ in range(2):
-                    with contextlib.suppress(*self.trouble):
+                    with contextlib.suppress(Exception):
                         await self.scripts[SAY](keys, args)
                         batch.clear()
                         break
@@ -4292,8 +4323,8 @@ class Cluster:
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
-        room, place, (at, said) = self.app.room, int(entry["place"]), from_json(entry["said"])
-        known, after = entry["room"] == room.name, int(entry["after"])
+        room, place, (at, said) = self.app.room, whole(entry["place"]), from_json(entry["said"])
+        known, after = entry["room"] == room.name, whole(entry["after"])
         if known and place < room.end:
             return
         if not known or after > self.last:  # we are new; or messages between are lost
@@ -4303,7 +4334,7 @@ class Cluster:
                 reader.rewind(place - 1)  # so that each is told of a gap
         self.last = place
         if members := entry.get("members"):  # somebody has come or gone
-            self.last, room.elsewhere = after, int(members) - room.here
+            self.last, room.elsewhere = after, whole(members) - room.here
         room.add(Said(*said), at, place)
 
     # ── our answers, for others ──
@@ -4312,7 +4343,7 @@ class Cluster:
         """Before a client learns an answer's name: let every process find it."""
         if answer not in self.mirrored and not answer.model.writer:
             self.mirrored[answer] = 0
-            with contextlib.suppress(*self.trouble):
+            with contextlib.suppress(Exception):
                 await self.mirror_some([answer])
 
     async def mirror(self) -> None:
@@ -4356,15 +4387,22 @@ class Cluster:
     def must_know(self, what: str) -> Iterator[None]:
         try:
             yield
-        except self.trouble:
+        except Problem:
+            raise
+        except Exception:  # whatever coredis makes of what Redis says
             unknown, retry = f"{what} cannot be known now: try again", {"retry-after": "2"}
             raise Problem(503, unknown, "server_error", headers=retry) from None
 
     async def find(self, name: str) -> Answer | None:
-        """Another process's answer, copied from now on. Raises Problem 503."""
+        """Another process's answer, copied from now on. Raises Problem 503.
+
+        It may be long. So it is fetched once, however many ask at the same time.
+        """
         key, answers = ANSWER_PREFIX + name, self.app.answers
-        with self.must_know("whether there is this answer"):
-            entries: Any = await self.redis.xrange(key) or ()
+        with self.must_know("whether there is this answer"), trio.fail_after(REDIS_TIMEOUT):
+            async with self.finding.setdefault(name, trio.Lock()):
+                if name not in answers.by_id:
+                    entries: Any = await self.redis.xrange(key) or ()
         if name in answers.by_id:
             return answers.by_id[name]  # somebody else asked at the same moment
         told = [entry.field_values for entry in entries]
@@ -4374,19 +4412,28 @@ class Cluster:
             question = Question(APIS[api], b"", stream, model, polled=polled, digest=digest)
         except (ValueError, TypeError, IndexError):
             return None
-        copy = answers.begin(self.app.writers, Elsewhere(self, writer), question, name)
+        copy = answers.begin(self.app.writers, Elsewhere(self, str(writer)), question, name)
         copy.accepted.set()
-        self.neighbours.setdefault(writer, Neighbour())
-        self.read[key] = entries[-1].identifier
-        self.hear(key, told)
+        self.neighbours.setdefault(copy.model.writer, Neighbour())
+        with trio.CancelScope(shield=True):  # others read it, too
+            await self.hear(key, told)
+        if not copy.closed:
+            self.read[key] = entries[-1].identifier
         return copy
+
+    async def reach(self, copy: Answer, known: Callable[[], bool]) -> None:
+        """Wait for what may be on its way, until we have heard ourselves a second later."""
+        asked = trio.current_time()
+        with self.must_know("what was said"), trio.fail_after(REDIS_TIMEOUT + 1):
+            while not (known() or copy.closed or self.beaten > asked + 1):  # noqa: ASYNC110
+                await trio.sleep(0.01)
 
     def hear_answer(self, key: str, entry: Mapping[str, str]) -> None:
         """A batch of its events, of which we may have some already."""
         copy = self.app.answers.by_id.get(key.removeprefix(ANSWER_PREFIX))
         if copy is None or copy.closed or "head" in entry:
             return
-        events, start = from_json(entry["events"]), int(entry["from"])
+        events, start = from_json(entry["events"]), whole(entry["from"])
         if start > copy.end:
             copy.skip_to(start)  # what Redis has lost, readers are told of by a gap
         for data, type in events[copy.end - start :]:
@@ -4399,20 +4446,22 @@ class Cluster:
     async def claim_key(self, question: Question) -> tuple[Answer | None, str]:
         """The answer that this Idempotency-Key has started in another process, if any;
         else the name under which it may be started here. Raises Problem."""
-        key, name = f"{PREFIX}key:{question.key}", secrets.token_hex(16)
-        claim = functools.partial(self.redis.set, key, name, ex=UNHEARD_EXPIRES)
+        key, name, forgotten = f"{PREFIX}key:{question.key}", secrets.token_hex(16), ""
+        expires = UNHEARD_EXPIRES + int(self.app.settings.keep)
         with self.must_know("whether this was asked before"):
-            if claimed := await claim(condition=self.if_new, get=True):
+            while True:
+                claimed = await self.scripts[CLAIM]([key], [forgotten, name, expires])
+                if claimed == name:
+                    return None, name
                 for _ in range(20):  # it may not have been announced yet
                     if answer := await self.find(str(claimed)):
                         return answer, answer.name
                     await trio.sleep(0.05)
-                await claim()  # it is forgotten
-        return None, name
+                forgotten = claimed
 
     async def free_key(self, question: Question) -> None:
         """The question was refused: it may be asked again."""
-        with contextlib.suppress(*self.trouble):
+        with contextlib.suppress(Exception):
             await self.redis.delete([f"{PREFIX}key:{question.key}"])
 
     # ── what the processes tell each other ──
@@ -4486,7 +4535,7 @@ class Cluster:
             block = FOLLOW_BLOCK if self.caught_up.is_set() else None
             news: Any = await self.redis.xread(self.read, count=500, block=block)
             for key, entries in (news or {}).items():
-                self.hear(key, [entry.field_values for entry in entries])
+                await self.hear(key, [entry.field_values for entry in entries])
                 if entries[-1].identifier.startswith("18446744073709551615"):
                     await self.redis.delete([key])  # nothing can be added to it any more
                     self.read[key] = "0-0"
@@ -4495,8 +4544,9 @@ class Cluster:
             if not news:
                 self.caught_up.set()
 
-    def hear(self, key: str, told: list[Any]) -> None:
+    async def hear(self, key: str, told: list[Any]) -> None:
         """What is foreign or broken is skipped: it must not end what we do."""
+        turn = Turn()
         takers: JSON = {ROOM: self.hear_room, STATE: self.hear_state}
         take = takers.get(key) or functools.partial(self.hear_answer, key)
         for one in told:
@@ -4506,6 +4556,7 @@ class Cluster:
                 if key not in self.warned:
                     self.warned.add(key)
                     logger.warning("redis: something in %s is not ours: %r", key, error)
+            await turn.pause()
 
 
 # ─── Flags ───────────────────────────────────────────────────────────────────────────

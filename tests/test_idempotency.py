@@ -184,6 +184,28 @@ async def test_a_key_is_known_to_every_process(serve, redis, upstream):
     assert len(upstream.asked(prompt)) == 1
 
 
+async def test_a_forgotten_key_is_used_again_by_one_process_alone(serve, redis, upstream):
+    flags = (
+        "--redis",
+        redis.url,
+        "--upstream",
+        upstream.url,
+        "--model",
+        "scripted",
+        "--keep",
+        "0.1",
+    )
+    here, there = serve(*flags), serve(*flags)
+    prompt = upstream.script(*answer("Hello"))
+    path, body = question("chat", prompt, True)
+    await fetch_events("POST", here.http + path, keyed("forgotten"), body)
+    await until(lambda: b":0" in redis.do("EVAL \"return #redis.call('KEYS', '*answer:*')\" 0"))
+    async with trio.open_nursery() as nursery:
+        for server in (here, there):
+            nursery.start_soon(fetch_events, "POST", server.http + path, keyed("forgotten"), body)
+    assert len(upstream.asked(prompt)) == 2
+
+
 async def test_an_answer_that_was_not_streamed_is_known_to_every_process(serve, redis, upstream):
     flags = ("--redis", redis.url, "--upstream", upstream.url, "--model", "scripted")
     prompt = upstream.script(plain(200, chat_whole()))

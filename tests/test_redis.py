@@ -10,7 +10,10 @@ import sys
 import pytest
 import trio
 from kit import (
+    BOOK,
     OPENAI,
+    PROTOCOLS,
+    RESPONSES,
     ROOT,
     TOGETHER,
     Gate,
@@ -34,6 +37,7 @@ from kit import (
     sse,
     stream,
     text_of,
+    told,
     until,
 )
 
@@ -300,6 +304,28 @@ async def test_while_redis_is_away_an_answer_elsewhere_cannot_be_found(pair, red
         assert await fetch_events("GET", at(a, here)) == events
 
 
+async def test_while_redis_is_away_what_was_said_meanwhile_is_not_known(pair, redis, upstream):
+    """Which is not the same as: nobody said that. And nothing is told twice."""
+    a, b = pair
+    gate, book = Gate(), BOOK._replace(done=True)
+    head, first, *rest = told(book, PROTOCOLS["responses"].stream())
+    prompt = upstream.script(head, first, gate, *rest[:3], Gate())
+    body = PROTOCOLS["responses"].ask(prompt) | {"stream": True}
+    async with stream("POST", a.http + RESPONSES, None, body) as here:
+        (created,) = await here.events(1)
+        response = f"{b.http}{RESPONSES}/{created.json['response']['id']}?stream=true"
+        async with stream("GET", response) as there:
+            assert await there.events(1) == [created]
+            redis.stop()
+            gate.open()
+            last = (await here.events(2))[-1]
+            known = fetch("GET", at(b, here), {"Last-Event-ID": last.id})
+            with trio.fail_after(8):
+                assert (await known).status == 503
+                after = f"&starting_after={last.json['sequence_number']}"
+                assert (await fetch("GET", response + after)).status == 503
+
+
 @pytest.mark.parametrize("lost", ["the middle", "the end", "all"])
 async def test_what_redis_has_lost_of_an_answer(pair, redis, upstream, lost):
     """Its writer has it still, and notices unless something follows: that is a gap."""
@@ -405,6 +431,27 @@ async def test_redis_hangs_for_a_while(pair, redis, upstream):
     await while_away(*pair, upstream, lambda: frozen(redis.process))
 
 
+async def test_connections_that_break_are_replaced_for_ever(serve, redis, upstream):
+    """With places for four of them, and more than four breaks."""
+    flags = ("--redis", f"{redis.url}?max_connections=4", *TOGETHER)
+    a, b = (serve(*flags, env={"OPENAI_BASE_URL": upstream.url}) for _ in range(2))
+    for _ in range(6):
+        await until(lambda: redis.do("CLIENT LIST").count(b"cmd=xread") == 2)
+        redis.do("CLIENT KILL TYPE normal")
+    with trio.fail_after(10):
+        await works(a, b, upstream)
+
+
+async def test_a_stop_does_not_wait_for_a_redis_that_hangs(pair, redis):
+    a, _ = pair
+    async with person(a) as ann:
+        with frozen(redis.process):
+            for word in ("one", "two"):
+                await say(ann, word)
+            a.signal()
+            assert await a.exit_code(1 + 3) == 0
+
+
 async def test_redis_comes_back_empty(pair, redis, upstream):
     @contextlib.contextmanager
     def away():
@@ -425,6 +472,9 @@ JUNK = [
     ["XADD", "{}", "9999999999999-0", "room", "x", "place", "x", "from", "y"],
     ["XADD", "{}", "*", "room", "x", "place", "1", "after", "0", "at", "1", "members", "1",
      "said", "{", "from", "y", "state", '[{"members": "x"}, [], []]'],
+    *(["XADD", "{}", "*", "room", "x", "place", n, "after", n, "at", "1", "members", n,
+       "said", '[1, ["message", "x", "y", null]]', "from", n, "to", n, "events", "[]", "end", "",
+       "state", "[]"] for n in ("1.5", "1_0", "inf")),
     ["XADD", "{}", "*", "room", "x", "place", "1", "after", "0", "at", "1", "members", "1",
      "said", HUGE, "from", "y", "state", HUGE],
 ]  # fmt: skip
@@ -470,6 +520,37 @@ async def test_what_is_not_ours_is_skipped(serve, redis, upstream, key, when, co
         assert not re.search("ERROR|failed in a way", log)
     if commands is JUNK:
         assert "is not ours" in a.log()
+
+
+async def test_who_else_is_here_is_told_in_whole_numbers(pair, redis):
+    redis.do("HSET chatstream:2:presence foreign inf")
+    async with person(pair[0]) as ann:
+        with trio.fail_after(8):
+            assert (await hear_of(ann, "joined"))["members"] == 1
+
+
+async def test_an_answer_whose_writer_has_no_name(both, quiet_redis):
+    name = "f" * 32
+    quiet_redis.command("XADD", f"chatstream:2:answer:{name}", "*",
+                        "head", '[[], 1, true, "m", false, ""]', "to", "0")  # fmt: skip
+    async with stream("GET", f"{both[0].http}/answers/{name}") as response:
+        assert response.status == 200
+        assert error_of(await response.events())["type"] == "upstream_error"
+
+
+async def test_an_answer_is_fetched_once_however_many_ask(pair, redis, upstream):
+    a, b = pair
+    async with asked(a, upstream.script(*answer("a ", "b"))) as here:
+        events = await here.events()
+    redis.do("CONFIG RESETSTAT")
+
+    async def follow():
+        assert await fetch_events("GET", at(b, here)) == events
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(follow)
+    assert b"cmdstat_xrange:calls=1," in redis.do("INFO commandstats")
 
 
 @pytest.mark.parametrize("key", ["room:comings", "presence"])

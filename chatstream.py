@@ -994,7 +994,12 @@ class Answers:
             self.drop_question(answer)
             self.ended[answer] = trio.current_time()
             self.on_end(answer)
-            if answer.refused or not answer.kept:
+            question, late = answer.question, trio.current_time() > answer.begun + HEAD_WAIT
+            if answer.refused:
+                self.by_key.pop(question.key, None)
+            # After HEAD_WAIT, a client has been told its name, and may come back for the reason.
+            named = late and question.stream and not question.polled
+            if not answer.kept or (answer.refused and not named):
                 self.forget(answer)
 
     def drop_question(self, answer: Answer) -> None:

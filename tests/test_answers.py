@@ -22,6 +22,7 @@ from kit import (
     error_of,
     fetch,
     fetch_events,
+    plain,
     program,
     resident,
     sse,
@@ -554,6 +555,21 @@ async def test_a_failed_answer_is_kept_for_late_readers_too(relay, upstream):
     assert await fetch_events("GET", url) == events
     head = {"Last-Event-ID": events[0].id}
     assert await fetch_events("GET", url, head) == events[1:]
+
+
+async def test_a_late_refusal_is_kept_for_who_was_cut_off(serve, upstream):
+    """The stream had begun, because the upstream took its time to say no."""
+    server = serve("--upstream", upstream.url, "--model", "scripted")
+    no = {"error": {"message": "Used up."}}
+    prompt = upstream.script(5, plain(429, no))
+    head = {"Idempotency-Key": "late"}
+    async with stream("POST", server.http + OPENAI, head, ask(prompt)) as response:
+        name = response.headers["x-answer-id"]  # after 4 s; and then the network is gone
+    await trio.sleep(1.5)
+    events = await fetch_events("GET", f"{server.http}/answers/{name}")
+    assert error_of(events)["message"] == "Used up."
+    async with stream("POST", server.http + OPENAI, head, ask(prompt)) as response:
+        assert response.headers["x-answer-id"] != name  # a refusal frees its key
 
 
 async def test_ended_answers_are_forgotten_the_oldest_first(serve, upstream):

@@ -78,7 +78,6 @@ import subprocess
 import sys
 import time
 import unicodedata
-import weakref
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -770,7 +769,7 @@ class Answer(EventLog):
         """
         question = self.question
         patient = question.polled or not question.stream  # polled: the model names the response
-        with trio.move_on_after(inf if patient else HEAD_WAIT):
+        with trio.move_on_at(inf if patient else self.begun + HEAD_WAIT):
             await (self.accepted if question.stream else self.ended).wait()
 
     def _grow(self, size: int) -> None:
@@ -4126,7 +4125,7 @@ class Cluster:
         # What we have heard
         self.read = {ROOM: "", STATE: ""}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
-        self.finding = weakref.WeakValueDictionary[str, trio.Lock]()  # by answer
+        self.finding: dict[str, trio.Lock] = {}  # by answer
         self.neighbours: dict[str, Neighbour] = {}
         self.beaten = -inf  # when we heard ourselves
         self.offset = 0.0  # Redis's time less ours, in seconds
@@ -4161,7 +4160,7 @@ class Cluster:
             while True:
                 by_id = self.app.answers.by_id
                 self.mirrored = {a: n for a, n in self.mirrored.items() if a.name in by_id}
-                self.read = dict.fromkeys(self.read, "0-0")
+                self.read, self.finding = dict.fromkeys(self.read, "0-0"), {}
                 new = await clients.start(self.hold_client)
                 await trio.sleep(pause)  # in which the old one ends what is under way
                 old.cancel()
@@ -4311,6 +4310,7 @@ class Cluster:
             async with self.finding.setdefault(name, trio.Lock()):
                 if name not in answers.by_id:
                     entries: Any = await self.redis.xrange(key) or ()
+        self.finding.pop(name, None)
         if name in answers.by_id:
             return answers.by_id[name]  # somebody else asked at the same moment
         told = [entry.field_values for entry in entries]

@@ -442,6 +442,13 @@ async def test_connections_that_break_are_replaced_for_ever(serve, redis, upstre
         await works(a, b, upstream)
 
 
+async def test_a_redis_that_hangs_does_not_delay_the_head(pair, redis, upstream):
+    """The model is slow, too: clients that give up after 5 s must see both."""
+    with frozen(redis.process), trio.fail_after(5):
+        async with asked(pair[0], upstream.script(Gate())) as here:
+            assert here.status == 200
+
+
 async def test_a_stop_does_not_wait_for_a_redis_that_hangs(pair, redis):
     a, _ = pair
     async with person(a) as ann:

@@ -3070,6 +3070,7 @@ CONNECT_TIMEOUT = 5
 IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT = 10, 10
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
+READ_UNASKED = 32 * KiB  # what the system of any host takes, whatever its program does
 INTAKE_REST = 0.001  # seconds, after a pass; epoll counts whole milliseconds
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
@@ -3424,6 +3425,7 @@ class Upstream(Model):
                 # response, is asked once more on a fresh one, as curl and browsers do.
                 for kept in (self.kept_wire(), None):
                     wire = kept or await self.connect()
+                    watch_for_life(wire.socket, VANISHED_TIMEOUT, len(body) > READ_UNASKED)
                     exchange = Exchange(wire, limit, patience if body else 0)
                     try:
                         await exchange.ask(method, self.base + path + self.query, headers, body)
@@ -4004,7 +4006,7 @@ end
 # who comes or goes has `members`; 1000 is ROOM_EVENTS, 50 is ROOM_COMINGS.
 SAY = """
 local room, comings, presence, stored = unpack(KEYS)
-local late, our_name, our_end, our_last, me, here = unpack(ARGV)
+local late, our_name, our_end, me, here = unpack(ARGV)
 local now = redis.call('TIME')
 if redis.call('GET', stored) == late then return end
 if now[1] + now[2] / 1000000 > tonumber(late) then return redis.error_reply('LATE') end
@@ -4017,10 +4019,11 @@ local tail = last_entry(room, 'place')
 local name, place = tail.room or our_name, (tail.place or -1) + 1
 local last = tail.members and tail.after or tail.place or -1  -- the last message's place
 if name == our_name and place < tonumber(our_end) then
-  -- Redis has lost what we have heard: go on where no process can have been.
-  place, last = our_end + 1000, our_last
+  -- Redis has lost what we have heard, and perhaps more, which others have heard: go on
+  -- where no process can have been, and after a message that nobody has: all hear of a gap.
+  place, last = our_end + 1000, our_end + 999
 end
-for i = 7, #ARGV, 2 do
+for i = 6, #ARGV, 2 do
   local more = ARGV[i] == 'message' and {} or {'members', members}
   local id = redis.call('XADD', room, 'MAXLEN', 1000, '*', 'room', name, 'place', place,
     'after', last, 'said', ARGV[i + 1], unpack(more))
@@ -4217,7 +4220,7 @@ class Cluster:
             async with self.saying:
                 self.batch, self.batch_ended = [], trio.Event()
                 late = self.offset + trio.current_time() + REDIS_TIMEOUT
-                args = [late, room.name, room.end, self.last, self.me, room.here]
+                args = [late, room.name, room.end, self.me, room.here]
                 for said in batch:
                     args += [said.type, to_json((int(time.time() * 1000), said))]
                 for _ in range(2):

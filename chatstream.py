@@ -78,7 +78,6 @@ import subprocess
 import sys
 import time
 import unicodedata
-import weakref
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -770,7 +769,7 @@ class Answer(EventLog):
         """
         question = self.question
         patient = question.polled or not question.stream  # polled: the model names the response
-        with trio.move_on_after(inf if patient else HEAD_WAIT):
+        with trio.move_on_at(inf if patient else self.begun + HEAD_WAIT):
             await (self.accepted if question.stream else self.ended).wait()
 
     def _grow(self, size: int) -> None:
@@ -3102,6 +3101,7 @@ IDLE_WIRES, IDLE_WIRE_KEPT = 100, 3
 MODELS_TIMEOUT, MODELS_KEPT = 10, 10
 VANISHED_TIMEOUT = 30  # seconds without TCP acknowledgement: its network is gone
 PLAIN_BYTES = 32 * KiB  # at once, of a body that is compressed
+READ_UNASKED = 32 * KiB  # what the system of any host takes, whatever its program does
 INTAKE_REST = 0.001  # seconds, after a pass; epoll counts whole milliseconds
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
@@ -3477,6 +3477,7 @@ class Upstream(Model):
                 # response, is asked once more on a fresh one, as curl and browsers do.
                 for kept in (self.kept_wire(), None):
                     wire = kept or await self.connect()
+                    watch_for_life(wire.socket, VANISHED_TIMEOUT, len(body) > READ_UNASKED)
                     exchange = Exchange(wire, limit, patience if body else 0)
                     try:
                         await exchange.ask(method, self.base + path + query, headers, body)
@@ -4102,7 +4103,7 @@ end
 # who comes or goes has `members`; 1000 is ROOM_EVENTS, 50 is ROOM_COMINGS.
 SAY = """
 local room, comings, presence, stored = unpack(KEYS)
-local late, our_name, our_end, our_last, me, here = unpack(ARGV)
+local late, our_name, our_end, me, here = unpack(ARGV)
 local now = redis.call('TIME')
 if redis.call('GET', stored) == late then return end
 if now[1] + now[2] / 1000000 > tonumber(late) then return redis.error_reply('LATE') end
@@ -4115,10 +4116,11 @@ local tail = last_entry(room, 'place')
 local name, place = tail.room or our_name, (tail.place or -1) + 1
 local last = tail.members and tail.after or tail.place or -1  -- the last message's place
 if name == our_name and place < tonumber(our_end) then
-  -- Redis has lost what we have heard: go on where no process can have been.
-  place, last = our_end + 1000, our_last
+  -- Redis has lost what we have heard, and perhaps more, which others have heard: go on
+  -- where no process can have been, and after a message that nobody has: all hear of a gap.
+  place, last = our_end + 1000, our_end + 999
 end
-for i = 7, #ARGV, 2 do
+for i = 6, #ARGV, 2 do
   local more = ARGV[i] == 'message' and {} or {'members', members}
   local id = redis.call('XADD', room, 'MAXLEN', 1000, '*', 'room', name, 'place', place,
     'after', last, 'said', ARGV[i + 1], unpack(more))
@@ -4223,7 +4225,7 @@ class Cluster:
         # What we have heard
         self.read = {ROOM: "", STATE: ""}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
-        self.finding = weakref.WeakValueDictionary[str, trio.Lock]()  # by answer
+        self.finding: dict[str, trio.Lock] = {}  # by answer
         self.neighbours: dict[str, Neighbour] = {}
         self.beaten = -inf  # when we heard ourselves
         self.offset = 0.0  # Redis's time less ours, in seconds
@@ -4258,7 +4260,7 @@ class Cluster:
             while True:
                 by_id = self.app.answers.by_id
                 self.mirrored = {a: n for a, n in self.mirrored.items() if a.name in by_id}
-                self.read = dict.fromkeys(self.read, "0-0")
+                self.read, self.finding = dict.fromkeys(self.read, "0-0"), {}
                 new = await clients.start(self.hold_client)
                 await trio.sleep(pause)  # in which the old one ends what is under way
                 old.cancel()
@@ -4315,7 +4317,7 @@ class Cluster:
             async with self.saying:
                 self.batch, self.batch_ended = [], trio.Event()
                 late = self.offset + trio.current_time() + REDIS_TIMEOUT
-                args = [late, room.name, room.end, self.last, self.me, room.here]
+                args = [late, room.name, room.end, self.me, room.here]
                 for said in batch:
                     args += [said.type, to_json((int(time.time() * 1000), said))]
                 for _ in range(2):
@@ -4408,6 +4410,7 @@ class Cluster:
             async with self.finding.setdefault(name, trio.Lock()):
                 if name not in answers.by_id:
                     entries: Any = await self.redis.xrange(key) or ()
+        self.finding.pop(name, None)
         if name in answers.by_id:
             return answers.by_id[name]  # somebody else asked at the same moment
         told = [entry.field_values for entry in entries]

@@ -19,6 +19,7 @@ from kit import (
     CHAT,
     CHROMIUM_FLAGS,
     FULL,
+    OPENAI,
     PING,
     PONG,
     ROOM_PROTOCOL,
@@ -29,6 +30,8 @@ from kit import (
     answer,
     asking,
     command,
+    connect,
+    fetch,
     frame,
     make_certificate,
     need,
@@ -38,6 +41,7 @@ from kit import (
     servers,
     stream,
     wait_until,
+    whole_answer,
 )
 
 LENGTHS = [5, 10, 15, 20, 25, *([45] if FULL else [])]
@@ -183,11 +187,11 @@ def shown(pages):
 
 
 class UpstreamThere(Upstream):
-    """The model's server, on the server's own machine."""
+    """The model's server on this machine: the server's own, or one with an address."""
 
-    def __init__(self, machine):
+    def __init__(self, machine, host="127.0.0.1"):
         super().__init__()
-        self.machine = machine
+        self.machine, self.host = machine, host
 
     async def _run(self, ready):
         self.machine.enter()
@@ -302,3 +306,32 @@ def test_a_page_goes_on_and_shows_it_all_once(outage, kind):
 
 def test_each_question_was_asked_once(run):
     assert run.asked == 2 * len(LENGTHS)
+
+
+# ---------------------------------------------------------------------- the model's host
+
+
+def test_a_host_that_is_gone_is_noticed_also_when_it_was_just_asked(request):
+    """On a connection that was kept: nobody acknowledges the question."""
+
+    async def ask():
+        async with connect(server.http) as client:
+            client.patience = 40
+            question = asking(upstream.script(whole_answer("Hello")))
+            response = await client.request("POST", OPENAI, None, question)
+            return response.status, (await response.read()).error["code"]
+
+    with Network(clients=2) as network, servers(request.config) as start:
+        host, client = network.clients
+        program = network.server.command(*command("--host", network.server.address))
+        with UpstreamThere(host, host.address) as upstream, client.threads(1) as thread:
+            url = f"http://{host.address}:{upstream.port}/v1"
+            server = start("--upstream", url, "--model", "m", program=program)
+            assert thread.submit(fetch_whole, server, upstream).result() == 200
+            network.lose(host)
+            assert thread.submit(trio.run, ask).result() == (504, "timeout")
+
+
+def fetch_whole(server, upstream):
+    question = asking(upstream.script(whole_answer("Hello")))
+    return trio.run(fetch, "POST", server.http + OPENAI, None, question).status

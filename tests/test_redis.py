@@ -388,6 +388,31 @@ async def test_a_room_that_was_set_back_goes_on_after_a_gap(pair, redis):
             await hear_of(bob, "message", text="well again")
 
 
+async def test_what_redis_lost_before_all_had_heard_it_is_a_gap(pair, redis):
+    """One stands still, hears nothing of what is said, and is the first to speak again."""
+    a, b = pair
+    async with person(a, "Ann") as ann, person(b, "Bob") as bob:
+        await say(bob, "one")
+        await hear_of(ann, "message", text="one")
+        await hear_of(bob, "message", text="one")
+        with frozen(b.process):
+            await say(ann, "two")
+            await hear_of(ann, "message", text="two")
+            with frozen(a.process):
+                redis.stop()
+                redis.forget()
+                redis.start()
+        heard = []
+        with trio.fail_after(15):
+            await say(bob, "three")
+            while not heard or heard[-1] != ("message", "three"):
+                found = await event(bob)
+                heard.append((found["type"], found.get("text")))
+                if found["type"] == "error":
+                    await say(bob, "three")
+    assert "gap" in dict(heard)
+
+
 async def while_away(a, b, upstream, away, kept=True):
     """What must hold before, during and after an absence of Redis."""
     gates = Gate(), Gate()
@@ -440,6 +465,13 @@ async def test_connections_that_break_are_replaced_for_ever(serve, redis, upstre
         redis.do("CLIENT KILL TYPE normal")
     with trio.fail_after(10):
         await works(a, b, upstream)
+
+
+async def test_a_redis_that_hangs_does_not_delay_the_head(pair, redis, upstream):
+    """The model is slow, too: clients that give up after 5 s must see both."""
+    with frozen(redis.process), trio.fail_after(5):
+        async with asked(pair[0], upstream.script(Gate())) as here:
+            assert here.status == 200
 
 
 async def test_a_stop_does_not_wait_for_a_redis_that_hangs(pair, redis):

@@ -10,6 +10,8 @@ from .client import Cut
 class Background:
     """A small server in a thread of its own, on a free port."""
 
+    host = "127.0.0.1"
+
     def __enter__(self):
         ready = threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._run, ready))
@@ -27,7 +29,7 @@ class Background:
 
     async def _run(self, ready):
         self._token = trio.lowlevel.current_trio_token()
-        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=2000)
+        (listener,) = await trio.open_tcp_listeners(0, host=self.host, backlog=2000)
         self.port = listener.socket.getsockname()[1]
         with trio.CancelScope() as self._scope:
             ready.set()

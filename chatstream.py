@@ -3477,7 +3477,8 @@ class Upstream(Model):
                 # response, is asked once more on a fresh one, as curl and browsers do.
                 for kept in (self.kept_wire(), None):
                     wire = kept or await self.connect()
-                    watch_for_life(wire.socket, VANISHED_TIMEOUT, len(body) > READ_UNASKED)
+                    unread = 0 if len(body) > READ_UNASKED else VANISHED_TIMEOUT
+                    watch_for_life(wire.socket, VANISHED_TIMEOUT, unread)
                     exchange = Exchange(wire, limit, patience if body else 0)
                     try:
                         await exchange.ask(method, self.base + path + query, headers, body)
@@ -3582,7 +3583,7 @@ class Upstream(Model):
         stream = await trio.open_tcp_stream(to.hostname or "", port)
         sock = socket.socket(fileno=stream.socket.detach())
         sock.setblocking(False)
-        watch_for_life(sock, VANISHED_TIMEOUT, may_wait=True)
+        watch_for_life(sock, VANISHED_TIMEOUT, 0)
         wire = Wire(sock, patience=self.settings.patience)
         try:
             if tls := self.tls:
@@ -3619,17 +3620,18 @@ def unreachable(error: BaseException) -> str:
     return os.strerror(number) if number else "no connection"
 
 
-def watch_for_life(sock: socket.socket, seconds: int, may_wait: bool = False) -> None:
+def watch_for_life(sock: socket.socket, silent: int, unread: int) -> None:
     """Let the system notice a peer whose network is gone, where it can (tcp(7)).
 
-    TCP_USER_TIMEOUT also ends a peer that is there and reads less than a segment, which may
-    have 64 KiB, in that time: at 4 KB/s, that takes 16 s. And an upstream that is busy, or
-    still loading its model, may wait with a long question.
+    It is given up after so many seconds: `silent`, or with something of ours `unread` (0: not
+    for that). The latter also ends a peer that is there and reads less than a segment, which
+    may have 64 KiB, in that time: at 4 KB/s, that takes 16 s. And an upstream that is busy,
+    or still loading its model, may wait with a long question.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
-        ("TCP_KEEPIDLE", seconds // 3), ("TCP_KEEPINTVL", seconds // 6),
-        ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 0 if may_wait else seconds * 3000),
+        ("TCP_KEEPIDLE", silent // 3), ("TCP_KEEPINTVL", silent // 6),
+        ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", unread * 1000),
         ("TCP_NODELAY", 1),
     ):  # fmt: skip
         if hasattr(socket, name):
@@ -4723,7 +4725,7 @@ def find_proxy(url: str, environ: Mapping[str, str]) -> str:
 # All that can be wrong with flags, ports, certificate and Redis is found before the
 # first client is served, and told in one line.
 
-CLIENT_VANISHED = 20  # seconds without TCP acknowledgement; three times as many under way
+CLIENT_VANISHED, CLIENT_READS_NOTHING = 20, 60  # seconds without TCP acknowledgement
 GC_THRESHOLD = 20_000  # new objects; the default of 700 looks for cycles all the time
 
 
@@ -4766,7 +4768,9 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 continue
             raise UsageError(f"cannot listen on {host}:{port}: {reason}") from None
         listener.setblocking(False)
-        watch_for_life(listener, CLIENT_VANISHED)  # each connection inherits it
+        watch_for_life(
+            listener, CLIENT_VANISHED, CLIENT_READS_NOTHING
+        )  # each connection inherits it
         listeners.append(listener)
         port = listener.getsockname()[1]
     if not listeners:

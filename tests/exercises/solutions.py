@@ -43,7 +43,7 @@ class TwoModels(Demo):
             return [asked["messages"][-1]["content"].upper()]
         return super().words(asked)
 
-    async def models(self, headers):
+    async def models(self, headers, query=""):
         return list_models(["demo", "shout"])
 
 

@@ -32,7 +32,7 @@ def chat_under_a_cut(page, server):
     page.goto(f"{server.http}/?lang=en#chat")
     page.locator("#examples button").first.click()
     written = page.locator("#log .answer > .text")
-    wait_until(lambda: len(written.text_content()) > 150)
+    wait_until(lambda: len(written.text_content()) > 600)
     page.locator("#cut-chat button").nth(1).click()
     time.sleep(3)
     return page.screenshot()

@@ -918,13 +918,10 @@ class Answers:
         """
         if len(body) < LONG_QUESTION:
             yield
-            return
-        self.reserve(len(body))
-        try:
-            async with self._parsing:
-                yield
-        finally:
-            self.held -= len(body)
+        else:
+            with self.reserved(len(body)):
+                async with self._parsing:
+                    yield
 
     def begin(self, nursery: trio.Nursery, model: Model, question: Question, name: str) -> Answer:
         """Start an answer in this nursery. Raises Problem 503 if there are too many.
@@ -932,12 +929,13 @@ class Answers:
         If all places are taken, the one that nobody has attended for the longest time
         is stopped.
         """
-        open = self.open()
-        background = question.background and sum(a.question.background for a in open)
-        if background and background >= ANSWERS_BACKGROUND:
-            raise too_busy()
-        if len(open) >= ANSWERS_RUNNING:
-            alone = [answer for answer in open if not answer.attendants]
+        others = self.open()
+        if question.background:
+            background = sum(other.question.background for other in others)
+            if background >= ANSWERS_BACKGROUND:
+                raise too_busy()
+        if len(others) >= ANSWERS_RUNNING:
+            alone = [other for other in others if not other.attendants]
             if not alone:
                 raise too_busy()
             self.stop(min(alone, key=lambda a: a.scope.deadline), abandoned())
@@ -974,6 +972,14 @@ class Answers:
         if not self.account(size):
             self.held -= size
             raise too_busy()
+
+    @contextlib.contextmanager
+    def reserved(self, size: int) -> Iterator[None]:
+        self.reserve(size)
+        try:
+            yield
+        finally:
+            self.held -= size
 
     async def run(self, answer: Answer) -> None:
         """The writer of an answer, from the first word to the end, whatever happens."""
@@ -1479,7 +1485,7 @@ def clean_name(name: str) -> str:
     """
     shown, marks = "", 0
     for c in filter(str.isprintable, INVISIBLE.sub("", unicodedata.normalize("NFKC", name[:500]))):
-        is_mark = unicodedata.category(c) in ("Mn", "Me")  # Thai has some of class 0
+        is_mark = unicodedata.category(c) in ("Mn", "Me")  # combining() is 0 for some of Thai
         marks = marks + 1 if is_mark else 0
         if marks <= 2:
             shown += c
@@ -2116,11 +2122,8 @@ class App:
                 body.choose(self.model.choose(body.model))
             raw = request.body = body.raw()
             del body  # its objects, while the model thinks
-        self.answers.reserve(len(raw))
-        try:
+        with self.answers.reserved(len(raw)):
             await self.pass_through(request, lambda headers: self.model.short(path, headers, raw))
-        finally:
-            self.answers.held -= len(raw)
 
     async def pass_through(
         self, request: Request, ask: Callable[[dict[str, str]], Awaitable[Reply]]
@@ -2605,7 +2608,8 @@ class SSEParser:
     def unfinished(self) -> list[ServerSentEvent]:
         """The last event, if it lacks its blank line and tells the end: [DONE], or an error."""
         for event in self.feed(b"\n\n"):
-            if event.data.strip() == "[DONE]" or '"error":' in f'"{event.type}":{event.data}':
+            failed = event.type == "error" or '"error":' in event.data
+            if failed or event.data.strip() == "[DONE]":
                 return [event]
         return []
 
@@ -3154,9 +3158,7 @@ class Exchange:
     unzip: Any = None
     left: int = 0  # bytes, of a chunk or of all
     rest: bytes = b""  # what waits for more, or follows the body
-    ended: trio.Event = dataclasses.field(
-        default_factory=trio.Event
-    )  # the body has ended, or failed
+    ended: trio.Event = dataclasses.field(default_factory=trio.Event)  # well, or failed
     failed: Exception | None = None
     reusable: bool = False  # the connection, after a good end
 
@@ -3836,8 +3838,8 @@ class Http2Stream:
         await self.gone.wait()
 
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in dated(headers)]
-        own = [(name, value) for name, value in raw if name != b"connection"]
+        own = [(k.encode(), v.encode("latin-1", "replace")) for k, v in dated(headers)
+               if k != "connection"]  # fmt: skip
         self._body.close()  # what still comes of a refused one must not stop all reading
         self.h2.send_headers(self.number, [(b":status", b"%d" % status), *own])
         await self.protocol._flush()
@@ -4172,8 +4174,8 @@ return ARGV[2]
 SCRIPTS = (SAY, MIRROR, TELL, CLAIM)
 
 
-def whole(text: str) -> int:
-    """A number that is ours, as in Lua. Raises ValueError."""
+def our_number(text: str) -> int:
+    """A number that is ours, as whole() in LUA. Raises ValueError."""
     return int(text if re.fullmatch("-1|[0-9]{1,15}", text) else "")
 
 
@@ -4332,8 +4334,9 @@ class Cluster:
 
     def hear_room(self, entry: Mapping[str, str]) -> None:
         """An entry of the room's stream, into the local room, at its place."""
-        room, place, (at, said) = self.app.room, whole(entry["place"]), from_json(entry["said"])
-        known, after = entry["room"] == room.name, whole(entry["after"])
+        room, (at, said) = self.app.room, from_json(entry["said"])
+        place, after = our_number(entry["place"]), our_number(entry["after"])
+        known = entry["room"] == room.name
         if known and place < room.end:
             return
         if not known or after > self.last:  # we are new; or messages between are lost
@@ -4343,7 +4346,7 @@ class Cluster:
                 reader.rewind(place - 1)  # so that each is told of a gap
         self.last = place
         if members := entry.get("members"):  # somebody has come or gone
-            self.last, room.elsewhere = after, whole(members) - room.here
+            self.last, room.elsewhere = after, our_number(members) - room.here
         room.add(Said(*said), at, place)
 
     # ── our answers, for others ──
@@ -4443,7 +4446,7 @@ class Cluster:
         copy = self.app.answers.by_id.get(key.removeprefix(ANSWER_PREFIX))
         if copy is None or copy.closed or "head" in entry:
             return
-        events, start = from_json(entry["events"]), whole(entry["from"])
+        events, start = from_json(entry["events"]), our_number(entry["from"])
         if start > copy.end:
             copy.skip_to(start)  # what Redis has lost, readers are told of by a gap
         for data, type in events[copy.end - start :]:

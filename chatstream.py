@@ -805,6 +805,7 @@ ANSWER_BYTES = 64 * MiB
 ANSWERS_BYTES, ANSWERS_RUNNING, ANSWERS_BACKGROUND = 512 * MiB, 1000, 100
 LONG_QUESTION = 8 * KiB  # may take 0.2 ms to parse
 ANSWER_OVERHEAD = 4 * KiB  # bytes of memory that an answer takes beside its events
+PACKED_BYTES, PACKED_OVERHEAD = 128 * KiB, 512  # the largest answer that is packed
 
 
 class Problem(Exception):
@@ -823,6 +824,9 @@ class Problem(Exception):
 
     def __str__(self) -> str:
         return str(self.error["message"])
+
+    def arguments(self) -> JSON:
+        return {"status": self.status, "headers": self.headers, **self.error}
 
 
 def stopped() -> Problem:
@@ -890,6 +894,16 @@ class Question:
     previous: str = ""  # the previous_response_id as the client named it
     prepared: Any = None  # what the demo has to say
 
+    def outline(self) -> list[Any]:
+        """What is needed of it when it has been answered."""
+        api = APIS.index(self.api)
+        return [api, self.stream, self.model, self.polled, self.digest]
+
+    @classmethod
+    def from_outline(cls, outline: list[Any], key: str = "") -> Question:
+        api, stream, model, polled, digest = outline
+        return cls(APIS[api], b"", stream, model, polled=polled, digest=digest, key=key)
+
 
 @dataclasses.dataclass(eq=False)
 class Answers:
@@ -897,6 +911,9 @@ class Answers:
 
     `held` is the memory of all of them. Each answer keeps it up: to add them all up
     for each token would cost more than the token.
+
+    One that has ended, and that nobody reads, is packed: as objects, 100,000 of them
+    would hold up everybody for a second whenever Python looks for cycles.
     """
 
     linger: float  # seconds that one goes on with nobody there
@@ -904,9 +921,10 @@ class Answers:
     on_news: Callable[[EventLog], None]
     on_end: Callable[[Answer], None]
     by_id: dict[str, Answer] = dataclasses.field(default_factory=dict)
-    by_key: dict[str, Answer] = dataclasses.field(default_factory=dict)  # Idempotency-Key
+    packed: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    by_key: dict[str, str] = dataclasses.field(default_factory=dict)  # Idempotency-Key
     running: dict[Answer, None] = dataclasses.field(default_factory=dict)
-    ended: OrderedDict[Answer, float] = dataclasses.field(default_factory=OrderedDict)  # when
+    ended: OrderedDict[str, float] = dataclasses.field(default_factory=OrderedDict)  # when
     held: int = 0
     _parsing: trio.Lock = dataclasses.field(default_factory=trio.Lock)
 
@@ -942,15 +960,18 @@ class Answers:
         size = len(question.body) + ANSWER_OVERHEAD
         self.reserve(size)
         name = name or secrets.token_hex(16)
-        answer = Answer(name, question, model, self.linger, self.on_news, self.account)
-        answer.size = size
+        answer = self.by_id[name] = self.new(name, question, model, size)
         if question.background:
             answer.attend()
         if question.key:
-            self.by_key[question.key] = answer
-        self.by_id[name] = answer
+            self.by_key[question.key] = name
         self.running[answer] = None
         nursery.start_soon(self.run, answer)
+        return answer
+
+    def new(self, name: str, question: Question, model: Model, size: int) -> Answer:
+        answer = Answer(name, question, model, self.linger, self.on_news, self.account)
+        answer.size = size
         return answer
 
     def open(self) -> list[Answer]:
@@ -989,7 +1010,7 @@ class Answers:
                 await answer.model.write(answer)
                 problem = None
         except Problem as failure:
-            problem = failure
+            problem = failure.with_traceback(None)
         except Exception:
             logger.exception("an answer failed in a way that nobody thought of")
             problem = Problem(500, "the answer failed inside the server", "server_error")
@@ -997,7 +1018,7 @@ class Answers:
             answer.finish(problem)
             del self.running[answer]
             self.drop_question(answer)
-            self.ended[answer] = trio.current_time()
+            self.ended[answer.name] = trio.current_time()
             self.on_end(answer)
             question, late = answer.question, trio.current_time() > answer.begun + HEAD_WAIT
             if answer.refused:
@@ -1005,7 +1026,7 @@ class Answers:
             # After HEAD_WAIT, a client has been told its name, and may come back for the reason.
             named = late and question.stream and not question.polled
             if not answer.kept or (answer.refused and not named):
-                self.forget(answer)
+                self.forget(answer.name)
 
     def drop_question(self, answer: Answer) -> None:
         """The model has it: nobody needs its bytes any more."""
@@ -1014,18 +1035,59 @@ class Answers:
         answer.size -= size
         self.held -= size
 
-    def forget(self, answer: Answer) -> None:
+    def forget(self, name: str) -> None:
         """Only if it has ended."""
-        del self.ended[answer]
-        del self.by_id[answer.name]
-        if self.by_key.get(answer.question.key) is answer:
-            del self.by_key[answer.question.key]
-        self.held -= answer.size
+        del self.ended[name]
+        if answer := self.by_id.pop(name, None):
+            key, size = answer.question.key, answer.size
+        else:
+            packed = self.packed.pop(name)
+            key, size = packed.partition(b"\n")[0].decode(), len(packed) + PACKED_OVERHEAD
+        if self.by_key.get(key) == name:
+            del self.by_key[key]
+        self.held -= size
 
-    def forget_old(self, now: float) -> None:
-        """Called a few times a second."""
+    def look_after(self, now: float) -> None:
+        """Called a few times a second: forget what is old, and pack what nobody reads."""
         while self.ended and next(iter(self.ended.values())) <= now - self.keep:
             self.forget(next(iter(self.ended)))
+        turn = Turn()
+        for name, answer in list(self.by_id.items()):
+            if name in self.ended and not answer.attendants and answer.size < PACKED_BYTES:
+                self.pack(answer)
+                if turn.total() > TURN:
+                    break  # the others have to wait
+
+    def pack(self, answer: Answer) -> None:
+        problem = answer.problem and answer.problem.arguments()
+        about = [answer.model.writer, answer.headers, problem, answer.refused, answer.start]
+        events = [answer[place][:2] for place in range(answer.start, answer.end)]
+        told = to_json([answer.question.outline(), *about, events])
+        packed = self.packed[answer.name] = f"{answer.question.key}\n{told}".encode()
+        self.held += len(packed) + PACKED_OVERHEAD - answer.size
+        del self.by_id[answer.name]
+
+    def has(self, name: str) -> bool:
+        return name in self.by_id or name in self.packed
+
+    def find(self, name: str) -> Answer | None:
+        """The answer of this name, unpacked."""
+        if name not in self.packed:
+            return self.by_id.get(name)
+        packed = self.packed.pop(name)
+        key, _, told = packed.partition(b"\n")
+        outline, writer, headers, problem, refused, start, events = from_json(told)
+        model, question = Model(), Question.from_outline(outline, key.decode())
+        model.writer = writer
+        answer = self.by_id[name] = self.new(name, question, model, ANSWER_OVERHEAD)
+        self.held += ANSWER_OVERHEAD - len(packed) - PACKED_OVERHEAD
+        answer.skip_to(start)
+        for data, type in events:
+            answer.append(data, type)
+        answer.headers, answer.refused = headers, refused
+        answer.problem = problem and Problem(**problem)
+        answer.close()
+        return answer
 
 
 # ─── Connections: HTTP/1.1 and WebSocket ─────────────────────────────────────────────
@@ -2210,7 +2272,7 @@ class App:
 
     async def ask(self, question: Question) -> Answer:
         """A new answer, or the one that the same Idempotency-Key has started."""
-        answer, name = self.answers.by_key.get(question.key), ""
+        answer, name = self.answers.find(self.answers.by_key.get(question.key, "")), ""
         if question.key and answer is None and self.cluster:
             answer, name = await self.cluster.claim_key(question)
         if answer is None:
@@ -2245,7 +2307,7 @@ class App:
         await request.respond(204)
 
     async def find_answer(self, name: str) -> Answer:
-        answer = self.answers.by_id.get(name)
+        answer = self.answers.find(name)
         if answer is None and self.cluster:
             answer = await self.cluster.find(name)
         if answer is None:
@@ -2445,7 +2507,7 @@ class Server:
         while True:
             await trio.sleep(0.25)
             now, turn = trio.current_time(), Turn()
-            self.app.answers.forget_old(now)
+            self.app.answers.look_after(now)
             for n, reader in enumerate(list(readers)):
                 if n % 64 == 63:
                     await turn.pause()
@@ -3093,6 +3155,7 @@ RESPONSES = Api("/responses", "output", response_events, take_response, ask_for_
                 RESPONSE_ENDS, ".delta")  # fmt: skip
 MESSAGES = Api("/messages", "content", split_message, ends=frozenset({"message_stop"}),
                speaks="_block_delta", has_messages=True)  # fmt: skip
+APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 
 
 # ─── The upstream ────────────────────────────────────────────────────────────────────
@@ -4073,7 +4136,6 @@ async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) 
 PREFIX = "chatstream:2:"
 ROOM, COMINGS, PRESENCE = PREFIX + "room", PREFIX + "room:comings", PREFIX + "presence"
 STATE, ANSWER_PREFIX = PREFIX + "state", PREFIX + "answer:"
-APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 REDIS_TIMEOUT, BEAT, SILENCE, WANTS_EVERY = 2, 1, 4.5, 0.05
 FOLLOW_BLOCK = 100  # milliseconds; an XREAD under way misses streams that are added to it
 MIRROR_EVERY, MIRROR_ANSWERS, MIRROR_EVENTS = 0.02, 100, 200  # in one round trip
@@ -4262,8 +4324,8 @@ class Cluster:
         reason, pause, old = "", 0.0, trio.CancelScope()
         async with trio.open_nursery() as clients:
             while True:
-                by_id = self.app.answers.by_id
-                self.mirrored = {a: n for a, n in self.mirrored.items() if a.name in by_id}
+                answers = self.app.answers
+                self.mirrored = {a: n for a, n in self.mirrored.items() if answers.has(a.name)}
                 self.read, self.finding = dict.fromkeys(self.read, "0-0"), {}
                 new = await clients.start(self.hold_client)
                 await trio.sleep(pause)  # in which the old one ends what is under way
@@ -4384,13 +4446,12 @@ class Cluster:
     def news(self, answer: Answer) -> list[str | int]:
         """What MIRROR is told of it. The end of an answer goes with its last events."""
         asked, problem, ending = answer.question, answer.problem, ""
-        writer, api = answer.model.writer or self.me, APIS.index(asked.api)
-        head = [writer, api, asked.stream, asked.model, asked.polled, asked.digest]
+        head = [answer.model.writer or self.me, *asked.outline()]
         start = self.mirrored.get(answer, answer.end)
         end = min(answer.end, start + MIRROR_EVENTS)
         events = [answer[place][:2] for place in range(start, end)]
         if answer.closed and end == answer.end:
-            ending = to_json(problem and {"status": problem.status, **problem.error})
+            ending = to_json(problem and problem.arguments())
         return [to_json(head), answer.start, start, end, to_json(events), ending]
 
     # ── others' answers, for us ──
@@ -4413,16 +4474,16 @@ class Cluster:
         key, answers = ANSWER_PREFIX + name, self.app.answers
         with self.must_know("whether there is this answer"), trio.fail_after(REDIS_TIMEOUT):
             async with self.finding.setdefault(name, trio.Lock()):
-                if name not in answers.by_id:
+                if not answers.has(name):
                     entries: Any = await self.redis.xrange(key) or ()
         self.finding.pop(name, None)
-        if name in answers.by_id:
-            return answers.by_id[name]  # somebody else asked at the same moment
+        if answers.has(name):
+            return answers.find(name)  # somebody else asked at the same moment
         told = [entry.field_values for entry in entries]
         try:
             head = next((fields["head"] for fields in told if "head" in fields), "")
-            writer, api, stream, model, polled, digest = from_json(head)
-            question = Question(APIS[api], b"", stream, model, polled=polled, digest=digest)
+            writer, *outline = from_json(head)
+            question = Question.from_outline(outline)
         except (ValueError, TypeError, IndexError):
             return None
         copy = answers.begin(self.app.writers, Elsewhere(self, str(writer)), question, name)
@@ -4514,8 +4575,8 @@ class Cluster:
             self.beaten = now
             return
         counts, reads, stops = from_json(entry["state"])
-        by_id, counts = self.app.answers.by_id, {what: int(n) for what, n in counts.items()}
-        ours = {by_id[name] for name in by_id.keys() & reads if not by_id[name].model.writer}
+        answers, counts = self.app.answers, {what: int(n) for what, n in counts.items()}
+        ours = {a for a in map(answers.find, reads) if a and not a.model.writer}
         neighbour = self.neighbours.setdefault(entry["from"], Neighbour())
         for answer in ours - neighbour.reads:
             answer.attend()
@@ -4525,8 +4586,8 @@ class Cluster:
         for answer in ours:
             if answer.closed:  # and still it is read: Redis may have lost its end
                 self.mirrored.setdefault(answer, answer.end)
-        for name in by_id.keys() & stops:
-            self.app.answers.stop(by_id[name], stopped())
+        for answer in filter(None, map(answers.by_id.get, stops)):
+            answers.stop(answer, stopped())
 
     async def bury(self, name: str) -> None:
         """What a process that is gone has left: readers, answers, members."""

@@ -41,8 +41,6 @@ Endpoints (see ROUTES for the rights): GET /clock, /time, /healthz, /metrics, th
 
 Limits: a request head 16 KiB, a question 16 MiB, an event 16 MiB, an answer 64 MiB, all answers
 512 MiB and 1000 of them running, a message in the room 4096 characters.
-
-Run `python chatstream.py`, then open http://localhost:4001/.
 """
 
 from __future__ import annotations
@@ -228,14 +226,8 @@ class EventLog:
             if index == 0 or getattr(self._events[index], "type", "") in types:
                 yield self._at(index)
 
-    def id(self, place: int) -> str:
-        return f"{self.name}-{place}"
-
     def place_after(self, last_event_id: str | None) -> int | None:
-        """The place after the event with this id; None if it is not an id of this log.
-
-        The log may have forgotten that event: its reader then begins with a gap.
-        """
+        """The place after this id's event, which may be forgotten; None if it is not our id."""
         name, _, place = (last_event_id or "").rpartition("-")
         if name != self.name or not re.fullmatch("[0-9]{1,15}", place):
             return None
@@ -300,10 +292,6 @@ def frame_sse(name: str, place: int | None, event: Event) -> bytes:
     return f"{type_line}data: {data}\n{id_line}\n".encode(errors="replace")  # lone surrogates
 
 
-def as_is(data: bytes) -> bytes:
-    return data
-
-
 def http_chunk(data: bytes) -> bytes:
     """A chunk of an HTTP/1.1 body (RFC 9112, section 7.1). An empty one would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
@@ -338,16 +326,16 @@ class Framing:
     """How the events of a log look on one kind of connection."""
 
     frame: Callable[[str, int | None, Event], bytes]
-    wrap: Callable[[bytes], bytes] = as_is  # around all that goes out in one write
+    wrap: Callable[[bytes], bytes] = bytes  # around all that goes out in one write
     keep_alive: bytes = b""
     every: float = inf  # seconds
     steady: bool = False  # keep-alives at fixed times, not only after silence
 
 
-SSE = Framing(frame_sse, as_is, b": keep-alive\n", SSE_KEEP_ALIVE)
+SSE = Framing(frame_sse, bytes, b": keep-alive\n", SSE_KEEP_ALIVE)
 SSE_CHUNKED = dataclasses.replace(SSE, wrap=http_chunk)
 HEARTBEAT = frame_ws(b'{"type":"heartbeat"}')
-WS_JSON = Framing(frame_ws_json, as_is, HEARTBEAT, HEARTBEAT_EVERY, steady=True)
+WS_JSON = Framing(frame_ws_json, bytes, HEARTBEAT, HEARTBEAT_EVERY, steady=True)
 WS_CLOCK = Framing(frame_ws_json)  # a tick each second keeps it alive
 
 
@@ -357,7 +345,6 @@ WS_CLOCK = Framing(frame_ws_json)  # a tick each second keeps it alive
 # take everything, no other task runs. What a socket does not take stays with its outlet, and
 # the connection's own task waits for space while the pass goes on. So a slow reader costs the
 # others one failed write. It catches up later; a gap tells it how much the log has forgotten.
-# A client that takes nothing at all is dropped.
 
 STUCK_TIMEOUT = 10  # seconds until a client that takes nothing is dropped
 LOOK_EVERY = 1  # seconds between two looks at what a slow client takes
@@ -560,11 +547,26 @@ class Pump:
     def __init__(self) -> None:
         self._news_in: dict[EventLog, int] = {}  # and how many times
         self._news = trio.Event()
+        self._waking = True
 
     def notify(self, log: EventLog) -> None:
         if log.readers:
             self._news_in[log] = self._news_in.get(log, 0) + 1
-            self._news.set()
+            if self._waking:
+                self._news.set()
+
+    def at_once(self, append: Callable[[], None]) -> None:
+        """Write what is appended here without run(): for a few readers, waking it costs more."""
+        self._waking = False
+        try:
+            append()
+        finally:
+            self._waking = True
+        if sum(len(log.readers) for log in self._news_in) > 64:
+            return self._news.set()  # run() pauses among them
+        logs, self._news_in = self._news_in, {}
+        for reader in [reader for log in logs for reader in log.readers]:
+            reader.catch_up(trio.current_time())
 
     async def run(self) -> None:
         """Pass after pass. The busier it gets, the more each write carries.
@@ -584,7 +586,7 @@ class Pump:
                     if reader in log.readers:  # it may have left during a pause
                         reader.catch_up(now)
                 await turn.pause()
-            if max(logs.values()) > 1:
+            if max(logs.values(), default=0) > 1:
                 await trio.sleep(turn.total())
             elif turn.total() > TURN / 10:
                 await trio.lowlevel.checkpoint()  # after a long pass, let others append first
@@ -786,15 +788,12 @@ class Answer(EventLog):
             self.append(event.data, event.type)
         self.close()
 
-    def close(self) -> None:
+    def close(self, kept: bool = True) -> None:
+        """Not kept is a copy that ends without an event: the answer goes on elsewhere."""
+        self.kept = kept
         super().close()
         self.accepted.set()
         self.ended.set()
-
-    def discard(self) -> None:
-        """End this copy, without an event: the answer goes on in another process."""
-        self.kept = False
-        self.close()
 
 
 # That is the idea. What follows is what the open internet demands of it.
@@ -918,7 +917,7 @@ class Answers:
 
     linger: float  # seconds that one goes on with nobody there
     keep: float  # seconds that one is kept when it has ended
-    on_news: Callable[[EventLog], None]
+    pump: Pump
     on_end: Callable[[Answer], None]
     by_id: dict[str, Answer] = dataclasses.field(default_factory=dict)
     packed: dict[str, bytes] = dataclasses.field(default_factory=dict)
@@ -970,7 +969,7 @@ class Answers:
         return answer
 
     def new(self, name: str, question: Question, model: Model, size: int) -> Answer:
-        answer = Answer(name, question, model, self.linger, self.on_news, self.account)
+        answer = Answer(name, question, model, self.linger, self.pump.notify, self.account)
         answer.size = size
         return answer
 
@@ -2038,7 +2037,7 @@ class App:
         self.cluster = Cluster(self, settings.redis) if settings.redis else None
         self.room = Room(self.pump.notify)
         self.say = self.cluster.store if self.cluster else self.room.store
-        self.answers = Answers(settings.linger, settings.keep, self.pump.notify, self.on_end)
+        self.answers = Answers(settings.linger, settings.keep, self.pump, self.on_end)
         model = Upstream if settings.upstream else Demo
         self.model: Upstream | Demo = model(settings, self.answers, self.metrics)
         self.plain = Framing(functools.partial(frame_ws_plain, settings.room_suffix))
@@ -2138,7 +2137,7 @@ class App:
     async def get_time(self, request: Request) -> None:
         """The clock as a short connection: for the next tick, ask again."""
         last = self.clock.end - 1
-        tick = {"id": self.clock.id(last), "data": self.clock[last].data}
+        tick = {"id": f"clock-{last}", "data": self.clock[last].data}
         await request.respond_json(to_json(tick))
 
     async def get_healthz(self, request: Request) -> None:
@@ -3330,7 +3329,8 @@ class Intake:
     only. Where there is none, each upstream has a task that reads it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pump: Pump) -> None:
+        self.pump = pump
         epoll = getattr(select, "epoll", None)
         self._epoll = epoll() if epoll else None
         self._reads: dict[int, Callable[[], None]] = {}  # by file descriptor
@@ -3339,12 +3339,18 @@ class Intake:
         while self._epoll:
             while not (ready := self._epoll.poll(0)):
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
-            turn = Turn()
-            for fd, _ in ready:
-                await turn.pause()
-                if read_now := self._reads.get(fd):  # still
-                    read_now()
+            while ready:
+                self.pump.at_once(functools.partial(self._read_some, ready))
+                if ready:
+                    await trio.lowlevel.checkpoint()
             await trio.sleep(INTAKE_REST)
+
+    def _read_some(self, ready: list[tuple[int, int]]) -> None:
+        turn = Turn()
+        while ready and turn.total() < TURN:
+            fd, _ = ready.pop()
+            if read_now := self._reads.get(fd):  # still
+                read_now()
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
         """A body, to its end. Raises what `take` and the exchange raise."""
@@ -3411,7 +3417,7 @@ class Upstream(Model):
         self.base = settings.upstream.partition("?")[0] if whole else self.url.path
         self.query = f"?{self.url.query}" if self.url.query else ""
         # What goes on
-        self.intake = Intake()
+        self.intake = Intake(answers.pump)
         self.idle: list[tuple[Wire, float]] = []  # kept, and since when
         self.lists: dict[str, ModelList] = {}  # by key
 
@@ -4264,14 +4270,14 @@ class Elsewhere(Model):
             self.cluster.read.pop(ANSWER_PREFIX + answer.name, None)
             self.cluster.stops.discard(answer.name)
             if not answer.closed:  # nobody here reads it any more: it goes on elsewhere
-                answer.discard()
+                answer.close(kept=False)
 
     def stop(self, answer: Answer, problem: Problem) -> None:
         """Its writer is told; what becomes of it is read from Redis."""
         if problem.type == "stopped":
             self.cluster.stops.add(answer.name)
         else:
-            answer.discard()
+            answer.close(kept=False)
 
 
 class Cluster:

@@ -353,6 +353,26 @@ async def test_what_happens_at_once_is_written_at_once(pumped, nursery, autojump
     assert outlet.writes == 1
 
 
+@pytest.mark.parametrize("readers", [1, 64, 65])
+async def test_what_an_upstream_says_is_written_before_any_other_task_runs(
+    readers, nursery, autojump_clock
+):
+    """If few read it. Otherwise run() writes it, which pauses in between."""
+    pump = Pump()
+    log = EventLog("log", on_news=pump.notify)
+    outlets = [Outlet() for _ in range(readers)]
+    for outlet in outlets:
+        nursery.start_soon(Reader(log, outlet, SSE, 0).run, sleep_forever)
+    await settle()
+    pump.at_once(lambda: [log.append("0"), log.append("1")])
+    assert all(numbers(outlet) == [0, 1] for outlet in outlets) == (readers <= 64)
+    nursery.start_soon(pump.run)
+    await settle()
+    log.append("2")
+    await settle()
+    assert all(numbers(outlet) == [0, 1, 2] for outlet in outlets)
+
+
 async def test_a_reader_that_comes_during_a_rest_of_the_pump_waits_for_nothing(
     pumped, nursery, autojump_clock
 ):
@@ -394,7 +414,7 @@ async def test_leaving_in_the_middle_of_a_pass_harms_nobody(pumped, nursery, aut
 
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("append"), st.integers(1, 30)),
+        st.tuples(st.just("append"), st.integers(1, 30), st.booleans()),
         st.tuples(st.just("take"), st.integers(0, 2), st.integers(1, 400)),
         st.just(("settle",)),
     ),
@@ -416,7 +436,7 @@ def test_every_reader_hears_all_in_order_or_how_much_it_missed(steps):
             for outlet in outlets:
                 nursery.start_soon(Reader(log, outlet, SSE, 0).run, sleep_forever)
             for step, *values in steps:
-                await play(step, values, log, outlets)
+                await play(step, values, pump, log, outlets)
             for outlet in outlets:
                 outlet.make_room(inf)
             log.close()
@@ -425,10 +445,13 @@ def test_every_reader_hears_all_in_order_or_how_much_it_missed(steps):
             nursery.cancel_scope.cancel()
         return log.end, outlets
 
-    async def play(step, values, log, outlets):
-        if step == "append":
+    async def play(step, values, pump, log, outlets):
+        def append():
             for _ in range(values[0]):
                 log.append(str(log.end))
+
+        if step == "append":
+            pump.at_once(append) if values[1] else append()
         elif step == "take":
             outlets[values[0]].make_room(values[1])
         else:

@@ -89,15 +89,16 @@ import h2.events
 import h2.exceptions
 import h2.settings
 import h11
+import hpack
 import trio
+import trio.testing
 import trio_websocket
-from h2.connection import ConnectionState
+from h2.connection import ConnectionInputs, ConnectionState, H2ConnectionStateMachine
 from h2.errors import ErrorCodes
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData
 from hypercorn.protocol.events import Body, EndBody, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.utils import filter_pseudo_headers
 
@@ -220,9 +221,9 @@ class EventLog:
     def __getitem__(self, place: int) -> Event:
         return self._at(self._index(place))[1]
 
-    def backwards(self, types: Iterable[str]) -> Iterator[tuple[int, Event]]:
-        """The first event, and all of these types, each with its place; the last one first."""
-        for index in reversed(range(len(self._events))):
+    def backwards(self, types: Iterable[str], end: float) -> Iterator[tuple[int, Event]]:
+        """The first event, and all of these types up to a place; the last one first."""
+        for index in reversed(range(int(min(end - self.start, len(self._events))))):
             if index == 0 or getattr(self._events[index], "type", "") in types:
                 yield self._at(index)
 
@@ -659,7 +660,6 @@ class Room(EventLog):
     def __init__(self, on_news: Callable[[EventLog], None]) -> None:
         super().__init__(f"room-{secrets.token_hex(4)}", ROOM_EVENTS, ROOM_BYTES, on_news)
         self.here = 0  # members in this process
-        self.elsewhere = 0  # members in the others
         self._places: list[int] = []
         self._comings: deque[int] = deque()  # the places of comings and goings
 
@@ -682,14 +682,14 @@ class Room(EventLog):
         self._places.clear()
         self._comings.clear()
 
-    def add(self, said: Said, at: int, place: int | None = None) -> None:
+    def add(self, said: Said, at: int, place: int | None = None, members: int = 0) -> None:
         """Append it, said `at` this time in ms. A `place` from Redis may leave some empty."""
         self.end = self.end if place is None else place
         about: JSON = {"name": said.name, "at": at}
         if said.key is not None:
             about["key"] = said.key
         if said.type != "message":
-            about["members"] = self.here + self.elsewhere
+            about["members"] = self.here if place is None else members
             self._comings.append(self.end)
             if len(self._comings) > ROOM_COMINGS:
                 self._forget(self._index(self._comings[0]))
@@ -821,9 +821,6 @@ class Problem(Exception):
         self.status, self.type, self.headers = status, type, dict(headers)
         self.error: JSON = {"message": message, "type": type, "param": param, "code": code}
 
-    def __str__(self) -> str:
-        return str(self.error["message"])
-
     def arguments(self) -> JSON:
         return {"status": self.status, "headers": self.headers, **self.error}
 
@@ -850,9 +847,6 @@ class Model:
     """Whoever writes answers: an upstream, the demo, or another process."""
 
     writer = ""  # the other process, if it is one
-
-    async def run(self) -> None:
-        """What it has to do while the server runs."""
 
     def prepare(self, question: Question, fields: JSON) -> None:
         """Look at what is asked. Raises Problem if it does not speak this protocol."""
@@ -947,10 +941,9 @@ class Answers:
         is stopped.
         """
         others = self.open()
-        if question.background:
-            background = sum(other.question.background for other in others)
-            if background >= ANSWERS_BACKGROUND:
-                raise too_busy()
+        background = sum(other.question.background for other in others)
+        if question.background and background >= ANSWERS_BACKGROUND:
+            raise too_busy()
         if len(others) >= ANSWERS_RUNNING:
             alone = [other for other in others if not other.attendants]
             if not alone:
@@ -959,18 +952,15 @@ class Answers:
         size = len(question.body) + ANSWER_OVERHEAD
         self.reserve(size)
         name = name or secrets.token_hex(16)
-        answer = self.by_id[name] = self.new(name, question, model, size)
+        answer = Answer(name, question, model, self.linger, self.pump.notify, self.account)
+        answer.size = size
+        self.by_id[name] = answer
         if question.background:
             answer.attend()
         if question.key:
             self.by_key[question.key] = name
         self.running[answer] = None
         nursery.start_soon(self.run, answer)
-        return answer
-
-    def new(self, name: str, question: Question, model: Model, size: int) -> Answer:
-        answer = Answer(name, question, model, self.linger, self.pump.notify, self.account)
-        answer.size = size
         return answer
 
     def open(self) -> list[Answer]:
@@ -1014,10 +1004,16 @@ class Answers:
             logger.exception("an answer failed in a way that nobody thought of")
             problem = Problem(500, "the answer failed inside the server", "server_error")
         finally:
-            answer.finish(problem)
+            try:
+                answer.finish(problem)
+            except Exception:  # else it would end the server
+                logger.exception("the end of an answer failed in a way that nobody thought of")
+                answer.close()
             del self.running[answer]
             self.drop_question(answer)
             self.ended[answer.name] = trio.current_time()
+            if answer.question.background:
+                answer.leave()
             self.on_end(answer)
             question, late = answer.question, trio.current_time() > answer.begun + HEAD_WAIT
             if answer.refused:
@@ -1029,10 +1025,14 @@ class Answers:
 
     def drop_question(self, answer: Answer) -> None:
         """The model has it: nobody needs its bytes any more."""
-        size = len(answer.question.body)
-        answer.question.body, answer.question.headers = b"", {}
-        answer.size -= size
-        self.held -= size
+        self.replace_question(answer, b"")
+        answer.question.headers = {}
+
+    def replace_question(self, answer: Answer, body: bytes) -> None:
+        grown = len(body) - len(answer.question.body)
+        answer.question.body = body
+        answer.size += grown
+        self.held += grown
 
     def forget(self, name: str) -> None:
         """Only if it has ended."""
@@ -1078,11 +1078,13 @@ class Answers:
         outline, writer, headers, problem, refused, start, events = from_json(told)
         model, question = Model(), Question.from_outline(outline, key.decode())
         model.writer = writer
-        answer = self.by_id[name] = self.new(name, question, model, ANSWER_OVERHEAD)
-        self.held += ANSWER_OVERHEAD - len(packed) - PACKED_OVERHEAD
+        # Counted at the end, and once: to make room now could forget this very answer.
+        answer = self.by_id[name] = Answer(name, question, model)
         answer.skip_to(start)
         for data, type in events:
             answer.append(data, type)
+        answer.size += ANSWER_OVERHEAD
+        self.held += answer.size - len(packed) - PACKED_OVERHEAD
         answer.headers, answer.refused = headers, refused
         answer.problem = problem and Problem(**problem)
         answer.close()
@@ -1098,13 +1100,8 @@ LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is clos
 HEAD_BYTES, HEAD_TIMEOUT = 16 * KiB, 10
 AHEAD_BYTES = 128 * KiB  # what a client may send before its turn has come
 IDLE_TIMEOUT = 75  # between two requests; more than a load balancer's 60
-QUIET_ENDS = (  # of a connection: not a fault of ours, and not news
-    trio.BrokenResourceError,
-    trio.ClosedResourceError,
-    trio.TooSlowError,
-    trio_websocket.ConnectionClosed,
-    OSError,
-)
+# Ends of a connection that are not a fault of ours, and not news
+QUIET_ENDS = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError)
 NOT_HTTP = f"this is not HTTP/1 with a head of at most {HEAD_BYTES} bytes, chunked if coded"
 
 
@@ -1113,7 +1110,6 @@ class Wire(Outlet):
     """One connection, to a client or an upstream: an outlet that is also read from."""
 
     peer: str = ""  # its address, for the log
-    ended: bool = False  # the peer has said all that it will
     waiting_since: float = inf  # when we began to wait for bytes; inf: we do not
 
     async def receive(self) -> bytes:
@@ -1126,7 +1122,6 @@ class Wire(Outlet):
         while (data := self.receive_now()) is None:
             await trio.lowlevel.wait_readable(self.socket)
         self.waiting_since = inf
-        self.ended = not data
         return data
 
     def receive_now(self) -> bytes | None:
@@ -1147,23 +1142,22 @@ class Wire(Outlet):
 
         Closing a socket with unread input resets it and destroys what is under way.
         """
-        broken = (trio.BrokenResourceError, OSError)
-        with contextlib.suppress(*broken), trio.move_on_after(LINGER_CLOSE):
+        if self.stuck:
+            return  # it has had its time
+        with contextlib.suppress(*QUIET_ENDS), trio.move_on_after(LINGER_CLOSE):
             await self.flush()
             self._close_notify()
-            if not self.ended:
-                self.socket.shutdown(socket.SHUT_WR)
-                while await self.receive():
-                    pass
+            self.socket.shutdown(socket.SHUT_WR)
+            while await self.receive():
+                pass
 
     def close(self) -> None:
         """Close it; reset it if it is stuck, so that its buffers are freed at once."""
-        if not self.stuck:
-            self._close_notify()
-        else:
+        if self.stuck:
             with contextlib.suppress(OSError):  # it is gone already
-                linger = struct.pack("ii", 1, 0)
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            self._close_notify()
         trio.lowlevel.notify_closing(self.socket)
         self.socket.close()
 
@@ -1200,10 +1194,10 @@ class Http1:
     at once that its client has left.
     """
 
-    def __init__(self, wire: Wire, scheme: str) -> None:
+    def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.scheme = scheme
-        self.conn = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
+        self.conn = h11.Connection(h11.SERVER)  # a new one for each request
+        self.only_head = False  # no response to HEAD has a body
 
     async def serve(self, handle: Callable[[Request], Awaitable[None]]) -> Request | None:
         """Request after request until either side has had enough: None.
@@ -1212,14 +1206,13 @@ class Http1:
         """
         try:
             while request := await self.next_request():
-                if request.wants_websocket:
+                if request.headers.get("upgrade", "").lower() == "websocket":
                     return request
                 await handle(request)
                 # Something is left of this exchange: what came next on this connection
                 # could be taken for it.
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
-                self.renew()
                 del request  # with its body; the next one may be long in coming
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except (Problem, h11.RemoteProtocolError) as error:
@@ -1227,29 +1220,25 @@ class Http1:
         await self.wire.finish()
         return None
 
-    def renew(self) -> None:
-        """A parser for the next request, which starts behind the empty lines before it.
-
-        A client may send those (RFC 9112, section 2.2), and h11 takes none.
-        """
-        raw, ended = self.conn.trailing_data
-        self.conn = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
-        if raw := raw.lstrip(b"\r\n"):
-            self.conn.receive_data(raw)
-        if ended:
-            self.conn.receive_data(b"")
-
     async def next_request(self) -> Request | None:
-        """The next request's head; None if the client leaves instead of asking."""
-        first, raw = not self.wire.sent, self.conn.trailing_data[0]
-        with trio.move_on_after(HEAD_TIMEOUT if first or raw else IDLE_TIMEOUT) as scope:
+        """The next request's head; None if the client leaves instead of asking.
+
+        Its parser is a new one. A client may send empty lines before a request (RFC 9112,
+        section 2.2), and h11 takes none.
+        """
+        ahead = self.conn.trailing_data[0].lstrip(b"\r\n")
+        self.conn = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
+        self.only_head = False
+        first, raw = not self.wire.sent, b""
+        with trio.move_on_after(HEAD_TIMEOUT if first or ahead else IDLE_TIMEOUT) as scope:
             while (event := self.conn.next_event()) is h11.NEED_DATA:
-                data = await self.wire.receive()
+                data, ahead = ahead or await self.wire.receive(), b""
                 if data and not raw:
-                    data = data.lstrip(b"\r\n")  # as in renew()
+                    data = data.lstrip(b"\r\n")
                     if not data:
                         continue
-                    scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIMEOUT)
+                    if not first:  # it has begun, perhaps in the last of the idle seconds
+                        scope.deadline = trio.current_time() + HEAD_TIMEOUT
                 raw += data
                 self.conn.receive_data(data)
         if scope.cancelled_caught and (first or raw):
@@ -1258,8 +1247,8 @@ class Http1:
 
     def accept(self, head: h11.Request, raw: bytes) -> Request:
         """Refuse what h11 lets through and we do not. Raises Problem."""
-        trailing = self.conn.trailing_data[0]
-        raw = raw[: len(raw) - len(trailing)]
+        self.only_head = head.method == b"HEAD"
+        raw = raw[: len(raw) - len(self.conn.trailing_data[0])]
         # h11 only limits a head that is incomplete; one packet may bring a whole one.
         if len(raw) > HEAD_BYTES:
             raise Problem(431, NOT_HTTP)
@@ -1272,10 +1261,8 @@ class Http1:
         if version not in ("1.0", "1.1"):
             raise Problem(505, "this server speaks HTTP/1.0, HTTP/1.1 and HTTP/2")
         if b"upgrade" not in names:  # only a handshake needs these bytes again
-            raw = trailing = b""
-        return Request(
-            self, head.method, head.target, head.headers, self.scheme, version, raw, trailing
-        )
+            raw = b""
+        return Request(self, head.method, head.target, head.headers, version, raw)
 
     # What a Request needs of its connection
 
@@ -1299,19 +1286,19 @@ class Http1:
 
     async def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """A whole response."""
-        await self._send(self._head(status, headers), h11.Data(body), h11.EndOfMessage())
+        await self.start(status, headers, body, h11.EndOfMessage())
 
-    async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    async def start(
+        self, status: int, headers: Mapping[str, str], body: bytes, *end: h11.EndOfMessage
+    ) -> None:
         """The head of a stream, with its first bytes. A reader writes the rest."""
-        await self._send(self._head(status, headers), h11.Data(body))
+        reason = http.client.responses.get(status, "")
+        head = h11.Response(status_code=status, headers=dated(headers), reason=reason)
+        await self._send(head, h11.Data(body), *end)
 
     async def end(self, last: bytes = b"") -> None:
         """The end of a stream; `last` are its last bytes."""
         await self._send(h11.Data(last), h11.EndOfMessage())
-
-    def _head(self, status: int, headers: Mapping[str, str]) -> h11.Response:
-        reason = http.client.responses.get(status, "")
-        return h11.Response(status_code=status, headers=dated(headers), reason=reason)
 
     async def _send(self, *events: h11.Event) -> None:
         """All in one write."""
@@ -1328,16 +1315,12 @@ class Http1:
         logger.info("%s refused: %d %s", self.wire.peer, problem.status, problem)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers, body = problem_response(problem)
+            body = b"" if self.only_head else body
             await self.respond(problem.status, headers | {"connection": "close"}, body)
 
 
 def dated(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [*headers.items(), ("date", http_date(int(time.time())))]
-
-
-@functools.lru_cache(1)  # it is the same for all responses of a second
-def http_date(second: int) -> str:
-    return formatdate(second, usegmt=True)
+    return [*headers.items(), ("date", formatdate(usegmt=True))]
 
 
 def problem_response(problem: Problem) -> tuple[dict[str, str], bytes]:
@@ -1362,6 +1345,7 @@ class WebSocketClose(Exception):
 CUT_OFF = WebSocketClose(1006, "")  # it left without a close frame
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class FrameParser:
     """Reads a client's WebSocket frames (RFC 6455, section 5), however they were split.
 
@@ -1371,15 +1355,13 @@ class FrameParser:
     MESSAGE_BYTES.
     """
 
-    __slots__ = ("_buffer", "_opcode", "_parts", "_rest", "_size")
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        # The message whose fragments are coming, if any
-        self._opcode = CONTINUATION
-        self._size = 0  # bytes so far
-        self._parts: list[str] = []
-        self._rest = b""  # of a character that was cut
+    _buffer: bytearray = dataclasses.field(default_factory=bytearray)
+    # The message whose fragments are coming, if any. Its text is one: a list of fragments
+    # would take 40 times their bytes.
+    _opcode: int = CONTINUATION
+    _size: int = 0  # bytes so far
+    _text: str = ""
+    _rest: bytes = b""  # of a character that was cut
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
@@ -1401,11 +1383,11 @@ class FrameParser:
                     text, used = codecs.utf_8_decode(data, "strict", final)
                 except UnicodeDecodeError:
                     raise WebSocketClose(1007, "text must be UTF-8") from None
-                self._parts.append(text)
+                self._text += text
                 self._rest = data[used:]
             if final:
-                text, opcode = "".join(self._parts), self._opcode
-                self._opcode, self._size, self._parts = CONTINUATION, 0, []
+                text, opcode = self._text, self._opcode
+                self._opcode, self._size, self._text = CONTINUATION, 0, ""
                 return opcode, text if opcode == TEXT else b""  # which nobody wants
             return CONTINUATION, b""
         return None
@@ -1469,9 +1451,7 @@ def parse_close(payload: bytes) -> WebSocketClose:
 # trio-websocket's tasks and channels an idle member takes three times the memory.)
 
 SUBPROTOCOL = "chatstream.v1"
-PING_FRAME = frame_ws(b"", PING)
 PING_EVERY = 20  # seconds
-CHATTER_BYTES = 256 * KiB  # pings and empty fragments, with no message among them
 NAME_CHARACTERS = 32
 
 
@@ -1493,45 +1473,26 @@ def check_handshake(request: Request) -> None:
         raise Problem(426, "this server speaks WebSocket version 13", headers=need)
     if not re.fullmatch("[A-Za-z0-9+/]{22}==", headers.get("sec-websocket-key", "")):
         raise Problem(400, "Sec-WebSocket-Key must be 16 bytes in base64")
-    try:
-        headers.get("host", "").encode("ascii").decode("idna")
-        for name in ("connection", "sec-websocket-extensions", "sec-websocket-protocol"):
-            headers.get(name, "").encode("ascii")
-    except UnicodeError:
-        wrong = "Host must be a host's name, and Connection and Sec-WebSocket-* ASCII"
-        raise Problem(400, wrong) from None
 
 
-@dataclasses.dataclass(eq=False)
-class HandshakeStream(trio.abc.Stream):
-    """A wire as trio-websocket gets it: to shake hands, not to read on or hang up."""
+async def shake_hands(head: bytes, may_v1: bool) -> tuple[bytes, bool]:
+    """What accepts this WebSocket (RFC 6455, section 4.2.2); and does it speak our subprotocol?
 
-    wire: Wire
-    head: bytes
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self.wire.send(bytes(data))
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self.wire.flush()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        head, self.head = self.head, b""
-        return head or await trio.sleep_forever()
-
-    async def aclose(self) -> None:
-        pass
-
-
-async def shake_hands(wire: Wire, head: bytes, may_v1: bool) -> bool:
-    """Accept the WebSocket (RFC 6455, section 4.2.2). Does it speak our subprotocol?"""
-    async with trio.open_nursery() as nursery:
-        stream = HandshakeStream(wire, head)
-        offer = await trio_websocket.wrap_server_stream(nursery, stream)
-        v1 = may_v1 and SUBPROTOCOL in offer.proposed_subprotocols
-        await offer.accept(subprotocol=SUBPROTOCOL if v1 else None)
-        nursery.cancel_scope.cancel()
-    return v1
+    Raises Problem for a head that trio-websocket cannot read, or refuses: then it hangs up.
+    """
+    received = trio.testing.MemoryReceiveStream()
+    received.put_data(head)
+    with contextlib.suppress(ExceptionGroup):  # of a UnicodeError
+        async with trio.open_nursery() as nursery:
+            sent = trio.testing.MemorySendStream(close_hook=nursery.cancel_scope.cancel)
+            stream = trio.StapledStream(sent, received)
+            offer = await trio_websocket.wrap_server_stream(nursery, stream)
+            v1 = may_v1 and SUBPROTOCOL in offer.proposed_subprotocols
+            await offer.accept(subprotocol=SUBPROTOCOL if v1 else None)
+            nursery.cancel_scope.cancel()
+            return bytes(sent.get_data_nowait()), v1
+    wrong = "Host must be a host's name, and Connection and Sec-WebSocket-* ASCII, in one line each"
+    raise Problem(400, wrong)
 
 
 INVISIBLE = re.compile(
@@ -1561,6 +1522,7 @@ def free_name(wanted: str, taken: set[str]) -> str:
     return name
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Member(Reader):
     """A reader on a WebSocket; in the room it also speaks.
 
@@ -1568,20 +1530,13 @@ class Member(Reader):
     it does not read, and TCP slows the client down.
     """
 
-    __slots__ = ("chatter", "close", "frames", "name", "owed", "pinged_at", "turn", "wire")
-
-    def __init__(
-        self, wire: Wire, log: EventLog, framing: Framing, start: int, name: str = ""
-    ) -> None:
-        super().__init__(log, wire, framing, start)
-        self.wire = wire
-        self.name = name
-        self.frames = FrameParser()
-        self.owed = b""  # a pong or an error, to be sent before we listen on
-        self.chatter = 0  # bytes since the last message
-        self.turn = 0.0  # a second after this, the next frame may be read
-        self.pinged_at = self.quiet_since
-        self.close = CUT_OFF
+    outlet: Wire
+    name: str = ""
+    frames: FrameParser = dataclasses.field(default_factory=FrameParser)
+    owed: bytes = b""  # a pong or an error, to be sent before we listen on
+    turn: float = 0  # a second after this, the next frame may be read
+    pinged_at: float = dataclasses.field(default_factory=trio.current_time)
+    close: WebSocketClose = CUT_OFF
 
     def keep_alive(self, now: float) -> None:
         """Also ping; and drop a member that was silent since the last ping.
@@ -1589,21 +1544,32 @@ class Member(Reader):
         Any bytes are a sign of life: the pong of a member that we read slowly may stand
         behind much that it said earlier.
         """
-        super().keep_alive(now)
+        Reader.keep_alive(self, now)  # super() fails in a dataclass with slots (CPython 90562)
         if now - self.pinged_at < PING_EVERY or self.outlet.unsent:
             return  # we do not listen while a wire is full: that has its own deadline
-        if self.wire.waiting_since < self.pinged_at:
+        if self.outlet.waiting_since < self.pinged_at:
             return self.drop("silent")
         self.pinged_at = now
-        self.write_aside(PING_FRAME)
+        self.write_aside(frame_ws(b"", PING))
 
     async def stay(self, say: Callable[[Said], Awaitable[None]], rate: float) -> None:
-        """Until it or we have had enough. Its messages go to `say`, `rate` a second."""
+        """Until it or we have had enough. Its messages go to `say`, `rate` a second.
+
+        Then everything that was said earlier, by anyone, and the close frame.
+        """
         try:
             if await self.run(functools.partial(self.listen, say, rate)):
                 self.close = WebSocketClose(1001, "the server is stopping")
         except WebSocketClose as close:
             self.close = close
+        if self.close is CUT_OFF:
+            return  # there is nobody to tell
+        end = self.log.end
+        with trio.move_on_after(LINGER_CLOSE):
+            while self.position < end:
+                await self.outlet.flush()
+                self.catch_up(trio.current_time())
+            await self.outlet.send(frame_close(self.close.code, self.close.reason))
 
     async def listen(self, say: Callable[[Said], Awaitable[None]], rate: float) -> None:
         """Pass on everything that it says, until it leaves. Raises WebSocketClose.
@@ -1625,15 +1591,11 @@ class Member(Reader):
                 elif opcode == CLOSE:
                     raise parse_close(cast(bytes, payload))
                 elif opcode not in (PONG, CONTINUATION):
-                    self.chatter = 0
                     self.turn = max(self.turn, trio.current_time()) + 1 / (rate or inf)
                     await self.pass_on(say, payload)
                 await trio.lowlevel.checkpoint()  # let the others have their turn
-            elif data := await self.wire.receive():
+            elif data := await self.outlet.receive():
                 self.frames.feed(data)
-                self.chatter += len(data)
-                if self.chatter > CHATTER_BYTES:
-                    raise trio.BrokenResourceError("it chatters, and says nothing")
             else:
                 return
 
@@ -1665,17 +1627,6 @@ class Member(Reader):
         text = text.encode(errors="replace").decode()
         return Said("message", self.name, text, key and key[:100])
 
-    async def goodbye(self) -> None:
-        """Everything that was said earlier, by anyone, then the close frame."""
-        if self.close is CUT_OFF:
-            return  # there is nobody to tell
-        end = self.log.end
-        with trio.move_on_after(LINGER_CLOSE):
-            while self.position < end:
-                await self.wire.flush()
-                self.catch_up(trio.current_time())
-            await self.wire.send(frame_close(self.close.code, self.close.reason))
-
 
 # ─── Requests: what one may ask, and who ─────────────────────────────────────────────
 # What a handler needs of its request stands in Request; what it cannot accept it raises
@@ -1694,15 +1645,11 @@ SSE_HEADERS = {
 }
 # The pages load nothing from elsewhere, but may talk to any server on loopback, because
 # `?server=` in their address names another one than theirs.
-LOOPBACK_SOURCES = " ".join(
-    f"{scheme}://{host}:*"
-    for scheme in ("http", "https", "ws", "wss")
-    for host in ("localhost", "127.0.0.1")
-)
 PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; "
-    f"style-src 'self'; img-src 'self'; connect-src 'self' {LOOPBACK_SOURCES}; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "connect-src 'self' http://localhost:* https://localhost:* ws://localhost:* wss://localhost:* "
+    "http://127.0.0.1:* https://127.0.0.1:* ws://127.0.0.1:* wss://127.0.0.1:*; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -1710,8 +1657,6 @@ PAGE_HEADERS = {
 }
 MAY_READ = "X-Answer-Id, Retry-After, X-Request-Id, X-Should-Retry"
 TOKEN_COOKIE = "chatstream_token"
-
-
 # Who may ask: everybody; everybody with the token; with the token, and no page of a
 # foreign origin.
 OPEN, PUBLIC, OWN = "open", "public", "own"
@@ -1790,16 +1735,13 @@ class Request:
 
     def __init__(
         self, connection: Http1 | Http2Stream, method: bytes, target: bytes,
-        headers: Iterable[tuple[bytes, bytes]], scheme: str, version: str,
-        head: bytes = b"", trailing: bytes = b"",
+        headers: Iterable[tuple[bytes, bytes]], version: str, head: bytes = b"",
     ) -> None:  # fmt: skip
         self.connection = connection
         self.method = method.decode("latin-1")
         self.headers = fold_headers(headers)
-        self.scheme = scheme
         self.version = version
         self.head = head  # as it came
-        self.trailing = trailing  # what came right behind the head
         text = target.decode("latin-1")
         if absolute := re.match("(?i)https?://([^/?#]*)", text):
             # RFC 9112, section 3.2.2: its host counts, and not that of the Host header.
@@ -1811,10 +1753,6 @@ class Request:
         self.body = b""
         self.extra: dict[str, str] = {}  # headers for the response, such as CORS
         self.status = 0  # of the response; 0: none has begun
-
-    @property
-    def wants_websocket(self) -> bool:
-        return self.headers.get("upgrade", "").lower() == "websocket"
 
     @property
     def last_event_id(self) -> str | None:
@@ -1849,7 +1787,7 @@ def fold_headers(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     for raw_name, raw_value in pairs:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
         glue = "; " if name == "cookie" else ", "
-        headers[name] = f"{headers[name]}{glue}{value}" if name in headers else value
+        headers[name] = f"{headers[name]}{glue}{value}".strip() if name in headers else value
     return headers
 
 
@@ -1889,8 +1827,10 @@ class AccessPolicy:
         self.check_host(request)
         if request.method == "OPTIONS":
             return  # to a preflight, the headers of its response say enough
-        if right == OWN:
-            self.check_origin(request)
+        if right == OWN and not self.welcomes(request):
+            origin = request.headers["origin"][:200]
+            foreign = f"a page of origin {origin!r} may not do this: to allow it,"
+            raise Problem(403, f"{foreign} start the server with --allow-origin {origin}")
         if right != OPEN:
             self.check_token(request)
 
@@ -1901,12 +1841,6 @@ class AccessPolicy:
         if self.on_loopback and not known:
             foreign = f"this server is not {host!r}: ask for localhost, or start it"
             raise Problem(421, f"{foreign} with --allow-origin https://{host or 'NAME'}")
-
-    def check_origin(self, request: Request) -> None:
-        if not self.welcomes(request):
-            origin = request.headers["origin"][:200]
-            foreign = f"a page of origin {origin!r} may not do this: to allow it,"
-            raise Problem(403, f"{foreign} start the server with --allow-origin {origin}")
 
     def welcomes(self, request: Request) -> bool:
         """A page of our own, on either port, or of an origin that may ask.
@@ -1979,8 +1913,10 @@ def www_folder() -> Path | None:
 def read_pages() -> dict[str, tuple[bytes, dict[str, str]]]:
     """Body and headers of each file in www/, read once: no path can ever leave it."""
     pages, www = {}, www_folder()
+    types = mimetypes.MimeTypes()  # not the system's: a registry may call JavaScript plain text
+    types.add_type("text/javascript", ".js")  # RFC 9239
     for file in filter(Path.is_file, www.iterdir() if www else ()):
-        body, type = file.read_bytes(), mimetypes.guess_type(file.name)[0] or "text/plain"
+        body, type = file.read_bytes(), types.guess_type(file.name)[0] or "text/plain"
         etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
         about = {"etag": etag, "content-type": f"{type}; charset=utf-8"}
         for name in {file.name, file.name.removesuffix("index.html")}:
@@ -2046,6 +1982,7 @@ class App:
         self.names: set[str] = set()  # of the room's members here
         self.wires: dict[Wire, None] = {}
         self.active = 0  # requests and members under way
+        self.passing = 0  # short requests that wait for the model
         self.stopping = False
         self.metrics_text = ("", -inf)  # and when it was made
         self.writers: trio.Nursery  # the server's
@@ -2094,13 +2031,15 @@ class App:
             cors["access-control-allow-headers"] = wanted if wanted.isascii() else ""
             return await request.respond(204, headers=cors | {"allow": allow})
         if not route.handlers:
-            there = ", ".join(known.path.pattern for known in ROUTES)
+            there = ", ".join(known.path for known in ROUTES)
             nothing = f"there is nothing at {request.path[:100]!r}; there is {there}, and the pages"
             raise Problem(404, nothing, code="not_found")
         handler = route.handlers.get("GET" if request.method == "HEAD" else request.method)
         if handler is None:
             wrong = f"{request.method} does not work here: use {allow}"
             raise Problem(405, wrong, headers={"allow": allow})
+        if request.method != "POST":
+            request.body = b""  # nobody asks for it, and a stream may last for hours
         await handler(self, request, *arguments)
 
     def find_route(self, path: str) -> tuple[Route, tuple[str, ...]]:
@@ -2109,7 +2048,7 @@ class App:
             return PAGE, ()
         for spelling in (path, f"/v1{path}"):  # a base URL may lack its /v1
             for route in ROUTES:
-                if found := route.path.fullmatch(spelling):
+                if found := re.fullmatch(route.path, spelling):
                     return route, found.groups()
         return NOWHERE, ()
 
@@ -2128,7 +2067,8 @@ class App:
     async def log_in(self, request: Request) -> None:
         """The token by a visit: from here on the browser sends it as a cookie."""
         self.policy.check_token(request, request.query["token"])
-        scheme = request.headers.get("x-forwarded-proto", request.scheme)
+        ours = "https" if self.settings.certfile else "http"
+        scheme = request.headers.get("x-forwarded-proto", ours)
         cookie = f"{TOKEN_COOKIE}={self.policy.cookie}; Path=/; HttpOnly; SameSite=Lax"
         cookie += "; Secure" if scheme.lower() == "https" else ""
         headers = {"location": "/", "set-cookie": cookie, "cache-control": "no-store"}
@@ -2142,8 +2082,8 @@ class App:
 
     async def get_healthz(self, request: Request) -> None:
         counts = self.counts()
-        if self.cluster:
-            counts.update(self.cluster.counts_of_others())
+        for other in self.cluster.neighbours.values() if self.cluster else ():
+            counts.update(other.counts)
         status = "stopping" if self.stopping else "ok"
         health = {"status": status, **counts, "model": self.settings.model_name}
         await request.respond_json(to_json(health), 503 if self.stopping else 200)
@@ -2194,12 +2134,21 @@ class App:
         async def respond() -> None:
             try:
                 reply = await ask(passed_headers(request, self.settings.token))
+                request.extra |= reply.headers
+                await self.respond_long(request, reply.body)
             except Problem as problem:
-                return await self.refuse(request, problem)
-            request.extra |= reply.headers
-            await request.respond_json(reply.body)
+                await self.refuse(request, problem)
 
-        await race_disconnect(request.connection.disconnected, respond)
+        self.passing += 1
+        try:
+            await race_disconnect(request.connection.disconnected, respond)
+        finally:
+            self.passing -= 1
+
+    async def respond_long(self, request: Request, body: str) -> None:
+        """A body that may be long, and that a client that reads slowly makes us hold."""
+        with self.answers.reserved(3 * len(body)):  # as text, as bytes, and behind its head
+            await request.respond_json(body)
 
     async def get_clock(self, request: Request) -> None:
         last = request.last_event_id or ""
@@ -2245,6 +2194,7 @@ class App:
         request only attends. It waits for the model no longer than its client does.
         """
         if last := request.last_event_id:
+            request.body = b""
             answer = await self.find_answer(last.rpartition("-")[0] or last)
             return await self.follow(request, answer, last)
         async with self.answers.parsing(request.body):
@@ -2287,6 +2237,8 @@ class App:
         """A stream that has begun is 200, whatever comes: problems are events then."""
         question, problem = answer.question, answer.problem
         request.extra["x-answer-id"] = answer.name
+        if not answer.kept:  # we stop, and it goes on in another process
+            raise server_stopping()
         if problem and (answer.refused or not question.stream):
             raise problem.with_traceback(None)
         request.extra |= answer.headers
@@ -2295,7 +2247,7 @@ class App:
         elif question.stream:
             await self.stream(request, answer, 0, answer.name)
         else:
-            await request.respond_json(question.api.whole(answer))
+            await self.respond_long(request, question.api.whole(answer))
 
     async def get_answer(self, request: Request, name: str) -> None:
         answer = await self.find_answer(name)
@@ -2343,14 +2295,15 @@ class App:
         """By the id that we gave it: the upstream's, and our secret behind a dot."""
         answer = await self.find_answer(id.rpartition(".")[2])
         await self.reach(answer, lambda: answer.end > 0)
-        if answer.question.api is not RESPONSES or response_now(answer).get("id") != id:
+        named = response_now(answer, answer.start + 1)  # its first event settles its id
+        if answer.question.api is not RESPONSES or named["id"] != id:
             raise Problem(404, "there is no such response", code="not_found")
         return answer
 
     async def get_response(self, request: Request, id: str) -> None:
         answer = await self.find_response(id)
         if request.query.get("stream", "").lower() != "true":
-            return await request.respond_json(to_json(response_now(answer)))
+            return await self.respond_long(request, to_json(response_now(answer)))
         start, after = 0, request.query.get("starting_after", "")
         if re.fullmatch("[0-9]{1,15}", after):
             number = int(after)
@@ -2363,7 +2316,7 @@ class App:
         self.answers.stop(answer, stopped())
         with trio.move_on_after(2):  # another process may have to hear of it
             await answer.ended.wait()
-        await request.respond_json(to_json(response_now(answer)))
+        await self.respond_long(request, to_json(response_now(answer)))
 
     # ── WebSockets ──
 
@@ -2378,25 +2331,26 @@ class App:
         return self.clock if request.path == "/clock" else self.room
 
     async def session(
-        self, wire: Wire, log: EventLog, head: bytes, trailing: bytes, query: Mapping[str, str]
+        self, wire: Wire, log: EventLog, v1: bool, trailing: bytes, query: Mapping[str, str]
     ) -> str:
-        """From the handshake to the close frame; returns how it ended."""
-        now = log.end  # before the handshake ends: it misses nothing of what follows
-        with trio.fail_after(HEAD_TIMEOUT):
-            v1 = await shake_hands(wire, head, log is self.room)
+        """From the handshake's end to the close frame; returns how it ended."""
+        now = log.end  # it misses nothing of what follows
         framing = self.plain if log is self.room else WS_CLOCK
-        start = log.place_after(query.get("after"))
+        after = query.get("after", "")
+        if self.cluster and after.startswith(f"{self.room.name}-"):
+            with contextlib.suppress(Problem):  # another process may be ahead of us
+                await self.cluster.reach(log, lambda: log.place_after(after) is not None)
+        start = log.place_after(after)
         if start is None:
-            start = self.room.history() if v1 else now
+            start = self.room.history() if v1 else min(now, log.end)
         name = free_name(clean_name(query.get("name", "")), self.names)
-        member = Member(wire, log, WS_JSON if v1 else framing, start, name)
+        member = Member(log, wire, WS_JSON if v1 else framing, start, name=name)
         member.frames.feed(trailing)
         self.readers[member] = None
         try:
             await self.enter(member, "joined")
             say = self.say if log is self.room else ignore
             await member.stay(say, self.settings.room_rate)
-            await member.goodbye()
         finally:
             del self.readers[member]
             self.metrics.count_reader(member)
@@ -2420,29 +2374,26 @@ async def ignore(said: Said) -> None:
 
 
 class Route(NamedTuple):
-    path: re.Pattern[str]  # its groups are the handlers' arguments
+    path: str  # a pattern: its groups are the handlers' arguments
     right: str
     handlers: Mapping[str, Callable[..., Awaitable[None]]]  # by method
 
 
-PAGE = Route(re.compile("the path of a file"), OPEN, {"GET": App.get_page})
-NOWHERE = Route(re.compile("any other path"), OWN, {})
+PAGE = Route("the path of a file", OPEN, {"GET": App.get_page})
+NOWHERE = Route("any other path", OWN, {})
 ROUTES = [
-    Route(re.compile(path), right, handlers)
-    for path, right, handlers in (
-        ("/clock", PUBLIC, {"GET": App.get_clock}),
-        ("/time", PUBLIC, {"GET": App.get_time}),
-        ("/healthz", OPEN, {"GET": App.get_healthz}),
-        ("/metrics", OWN, {"GET": App.get_metrics}),
-        ("(/chatgptApi/chatgpt_qa_stream)", OWN, {"POST": App.post_question}),
-        ("/v1(/chat/completions|/completions)", OWN, {"POST": App.post_question}),
-        ("/v1(/responses|/messages)", OWN, {"POST": App.post_question}),
-        ("/v1/responses/(.+)/cancel", OWN, {"POST": App.cancel_response}),
-        (r"/v1/responses/(.+\.\w+|[^/]+)", OWN, {"GET": App.get_response}),
-        ("/v1/models(?:/(.+))?", OWN, {"GET": App.get_models}),
-        ("/v1(/embeddings|/messages/count_tokens)", OWN, {"POST": App.post_short}),
-        ("/answers/([^/]+)", OWN, {"GET": App.get_answer, "DELETE": App.delete_answer}),
-    )
+    Route("/clock", PUBLIC, {"GET": App.get_clock}),
+    Route("/time", PUBLIC, {"GET": App.get_time}),
+    Route("/healthz", OPEN, {"GET": App.get_healthz}),
+    Route("/metrics", OWN, {"GET": App.get_metrics}),
+    Route("(/chatgptApi/chatgpt_qa_stream)", OWN, {"POST": App.post_question}),
+    Route("/v1(/chat/completions|/completions)", OWN, {"POST": App.post_question}),
+    Route("/v1(/responses|/messages)", OWN, {"POST": App.post_question}),
+    Route("/v1/responses/(.+)/cancel", OWN, {"POST": App.cancel_response}),
+    Route(r"/v1/responses/(.+\.\w+|[^/]+)", OWN, {"GET": App.get_response}),
+    Route("/v1/models(?:/(.+))?", OWN, {"GET": App.get_models}),
+    Route("/v1(/embeddings|/messages/count_tokens)", OWN, {"POST": App.post_short}),
+    Route("/answers/([^/]+)", OWN, {"GET": App.get_answer, "DELETE": App.delete_answer}),
 ]
 
 
@@ -2456,26 +2407,31 @@ class Server:
         self.app = app
         self.tls = tls
 
-    async def serve(
-        self, listeners: list[socket.socket], stop: trio.Event, ready: Callable[[], object]
-    ) -> None:
-        """Accept until `stop`, then end gracefully: every reader is told.
+    async def serve(self, listeners: list[socket.socket], start: str) -> None:
+        """Accept until a signal, then end gracefully: every reader is told.
 
-        A nursery ends after what is inside of it, and the connections' is inside of
-        the writers'. So no reader outlives what it reads.
+        A worker has no start line to print, and a pipe as stdin that ends with its parent.
+        A nursery ends after what is inside of it, and the connections' is inside of the
+        writers'. So no reader outlives what it reads.
         """
-        app = self.app
+        app, stop = self.app, trio.Event()
         async with trio.open_nursery() as app.writers:
+            await app.writers.start(heed_signals, stop.set, app.writers.cancel_scope.cancel)
+            if not start:
+                app.writers.start_soon(end_with_parent, stop)
             for task in (app.pump.run, app.model.run, self.keep_alive):
                 app.writers.start_soon(task)
             app.writers.start_soon(tick, app.clock)
             if app.cluster:
-                await app.writers.start(app.cluster.run)
+                app.writers.start_soon(app.cluster.run)
+                with trio.move_on_after(REDIS_TIMEOUT):  # first we hear what was said
+                    await app.cluster.caught_up.wait()
             async with trio.open_nursery() as connections:
                 async with trio.open_nursery() as accepting:
                     for listener in listeners:
                         accepting.start_soon(self.accept, listener, connections)
-                    ready()
+                    if start:
+                        print(start, flush=True)
                     await stop.wait()
                     accepting.cancel_scope.cancel()
                 for listener in listeners:
@@ -2490,6 +2446,8 @@ class Server:
         with trio.move_on_after(app.settings.grace):
             for answer in app.answers.open():
                 await answer.ended.wait()
+            while app.passing:  # noqa: ASYNC110
+                await trio.sleep(0.02)
         for answer in app.answers.open():
             app.answers.stop(answer, server_stopping())
         if app.cluster:
@@ -2531,11 +2489,15 @@ class Server:
 
     async def connection(self, client: socket.socket, address: tuple[Any, ...]) -> None:
         """One client: whatever goes wrong inside ends here, as one line in the log."""
-        client.setblocking(False)
-        if self.tls:
-            client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
         host, port, *_ = address
-        wire = Wire(client, peer=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        client.setblocking(False)
+        if tls := self.tls:
+            try:
+                client = tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
+            except OSError as error:  # a client that has gone already (CPython 108310)
+                return logger.debug("%s ended: %s", peer, error)
+        wire = Wire(client, peer=peer)
         self.app.wires[wire] = None
         try:
             await self.converse(wire)
@@ -2563,22 +2525,24 @@ class Server:
                 return await wire.finish()  # with an alert that says why
             if wire.socket.selected_alpn_protocol() == "h2":
                 return await serve_http2(wire, handle)
-        http1 = Http1(wire, "https" if self.tls else "http")
+        http1 = Http1(wire)
         request = await http1.serve(handle)
         if request is None:
             return
         try:
             log = self.app.admit(request)
+            accepted, v1 = await shake_hands(request.head, log is self.app.room)
         except Problem as problem:
             await http1.refuse(problem)
             return await wire.finish()
         started, path, query = time.monotonic(), request.path, request.query
-        head, trailing = request.head, request.trailing
+        trailing = http1.conn.trailing_data[0]
         del http1, request  # 4 KB that a member does not need any more
         self.app.active += 1
         ended = ""
         try:
-            ended = await self.app.session(wire, log, head, trailing, query)
+            await wire.send(accepted)
+            ended = await self.app.session(wire, log, v1, trailing, query)
         finally:
             await wire.finish()
             self.app.active -= 1
@@ -2607,11 +2571,7 @@ def why(group: BaseException) -> str:
 
 EVENT_BYTES, WHOLE_BYTES = 16 * MiB, 16 * MiB
 WORDS_BYTES, WORDS_CHARACTERS = 64 * KiB, 500  # of the upstream's reasons
-
-
-class ServerSentEvent(NamedTuple):
-    data: str
-    type: str
+KEY_CHARACTERS = 32  # by which a key is known: to compile a pattern of 15,000 takes 1.5 s
 
 
 class SSEParser:
@@ -2627,7 +2587,7 @@ class SSEParser:
         self._after_cr = False  # a line end already; should a LF come, it is part of it
         self._encoding = "utf-8-sig"  # until the first event: a byte order mark may come
 
-    def feed(self, data: bytes) -> list[ServerSentEvent]:
+    def feed(self, data: bytes) -> list[Event]:
         """Take the next bytes; return the events that they complete.
 
         A last event without its blank line is never returned, as the standard wants.
@@ -2658,7 +2618,7 @@ class SSEParser:
                 type = value.removeprefix(" ")
             elif not line:
                 if lines:  # without data it does not end an event, and the type is lost
-                    events.append(ServerSentEvent("\n".join(lines), type or "message"))
+                    events.append(Event("\n".join(lines), type or "message"))
                 lines, type = [], ""
             elif name == "error":  # not in the standard: llama.cpp tells one so
                 lines, type = [value], name
@@ -2666,7 +2626,7 @@ class SSEParser:
                 lines.append(line)
         return events
 
-    def unfinished(self) -> list[ServerSentEvent]:
+    def unfinished(self) -> list[Event]:
         """The last event, if it lacks its blank line and tells the end: [DONE], or an error."""
         for event in self.feed(b"\n\n"):
             failed = event.type == "error" or '"error":' in event.data
@@ -2734,10 +2694,11 @@ def hide(text: str, secrets: Iterable[str]) -> str:
 
 @functools.lru_cache(100)
 def key_pattern(secret: str) -> re.Pattern[str]:
-    codes = ((re.escape(c), f"{ord(c):02x}") for c in secret)
+    codes = ((re.escape(c), f"{ord(c):02x}") for c in secret[:KEY_CHARACTERS])
     return re.compile(  # not from each of many backslashes: that takes quadratic time
         r"(?<!\\)"
         + "".join(rf"\\*(?:{c}|(?i:u00{code}|x{code}|%(?:25)*{code}))" for c, code in codes)
+        + rf"(?:\\*(?i:(?:u00|x|%(?:25)*)[0-9a-f]{{2}}|.)){{0,{len(secret[KEY_CHARACTERS:])}}}"
     )
 
 
@@ -2759,13 +2720,14 @@ class JsonBody:
         if many or raw.count(b":") > BODY_COLONS:
             raise Problem(413, "the body has too many brackets, commas or colons: send less")
         self._raw = raw
-        self.fields = self._parse(CHECKER)
+        self.fields = self.parse(CHECKER)
         if not isinstance(self.fields, dict):
             raise Problem(400, 'send a JSON object, such as {"messages": [...]}')
         self.model = str(self.fields.get("model") or "")
         self.changes: JSON = {}  # None takes the field out
 
-    def _parse(self, decoder: json.JSONDecoder) -> Any:
+    def parse(self, decoder: json.JSONDecoder = DECODER) -> Any:
+        """All of it; by DECODER with its numbers as they are."""
         try:
             return from_json(self._raw, decoder)
         except ValueError as error:
@@ -2780,13 +2742,8 @@ class JsonBody:
     def raw(self) -> bytes:
         if not self.changes:
             return self._raw
-        fields = self.exact() | self.changes
-        gone = [name for name, value in self.changes.items() if value is None]
-        return to_json({k: v for k, v in fields.items() if k not in gone}).encode()
-
-    def exact(self) -> JSON:
-        """All of it, with its numbers as they are."""
-        return cast(JSON, self._parse(DECODER))
+        fields = (self.parse() | self.changes).items()
+        return to_json({k: v for k, v in fields if v is not None or k not in self.changes}).encode()
 
 
 def check_question(fields: JSON, api: Api) -> None:
@@ -2797,7 +2754,8 @@ def check_question(fields: JSON, api: Api) -> None:
     kinds = {"stream": bool, "background": bool, "model": str, "stream_options": dict}
     for name, kind in {**kinds, "previous_response_id": str}.items():
         value = fields.get(name)
-        if not isinstance(value, kind | None) or len(str(value)) > 1000:
+        too_long = isinstance(value, str) and len(value) > 1000
+        if not isinstance(value, kind | None) or too_long:
             raise Problem(400, f"{name} has the wrong type, or is too long", param=name)
     messages = fields.get("messages") if api.has_messages else [{"role": "any"}]
     if not isinstance(messages, list) or not messages:
@@ -2828,14 +2786,14 @@ class Relay:
         self.sequence = -1  # the last sequence_number
         self.response_id = ""  # as we name it
 
-    def take(self, event: ServerSentEvent) -> None:
+    def take(self, event: Event) -> None:
         """Raises Problem if it says an error, or nothing that can be understood."""
-        data, type = event
+        data, type, _ = event
         api, answer, data = self.api, self.answer, data.strip()
         if answer.closed or not (data or type == "error"):
             return
         if data == "[DONE]" and type != "error":
-            return self.finish() if api.adds_done else None
+            return None if api.ends else self.end(done=True)
         try:
             chunk, end = DECODER.raw_decode(data)
         except (ValueError, RecursionError):
@@ -2853,10 +2811,10 @@ class Relay:
         if not self.began:
             self.began = True
             answer.accepted.set()
-        if not self.spoke and type.endswith(api.speaks):
+        if not self.spoke and (type.endswith("delta") or not api.ends):
             self.spoke = True
             self.metrics.first_token(trio.current_time() - answer.begun)
-        if api.adds_done:
+        if not api.ends:
             self.note_choices(chunk)
         api.take(self, chunk, data, type)
         if type in api.ends:
@@ -2868,10 +2826,8 @@ class Relay:
         for n, choice in enumerate(choices if isinstance(choices, list) else ()):
             if isinstance(choice, dict):
                 index = str(choice.get("index", n))
-                if choice.get("finish_reason"):  # "" is none: some send it with each chunk
-                    self.choices[index] = True
-                elif index not in self.choices:
-                    self.choices[index] = False
+                ended = bool(choice.get("finish_reason"))  # "" is none: some send it each time
+                self.choices[index] = ended or self.choices.get(index, False)
 
     def take_whole(self, text: str) -> None:
         """A body that is not a stream. Raises Problem."""
@@ -2882,7 +2838,7 @@ class Relay:
             raise upstream_problem("the upstream sent what is not JSON") from None
         if is_error(whole) or not isinstance(whole, dict) or api.says not in whole:
             raise reason_given(502, whole, self.secrets)
-        if whole[api.says] == [] and api.adds_done and stream:
+        if whole[api.says] == [] and stream and not api.ends:
             raise upstream_problem("the upstream ended without an answer", code="cut")
         try:
             events = [*api.split(whole)] if stream else [api.keep(whole)] if api.keep else []
@@ -2895,16 +2851,14 @@ class Relay:
             self.write(text)
         self.answer.finish()
 
-    def end(self) -> None:
-        """The body has ended cleanly. Raises Problem if the answer has not."""
-        if not self.answer.closed:
-            if self.began and not (self.choices and all(self.choices.values())):
-                raise upstream_problem("the upstream stopped in mid-answer", code="cut")
-            self.finish()
-
-    def finish(self) -> None:
+    def end(self, done: bool = False) -> None:
+        """The upstream says that it is done, or its body has ended. Raises Problem if cut."""
+        if self.answer.closed:
+            return
         if not self.began:
             raise upstream_problem("the upstream ended without an answer", code="cut")
+        if not (done or (self.choices and all(self.choices.values()))):
+            raise upstream_problem("the upstream stopped in mid-answer", code="cut")
         self.answer.finish()
 
     def write(self, data: str, type: str = "message") -> None:
@@ -2912,10 +2866,6 @@ class Relay:
         self.answer.append(data, type)
         if not self.answer.affordable or self.answer.size > ANSWER_BYTES:
             raise upstream_problem("the answer is too large to keep", code="too_large")
-
-
-def take_as_is(relay: Relay, chunk: JSON, data: str, type: str) -> None:
-    relay.write(data, type)
 
 
 def split_chat(whole: JSON) -> Iterator[JSON]:
@@ -2932,7 +2882,7 @@ def split_chat(whole: JSON) -> Iterator[JSON]:
 
 def ask_for_page(api: Api, body: JsonBody, headers: dict[str, str]) -> Question:
     """{messages} is all that the chat page's protocol knows, and perhaps a model."""
-    asked = {"messages": body.exact()["messages"], "stream": True}
+    asked = {"messages": body.parse()["messages"], "stream": True}
     if body.model:
         asked["model"] = body.model
     return Question(api, to_json(asked).encode(), True, body.model, headers)
@@ -3055,9 +3005,7 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
     """
     items: list[Any] = []
     found: JSON = {}
-    for place, event in answer.backwards(RESPONSE_STATES | {"response.output_item.done"}):
-        if place >= end:
-            continue
+    for _, event in answer.backwards(RESPONSE_STATES | {"response.output_item.done"}, end):
         if event.type == "response.output_item.done":
             item = from_json(event.data).get("item")
             items += [item] if isinstance(item, dict) else []
@@ -3122,38 +3070,41 @@ class Api:
     path: str  # below the base URL of the upstream
     says: str  # the field of a whole answer that has what it says
     split: Callable[[JSON], Iterable[JSON]]  # JSON where a stream was wanted
-    take: Callable[[Relay, JSON, str, str], None] = take_as_is  # an event
+    take: Callable[[Relay, JSON, str, str], None] = lambda relay, _, *event: relay.write(*event)
     ask: Callable[[Api, JsonBody, dict[str, str]], Question] = ask_as_is
     keep: Callable[[JSON], JSON] | None = None  # a whole answer; else as it came
     whole: Callable[[Answer], str] = lambda answer: answer[answer.start].data
     fail: Callable[[Answer, Problem, int], Event] | None = None  # after the error
-    ends: frozenset[str] = frozenset()  # names of the events that end it
-    speaks: str = ""  # how the names of events end that have a word
+    # Names of the events that end it; those with a word end in "delta". None: [DONE] ends it.
+    ends: frozenset[str] = frozenset()
     error_has: tuple[str, ...] = ()  # empty texts
-    adds_done: bool = False  # `data: [DONE]` is its end, and ours
     has_messages: bool = False
 
     def closing(self, answer: Answer, problem: Problem | None) -> list[Event]:
         """Our last events: the end, or an error in the one form that makes every SDK raise."""
         if problem is None:
-            return [Event("[DONE]")] if self.adds_done else []
+            return [] if self.ends else [Event("[DONE]")]
         number = sequence_of(answer, answer.end - 1) + 1 if answer.end > answer.start else 0
         error = {
             "type": "error", "sequence_number": number, **dict.fromkeys(self.error_has, ""),
             "error": {**problem.error, "type": problem.type},
         }  # fmt: skip
-        last = [self.fail(answer, problem, number + 1)] if self.fail else []
-        return [Event(to_json(error), "error"), *last]
+        last = [Event(to_json(error), "error")]
+        if self.fail:
+            # An item may be nested as deep as Python could just read it: not two levels deeper.
+            with contextlib.suppress(ValueError, RecursionError):
+                last.append(self.fail(answer, problem, number + 1))
+        return last
 
 
-CHAT = Api("/chat/completions", "choices", split_chat, adds_done=True, has_messages=True)
+CHAT = Api("/chat/completions", "choices", split_chat, has_messages=True)
 CHAT_PAGE = dataclasses.replace(CHAT, take=take_for_page, ask=ask_for_page, error_has=("content",))
-COMPLETIONS = Api("/completions", "choices", lambda whole: [whole], adds_done=True)
+COMPLETIONS = Api("/completions", "choices", lambda whole: [whole])
 RESPONSES = Api("/responses", "output", response_events, take_response, ask_for_response,
                 keep_response, lambda answer: to_json(response_now(answer)), fail_response,
-                RESPONSE_ENDS, ".delta")  # fmt: skip
+                RESPONSE_ENDS)  # fmt: skip
 MESSAGES = Api("/messages", "content", split_message, ends=frozenset({"message_stop"}),
-               speaks="_block_delta", has_messages=True)  # fmt: skip
+               has_messages=True)  # fmt: skip
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 
 
@@ -3171,7 +3122,7 @@ READ_UNASKED = 32 * KiB  # what the system of any host takes, whatever its progr
 INTAKE_REST = 0.001  # seconds, after a pass; epoll counts whole milliseconds
 CREDENTIALS = ("authorization", "x-api-key", "api-key")
 PASSED_TO = re.compile(
-    "openai-.*|anthropic-.*|http-referer|x-title|traceparent|tracestate|idempotency-key"
+    "(openai|anthropic)-[a-z0-9-]+|http-referer|x-title|traceparent|tracestate|idempotency-key"
 )
 PASSED_BACK = re.compile(
     "retry-after|retry-after-ms|x-should-retry|(x-)?request-id|openai-.*|"
@@ -3354,12 +3305,10 @@ class Intake:
 
     async def read(self, exchange: Exchange, take: Callable[[bytes], None]) -> None:
         """A body, to its end. Raises what `take` and the exchange raise."""
-        fd = exchange.wire.socket.fileno()
-        if exchange.coded:
-            await self.read_coded(exchange, take, fd)
-        else:
-            exchange.feed(b"", take)  # what came with the head
-        if self._epoll and not exchange.ended.is_set():
+        fd, coded = exchange.wire.socket.fileno(), bytearray()
+        hear = coded.extend if exchange.coded else take
+        exchange.feed(b"", hear)  # what came with the head
+        if self._epoll and not (exchange.coded or exchange.ended.is_set()):
             self._reads[fd] = functools.partial(exchange.read_now, take)
             self._epoll.register(fd, select.EPOLLIN)
             try:
@@ -3367,24 +3316,16 @@ class Intake:
             finally:
                 self._epoll.unregister(fd)
                 del self._reads[fd]
-        while not exchange.ended.is_set():
-            await trio.lowlevel.wait_readable(fd)
-            exchange.read_now(take)
-        if exchange.failed:
-            raise exchange.failed
-
-    async def read_coded(self, exchange: Exchange, take: Callable[[bytes], None], fd: int) -> None:
-        """A few bytes may become thousands of events: others have their turn in between."""
-        coded = bytearray()
-        exchange.feed(b"", coded.extend)
         while coded or not exchange.ended.is_set():
             if not coded:
                 await trio.lowlevel.wait_readable(fd)
-                exchange.read_now(coded.extend)
-            for plain in exchange.decode(bytes(coded)):
+                exchange.read_now(hear)
+            for plain in exchange.decode(bytes(coded)):  # a few bytes may be thousands of events
                 take(plain)
                 await trio.lowlevel.checkpoint()
             coded.clear()
+        if exchange.failed:
+            raise exchange.failed
 
 
 @dataclasses.dataclass
@@ -3440,7 +3381,8 @@ class Upstream(Model):
             async with self.answers.parsing(question.body):
                 body = JsonBody(question.body)  # now: its objects would take memory meanwhile
                 body.choose(first)
-                question.body, question.model = body.raw(), body.model
+                question.model = body.model
+                self.answers.replace_question(answer, body.raw())
                 del body  # which may be long, and the answer takes its time
         async with self.asking(question.api.path, question.headers, question.body) as exchange:
             self.answers.drop_question(answer)
@@ -3475,6 +3417,8 @@ class Upstream(Model):
             await self.intake.read(exchange, take)
         except ValueError as error:
             raise upstream_problem(f"the upstream sent {error}") from None
+        if answer.closed:  # stopped at the very moment when the last byte came
+            return
         if streams or not first.strip():
             for event in parser.unfinished():
                 relay.take(event)
@@ -3626,10 +3570,12 @@ class Upstream(Model):
 
     def kept_wire(self) -> Wire | None:
         """The last one kept, if it has not said goodbye. Those that are too old are closed."""
+        while self.idle and self.idle[0][1] <= trio.current_time() - IDLE_WIRE_KEPT:
+            self.idle.pop(0)[0].close()
         while self.idle:
-            wire, since = self.idle.pop()
+            wire, _ = self.idle.pop()
             with contextlib.suppress(*CUT):
-                if since > trio.current_time() - IDLE_WIRE_KEPT and wire.receive_now() is None:
+                if wire.receive_now() is None:
                     return wire
             wire.close()
         return None
@@ -3654,7 +3600,6 @@ class Upstream(Model):
         stream = await trio.open_tcp_stream(to.hostname or "", port)
         sock = socket.socket(fileno=stream.socket.detach())
         sock.setblocking(False)
-        watch_for_life(sock, VANISHED_TIMEOUT, 0)
         wire = Wire(sock, patience=self.settings.patience)
         try:
             if tls := self.tls:
@@ -3800,7 +3745,7 @@ class Demo(Model):
             for relay, events in list(self.speaking.items()):
                 try:
                     if event := next(events, None):
-                        relay.take(ServerSentEvent(to_json(event), "message"))
+                        relay.take(Event(to_json(event)))
                     else:
                         relay.end()
                 except Problem as problem:
@@ -3872,6 +3817,7 @@ HTTP2_STREAMS = 100
 HTTP2_TABLE = 4 * KiB  # of headers that were sent before
 HTTP2_BITE = KiB  # h2 takes 0.1 ms for a frame of 10 bytes, and does not pause
 GOODBYE = 0.5  # seconds, for a client that may be stuck
+IGNORED = (h2.events.PriorityUpdated, h2.events.ConnectionTerminated)  # see GoesOn
 
 
 class Http2Stream:
@@ -3884,6 +3830,7 @@ class Http2Stream:
         self._unsent = b""  # what the window has not taken yet
         self.heard = self.answered = False  # all of the request, of the response
         self.gone = trio.Event()
+        self.disconnected = self.gone.wait
         self._body_in, self._body = trio.open_memory_channel[bytes](10)
 
     async def handle(self, event: object) -> None:
@@ -3903,12 +3850,8 @@ class Http2Stream:
                 return piece
         return b"" if self.heard else None
 
-    async def disconnected(self) -> None:
-        await self.gone.wait()
-
     async def start(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        own = [(k.encode(), v.encode("latin-1", "replace")) for k, v in dated(headers)
-               if k != "connection"]  # fmt: skip
+        own = [(k.encode(), v.encode("latin-1", "replace")) for k, v in dated(headers)]
         self._body.close()  # what still comes of a refused one must not stop all reading
         self.h2.send_headers(self.number, [(b":status", b"%d" % status), *own])
         await self.protocol._flush()
@@ -3969,6 +3912,25 @@ class Http2Stream:
         return min(window, self.h2.max_outbound_frame_size, WRITE_BYTES)
 
 
+class HeadDecoder(hpack.Decoder):
+    """It refuses what hpack would be at for seconds: a MiB of changes of its table's size.
+
+    Two may come before a head (RFC 7541, section 4.2).
+    """
+
+    def decode(self, data: bytes, raw: bool = False) -> Iterable[hpack.HeaderTuple]:
+        if len(data) > HEAD_BYTES or re.match(rb"(?s)([ ->]|\?[\x80-\xff]*.){3}", data):
+            raise hpack.OversizedHeaderListError("this is not a head of at most 16 KiB")
+        return super().decode(data, raw)
+
+
+class GoesOn(H2ConnectionStateMachine):
+    """A client's GOAWAY ends nothing: it goes on reading, and h2 would send nothing more."""
+
+    def process_input(self, input_: ConnectionInputs) -> list[h2.events.Event]:
+        return [] if input_ is ConnectionInputs.RECV_GOAWAY else super().process_input(input_)
+
+
 class Http2(H2Protocol):
     """Hypercorn's HTTP/2, with streams of ours in place of its ASGI.
 
@@ -3982,14 +3944,15 @@ class Http2(H2Protocol):
     streams: dict[int, Http2Stream]  # type: ignore[assignment]
 
     def __init__(
-        self, wire: Wire, handle: Callable[[Request], Awaitable[None]], tasks: TaskGroup
+        self, wire: Wire, handle: Callable[[Request], Awaitable[None]], tasks: trio.Nursery
     ) -> None:
-        unused: Any = None  # an ASGI app, and the state that it would share
+        unused: Any = None  # an ASGI app, its tasks, and the state that it would share
         super().__init__(
-            unused, Config(), WorkerContext(None), tasks, unused, True, None, None, self.on_event
+            unused, Config(), WorkerContext(None), unused, unused, True, None, None, self.on_event
         )
         self.wire = wire
         self.handle_request = handle
+        self.tasks = tasks
         self.said = b""  # by h2, and not yet written
         self.sending = trio.Lock()  # of those that wait for the socket
         self.news = trio.Event()  # from the client: there may be more room
@@ -4029,7 +3992,8 @@ class Http2(H2Protocol):
         self.connection.initiate_connection()
         self.connection.local_settings = h2.settings.Settings(client=False)  # h2 has no limit
         # Of streams, that is. A head of 20 bytes can stand for the 64 KiB that it allows.
-        self.connection.decoder.max_header_list_size = HEAD_BYTES
+        self.connection.decoder = HeadDecoder(HEAD_BYTES)
+        self.connection.state_machine = GoesOn()
         await self._flush()
         try:
             with self.patience:
@@ -4049,14 +4013,14 @@ class Http2(H2Protocol):
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
-            if isinstance(event, h2.events.ConnectionTerminated):
-                # It goes on reading, but h2 would send nothing more.
-                self.connection.state_machine.state = ConnectionState.SERVER_OPEN
+            if isinstance(event, h2.events.RemoteSettingsChanged):
+                for code in event.changed_settings.keys() - {*h2.settings.SettingCodes}:
+                    self.connection.remote_settings.pop(code, None)  # h2 keeps 800 bytes of each
             elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
                 size = event.flow_controlled_length  # of the connection's window, too
                 self.connection.acknowledge_received_data(size, event.stream_id)
             # RFC 9113, section 5.3.2, lets us ignore priorities: all streams are equal.
-            elif not isinstance(event, h2.events.PriorityUpdated):
+            elif not isinstance(event, IGNORED):
                 if isinstance(event, h2.events.WindowUpdated) and not event.stream_id:
                     self.widened = trio.current_time()
                 await super()._handle_events([event])
@@ -4082,7 +4046,7 @@ class Http2(H2Protocol):
             return self.reset(request.stream_id, ErrorCodes.REFUSED_STREAM)
         stream = self.streams[request.stream_id] = Http2Stream(self, request.stream_id)
         self.patience.deadline = inf
-        self.task_group.spawn(self.serve, stream, request.headers)
+        self.tasks.start_soon(self.serve, stream, request.headers)
 
     async def serve(self, stream: Http2Stream, headers: list[tuple[bytes, bytes]]) -> None:
         """One request: whatever goes wrong inside ends this stream and no other."""
@@ -4090,7 +4054,7 @@ class Http2(H2Protocol):
         method, path = head[b":method"], head.get(b":path", b"")
         headers = filter_pseudo_headers(headers)
         try:
-            await self.handle_request(Request(stream, method, path, headers, "https", "2"))
+            await self.handle_request(Request(stream, method, path, headers, "2"))
         except* (*QUIET_ENDS, h2.exceptions.ProtocolError):
             if self.wire.stuck:
                 raise  # then all streams are
@@ -4111,7 +4075,7 @@ class Http2(H2Protocol):
 
 async def serve_http2(wire: Wire, handle: Callable[[Request], Awaitable[None]]) -> None:
     """HTTP/2 on one wire: a task for each stream, and this one, which reads for all."""
-    async with TaskGroup() as tasks:
+    async with trio.open_nursery() as tasks:
         await Http2(wire, handle, tasks).run()
 
 
@@ -4175,10 +4139,10 @@ end
 # who comes or goes has `members`; 1000 is ROOM_EVENTS, 50 is ROOM_COMINGS.
 SAY = """
 local room, comings, presence, stored = unpack(KEYS)
-local late, our_name, our_end, me, here = unpack(ARGV)
+local late, our_name, our_end, me, here = unpack(ARGV, 1, 5)
 local now = redis.call('TIME')
-if redis.call('GET', stored) == late then return end
-if now[1] + now[2] / 1000000 > tonumber(late) then return redis.error_reply('LATE') end
+if redis.call('GET', stored) == late then return 1 end
+if now[1] + now[2] / 1000000 > tonumber(late) then return 0 end
 redis.call('SET', stored, late, 'EX', 3600)
 heal(comings, 'list') heal(presence, 'hash')
 redis.call('HSET', presence, me, here)
@@ -4190,7 +4154,9 @@ local last = tail.members and tail.after or tail.place or -1  -- the last messag
 if name == our_name and place < tonumber(our_end) then
   -- Redis has lost what we have heard, and perhaps more, which others have heard: go on
   -- where no process can have been, and after a message that nobody has: all hear of a gap.
-  place, last = our_end + 1000, our_end + 999
+  -- The time tells it from a place where others went on when Redis had lost all before.
+  place = our_end + 1000 + (now[1] % 1000 * 1000 + math.floor(now[2] / 1000))
+  last = place - 1
 end
 for i = 6, #ARGV, 2 do
   local more = ARGV[i] == 'message' and {} or {'members', members}
@@ -4203,6 +4169,7 @@ for i = 6, #ARGV, 2 do
   end
   place = place + 1
 end
+return 1
 """
 # The next events of some answers. Returns for each the place up to which it is stored,
 # from where the next batch has to go on: the reply to one that was stored may be lost.
@@ -4239,7 +4206,6 @@ if claimed ~= forgotten and claimed ~= '' then return claimed end
 redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
 return ARGV[2]
 """
-SCRIPTS = (SAY, MIRROR, TELL, CLAIM)
 
 
 def our_number(text: str) -> int:
@@ -4293,7 +4259,6 @@ class Cluster:
         self.connect: Callable[[], coredis.Redis[str]]
         self.connect = lambda: coredis.Redis.from_url(url, decode_responses=True, **options)
         self.redis: coredis.Redis[str]
-        self.scripts: JSON = {}
         # What we have heard
         self.read = {ROOM: "", STATE: ""}  # the last entry of each stream
         self.last = -1  # the place of the room's last message
@@ -4310,49 +4275,28 @@ class Cluster:
         self.mirrored: dict[Answer, int] = {}  # how many of their events are stored
         self.stops: set[str] = set()  # copies that somebody here wants stopped
 
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self) -> None:
         """All that this process does for the others, and they for it.
 
-        No client comes before we know what was said, unless Redis is away.
-        """
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.keep_in_touch)
-            with trio.move_on_after(REDIS_TIMEOUT):
-                await self.caught_up.wait()
-            task_status.started()
-
-    async def keep_in_touch(self) -> None:
-        """Again after each trouble, and from the beginning: Redis may have lost everything.
-
+        Again after each trouble, and from the beginning: Redis may have lost everything.
         With a new client. The old one may have connections whose network is gone, and its
         pool loses a place with each that breaks under an XREAD (coredis 6.9).
         """
-        reason, pause, old = "", 0.0, trio.CancelScope()
-        async with trio.open_nursery() as clients:
-            while True:
-                answers = self.app.answers
-                self.mirrored = {a: n for a, n in self.mirrored.items() if answers.has(a.name)}
-                self.read, self.finding = dict.fromkeys(self.read, "0-0"), {}
-                new = await clients.start(self.hold_client)
-                await trio.sleep(pause)  # in which the old one ends what is under way
-                old.cancel()
-                try:
+        reason, pause = "", 0.0
+        while True:
+            answers = self.app.answers
+            self.mirrored = {a: n for a, n in self.mirrored.items() if answers.has(a.name)}
+            self.read, self.finding = dict.fromkeys(self.read, "0-0"), {}
+            try:
+                async with self.connect() as self.redis, trio.open_nursery() as nursery:
+                    await trio.sleep(pause)  # whoever has something to say may say it
                     await self.tell()  # and so heal what we read
-                    async with trio.open_nursery() as nursery:
-                        for task in (self.beat, self.follow, self.mirror):
-                            nursery.start_soon(task)
-                except* Exception as group:
-                    if reason != (reason := why(group)):
-                        logger.warning("redis: %s", reason)
-                pause, old = random.uniform(0.1, 2), new
-
-    async def hold_client(self, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
-        with trio.CancelScope() as scope, contextlib.suppress(Exception):
-            async with self.connect() as self.redis:
-                register = self.redis.register_script
-                self.scripts = {text: register(LUA + text) for text in SCRIPTS}
-                task_status.started(scope)
-                await trio.sleep_forever()
+                    for task in (self.beat, self.follow, self.mirror):
+                        nursery.start_soon(task)
+            except* Exception as group:
+                if reason != (reason := why(group)):
+                    logger.warning("redis: %s", reason)
+            pause = random.uniform(0.1, 2)
 
     async def goodbye(self) -> None:
         """Until the last events of our answers are stored, for those who read them elsewhere."""
@@ -4383,20 +4327,27 @@ class Cluster:
             raise Problem(503, away, "server_error", code="not_stored")
 
     async def say(self, batch: list[Said], ended: trio.Event) -> None:
-        """Twice, if need be: the reply may be lost, or have come while we stood still."""
+        """Until Redis says that it is stored, or that it is too late for it.
+
+        Whatever else is heard says nothing: a reply may be lost, or have come while we
+        stood still.
+        """
         room, keys = self.app.room, [ROOM, COMINGS, PRESENCE, f"{PREFIX}said:{self.me}"]
         try:
             async with self.saying:
                 self.batch, self.batch_ended = [], trio.Event()
                 late = self.offset + trio.current_time() + REDIS_TIMEOUT
-                args = [late, room.name, room.end, self.me, room.here]
+                args: list[Any] = [late, room.name, room.end, self.me, room.here]
                 for said in batch:
                     args += [said.type, to_json((int(time.time() * 1000), said))]
-                for _ in range(2):
+                end = inf  # when we give up: Redis may be away for long
+                while trio.current_time() < end:
                     with contextlib.suppress(Exception):
-                        await self.scripts[SAY](keys, args)
-                        batch.clear()
+                        if await self.redis.eval(LUA + SAY, keys, args):
+                            batch.clear()
                         break
+                    end = min(end, trio.current_time() + REDIS_TIMEOUT)
+                    await trio.sleep(0.1)
         finally:
             ended.set()
 
@@ -4404,18 +4355,20 @@ class Cluster:
         """An entry of the room's stream, into the local room, at its place."""
         room, (at, said) = self.app.room, from_json(entry["said"])
         place, after = our_number(entry["place"]), our_number(entry["after"])
+        members = our_number(entry.get("members", "-1"))  # -1: nobody has come or gone
         known = entry["room"] == room.name
         if known and place < room.end:
             return
         if not known or after > self.last:  # we are new; or messages between are lost
             room.name = entry["room"]
             room.skip_to(place)
-            for reader in room.readers:
-                reader.rewind(place - 1)  # so that each is told of a gap
-        self.last = place
-        if members := entry.get("members"):  # somebody has come or gone
-            self.last, room.elsewhere = after, our_number(members) - room.here
-        room.add(Said(*said), at, place)
+            for reader in self.app.readers:  # also those that have not begun to read
+                if reader.log is room:
+                    reader.rewind(place - 1)  # so that each is told of a gap
+        self.last = place if members < 0 else after
+        type, name, text, key = said
+        said = Said(str(type), str(name), str(text), key and str(key))
+        room.add(said, at, place, members)
 
     # ── our answers, for others ──
 
@@ -4439,9 +4392,12 @@ class Cluster:
 
     async def mirror_some(self, answers: list[Answer]) -> None:
         keys = [ANSWER_PREFIX + answer.name for answer in answers]
-        args = [arg for answer in answers for arg in self.news(answer)]
+        args, turn = [], Turn()
+        for answer in answers:
+            args += self.news(answer)
+            await turn.pause()
         args += [int(self.app.settings.keep) + 1, UNHEARD_EXPIRES]
-        results = await self.scripts[MIRROR](keys, args)
+        results: Any = await self.redis.eval(LUA + MIRROR, keys, args)
         for answer, stored in zip(answers, map(int, results), strict=True):
             self.mirrored[answer] = stored
             if stored < 0:
@@ -4501,11 +4457,11 @@ class Cluster:
             self.read[key] = entries[-1].identifier
         return copy
 
-    async def reach(self, copy: Answer, known: Callable[[], bool]) -> None:
+    async def reach(self, log: EventLog, known: Callable[[], bool]) -> None:
         """Wait for what may be on its way, until we have heard ourselves a second later."""
         asked = trio.current_time()
         with self.must_know("what was said"), trio.fail_after(REDIS_TIMEOUT + 1):
-            while not (known() or copy.closed or self.beaten > asked + 1):  # noqa: ASYNC110
+            while not (known() or log.closed or self.beaten > asked + 1):  # noqa: ASYNC110
                 await trio.sleep(0.01)
 
     def hear_answer(self, key: str, entry: Mapping[str, str]) -> None:
@@ -4517,7 +4473,10 @@ class Cluster:
         if start > copy.end:
             copy.skip_to(start)  # what Redis has lost, readers are told of by a gap
         for data, type in events[copy.end - start :]:
-            copy.append(data, type)
+            copy.append(str(data), str(type))
+        if not copy.affordable:
+            copy.kept = False
+            return copy.finish(too_busy())
         if entry["end"]:
             if problem := from_json(entry["end"]):
                 copy.problem = Problem(**problem)
@@ -4530,7 +4489,7 @@ class Cluster:
         expires = UNHEARD_EXPIRES + int(self.app.settings.keep)
         with self.must_know("whether this was asked before"):
             while True:
-                claimed = await self.scripts[CLAIM]([key], [forgotten, name, expires])
+                claimed: Any = await self.redis.eval(LUA + CLAIM, [key], [forgotten, name, expires])
                 if claimed == name:
                     return None, name
                 for _ in range(20):  # it may not have been announced yet
@@ -4546,9 +4505,6 @@ class Cluster:
 
     # ── what the processes tell each other ──
 
-    def counts_of_others(self) -> Counter[str]:
-        return sum((n.counts for n in self.neighbours.values()), Counter())
-
     def wants(self) -> list[list[str]]:
         """Other processes' answers: those that are read here, those that are to be stopped."""
         copies = [answer for answer in self.app.answers.open() if answer.model.writer]
@@ -4557,17 +4513,17 @@ class Cluster:
     async def tell(self) -> list[list[str]]:
         """All that the others need to know of us. Returns what it is that we want."""
         counts, wants = self.app.counts(), self.wants()
-        args = [self.me, counts["members"], to_json([counts, *wants])]
-        seconds, micros = await self.scripts[TELL]([PRESENCE, STATE, *self.read], args)
-        self.offset = int(seconds) + int(micros) / 1e6 - trio.current_time()
+        args: list[Any] = [self.me, counts["members"], to_json([counts, *wants])]
+        now: Any = await self.redis.eval(LUA + TELL, [PRESENCE, STATE, *self.read], args)
+        self.offset = int(now[0]) + int(now[1]) / 1e6 - trio.current_time()
         return wants
 
     async def beat(self) -> None:
         """Our state, once a second and when somebody begins or ceases to want something."""
         while True:
             told = await self.tell()
-            for name in [name for name, n in self.neighbours.items() if n.silent > SILENCE]:
-                await self.bury(name)
+            while dead := [name for name, n in self.neighbours.items() if n.silent > SILENCE]:
+                await self.bury(dead[0])
             with trio.move_on_after(BEAT):
                 while self.wants() == told:  # noqa: ASYNC110
                     await trio.sleep(WANTS_EVERY)
@@ -4597,23 +4553,25 @@ class Cluster:
 
     async def bury(self, name: str) -> None:
         """What a process that is gone has left: readers, answers, members."""
-        while reads := self.neighbours[name].reads:
-            reads.pop().leave()
+        for answer in self.neighbours.pop(name).reads:  # now: it may come back meanwhile
+            answer.leave()
         for copy in self.app.answers.open():
             if copy.model.writer == name:  # we write its end, for all who read it
                 self.mirrored[copy] = copy.end
                 copy.finish(upstream_problem("the server that wrote this answer is gone"))
+        if name == self.me:
+            return  # we wrote that answer, and have forgotten it
         members = await self.redis.hget(PRESENCE, name)
         if await self.redis.hdel(PRESENCE, [name]) and members != "0":  # nobody else tells it
             with contextlib.suppress(Problem):
                 await self.store(Said("left", f"{members} members"))
-        del self.neighbours[name]
 
     async def follow(self) -> None:
         """The one task that copies: every stream that we read, into its log."""
         while True:
             block = FOLLOW_BLOCK if self.caught_up.is_set() else None
-            news: Any = await self.redis.xread(self.read, count=500, block=block)
+            count = 1 + 1000 // len(self.read)  # of each
+            news: Any = await self.redis.xread(self.read, count=count, block=block)
             for key, entries in (news or {}).items():
                 await self.hear(key, [entry.field_values for entry in entries])
                 if entries[-1].identifier.startswith("18446744073709551615"):
@@ -4707,7 +4665,10 @@ def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
         if help := field.metadata["help"]:
             option, metavar = f"--{field.name.replace('_', '-')}", field.metadata["metavar"]
             parser.add_argument(option, action="append", help=help, metavar=metavar)
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:  # what follows it may be a key
+        raise UsageError(f"there is no flag {unknown[0].partition('=')[0]} (see --help)")
+    given = vars(known)
     settings: JSON = {}
     for field in fields:
         many = isinstance(field.default, tuple)
@@ -4807,11 +4768,10 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     context.set_alpn_protocols(["h2", "http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION  # a write must not wait for a read
     try:
-        for file in (settings.certfile, settings.keyfile):
-            Path(file).read_bytes()  # whose errors name the file
         context.load_cert_chain(settings.certfile, settings.keyfile)
     except OSError as error:  # ssl.SSLError is one
-        raise UsageError(f"no certificate from --certfile and --keyfile: {error}") from None
+        files = f"{settings.certfile} and {settings.keyfile}"  # which the error does not name
+        raise UsageError(f"no certificate from {files}: {error}") from None
     return context
 
 
@@ -4838,9 +4798,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 continue
             raise UsageError(f"cannot listen on {host}:{port}: {reason}") from None
         listener.setblocking(False)
-        watch_for_life(
-            listener, CLIENT_VANISHED, CLIENT_READS_NOTHING
-        )  # each connection inherits it
+        # Each connection inherits it.
+        watch_for_life(listener, CLIENT_VANISHED, CLIENT_READS_NOTHING)
         listeners.append(listener)
         port = listener.getsockname()[1]
     if not listeners:
@@ -4853,9 +4812,10 @@ def raise_file_limit() -> None:
     if resource is None:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in ((hard, hard), (65536, max(hard, 65536))):
+    for soft in (hard, 65536):  # root may have more than the hard limit; macOS has none
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+            if soft > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, max(hard, soft)))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 10240:
         logger.warning("this system lets us have %d connections (see ulimit -n)", soft - 50)
@@ -4871,8 +4831,11 @@ async def check_redis(url: str) -> None:
         with trio.fail_after(5):
             async with coredis.Redis.from_url(url, connect_timeout=3) as redis:
                 await redis.ping()
+    except ValueError:  # whose text quotes the URL
+        wrong = "its URL cannot be read: / ? # @ in a password are written %2F %3F %23 %40"
+        raise UsageError(f"cannot reach Redis: {wrong}") from None
     except Exception as error:  # mostly in a group: coredis has a nursery of its own
-        where = url.rpartition("@")[2].removeprefix("redis://")
+        where = url.rpartition("@")[2].removeprefix("redis://").partition("?")[0]
         raise UsageError(f"cannot reach Redis at {where}: {why(error)}") from None
 
 
@@ -4899,30 +4862,17 @@ async def heed_signals(
 async def serve(
     settings: Settings, tls: ssl.SSLContext | None, listeners: list[socket.socket], start: str
 ) -> int:
-    """Serve on these sockets until a signal; a second one stops at once.
-
-    A worker has no start line to print, and a pipe as stdin that ends with its parent.
-    """
+    """Serve on these sockets until a signal; a second one stops at once."""
     gc.freeze()  # what is imported stays: no collection needs to look at it again
     gc.set_threshold(GC_THRESHOLD)
-    stop = trio.Event()
-    server = Server(App(settings, {sock.getsockname()[1] for sock in listeners}), tls)
-
-    async def end_with_parent() -> None:
-        await trio.lowlevel.wait_readable(0)
-        stop.set()
-
-    def ready() -> None:
-        if start:
-            print(start, flush=True)
-
-    async with trio.open_nursery() as nursery:
-        await nursery.start(heed_signals, stop.set, nursery.cancel_scope.cancel)
-        if not start:
-            nursery.start_soon(end_with_parent)
-        await server.serve(listeners, stop, ready)
-        nursery.cancel_scope.cancel()
+    app = App(settings, {sock.getsockname()[1] for sock in listeners})
+    await Server(app, tls).serve(listeners, start)
     return 0
+
+
+async def end_with_parent(stop: trio.Event) -> None:
+    await trio.lowlevel.wait_readable(0)
+    stop.set()
 
 
 async def keep_worker(start: Callable[..., Awaitable[object]]) -> NoReturn:
@@ -4946,6 +4896,8 @@ async def supervise(
 
     async def stop(worker: trio.Process) -> None:
         """What is still there in the end, perhaps frozen, is killed."""
+        for listener in listeners:  # else the system goes on accepting, for nobody
+            listener.close()
         worker.terminate()
         with trio.move_on_after(settings.grace + 2.5):
             await at_once.wait()
@@ -4980,10 +4932,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse_flags(argv, os.environ)
         form = "%(asctime)s %(levelname)s %(message)s"
         logging.basicConfig(level=settings.log_level.upper(), format=form)
-        for noisy in ("trio-websocket", "hpack"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        # A connection that it loses is a traceback to coredis, and one line to us.
-        logging.getLogger("coredis").setLevel(logging.CRITICAL)
+        # They log heads, with keys in them; and a lost connection as a traceback.
+        for noisy in ("trio-websocket", "hpack", "coredis"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         raise_file_limit()
         tls = tls_context(settings)
         if inherited := os.environ.pop("CHATSTREAM_LISTENERS", ""):

@@ -34,6 +34,7 @@ from kit import (
     Upstream,
     answer,
     answer_pings,
+    ask,
     asking,
     assert_no_fault,
     close_code,
@@ -456,6 +457,18 @@ async def test_long_questions_that_wait_to_be_parsed_are_counted(serve):
         for _ in range(60):
             nursery.start_soon(ask)
     assert {*statuses} == ({400} if FULL else {400, 503})
+
+
+async def test_a_question_whose_model_is_chosen_later_is_counted_as_it_goes_on(serve, upstream):
+    """It is written anew without its spaces; what is no longer there must not be counted."""
+    server = serve("--upstream", upstream.url, program=program(ANSWERS_BYTES=16 << 20))
+    async with AsyncExitStack() as stack:
+        for _ in range(6):
+            prompt = upstream.script(*sse(delta("Hello")), HOLD)
+            question = json.dumps(ask(prompt))[:-1] + " " * (3 << 20) + "}"
+            asked = stream("POST", server.http + OPENAI, None, question.encode())
+            response = await stack.enter_async_context(asked)
+            assert response.status == 200
 
 
 async def test_a_number_without_end_is_no_fault_of_the_demo(demo):

@@ -304,7 +304,7 @@ def test_chunks_of_any_shape_make_an_answer_or_an_upstream_error(api, said):
     def take(relay):
         for type, chunk in said:
             data = chatstream.to_json(chunk)
-            relay.take(chatstream.ServerSentEvent(data, type))
+            relay.take(chatstream.Event(data, type))
         relay.end()
 
     make_an_answer(api, True, take)
@@ -332,7 +332,7 @@ def make_an_answer(api, streamed, take):
         answer.finish(problem)
         events = [answer[place] for place in range(answer.end)]
         read = SSEParser().feed(answer.frames(chatstream.SSE, 0)[0])
-        assert [tuple(event) for event in read] == [(e.data, e.type) for e in events]
+        assert read == [(e.data, e.type, {}) for e in events]
         if problem is None and not streamed:
             json.loads(api.whole(answer))
         if api is chatstream.RESPONSES:

@@ -5,6 +5,7 @@ begin alike, so that one look finds any. (No id has a q in it.)
 """
 
 import gzip
+import hashlib
 import html
 import json
 from urllib.parse import quote, quote_plus
@@ -26,6 +27,7 @@ from kit import (
     fetch,
     fetch_events,
     free_port,
+    measured,
     plain,
     run_to_exit,
     sse,
@@ -246,6 +248,19 @@ async def test_the_clients_own_key_is_not_told_either(keyless, upstream, name, w
             response = await fetch("POST", keyless.http + path, head, body)
             assert MARK not in response.body.decode()
     assert MARK not in keyless.log()
+
+
+async def test_a_long_key_is_hidden_and_holds_nobody_up(serve, upstream):
+    """As a pattern, each character takes 100 us and 200 bytes."""
+    server = serve("--upstream", upstream.url, "--model", "m", program=measured(60, rounds=0.06))
+    for n in range(4):
+        key = "".join(hashlib.sha256(b"%d %d" % (n, m)).hexdigest() for m in range(200))
+        for shown in (key, quote(f"{key[:40]}/{key[40:]}", safe="")):
+            prompt = upstream.script(plain(400, {"error": {"message": words(shown)}}))
+            head = {"x-api-key": key if shown == key else f"{key[:40]}/{key[40:]}"}
+            response = await fetch("POST", server.http + OPENAI, head, ask(prompt))
+            assert response.error["message"] == words("[key]")
+    assert "round:" not in server.stderr_text(), server.stderr_text()
 
 
 # ------------------------------------------------------------------- who gets which key

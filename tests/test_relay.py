@@ -21,12 +21,15 @@ from kit import (
     answer,
     ask,
     asking,
+    connect,
     data,
     delta,
+    descriptors,
     error_of,
     fetch,
     fetch_events,
     free_port,
+    head,
     make_certificate,
     plain,
     program,
@@ -637,6 +640,40 @@ async def test_an_upstream_that_closes_idle_connections_is_asked_anew(relay, ups
         events = await fetch_events("POST", relay.http + CHAT, None, ask(prompt))
         assert events[-1].data == "[DONE]"
         await trio.sleep(0.1)
+
+
+async def test_connections_that_the_upstream_has_closed_are_not_kept(serve):
+    """Also if one question at a time always finds a fresh one."""
+    with Upstream() as upstream:
+        server = serve("--upstream", upstream.url, "--model", "m")
+        prompt = upstream.script(*answer("Hello"), 1.5, FIN)
+
+        async def ask_it():
+            await fetch_events("POST", server.http + OPENAI, None, ask(prompt))
+
+        before = descriptors(server.process.pid)
+        async with trio.open_nursery() as nursery:
+            for _ in range(30):
+                nursery.start_soon(ask_it)
+        for _ in range(6):  # longer than any is kept
+            await trio.sleep(0.8)
+            await ask_it()
+        await until(lambda: descriptors(server.process.pid) <= before + 5, 1)
+
+
+async def test_a_header_that_is_repeated_with_nothing_in_it_goes_on(serve, upstream):
+    server = serve("--upstream", upstream.url, "--model", "m")
+    prompt = upstream.script(*answer("Hello"))
+    body = json.dumps(ask(prompt)).encode()
+    lines = ["Host: localhost", f"Content-Length: {len(body)}", f"x-api-key: {CLIENTS_OWN}"]
+    lines += ["x-api-key:", "tracestate: a=1", "tracestate: "]
+    async with connect(server.http) as connection:
+        await connection.send(head("POST", OPENAI, *lines) + body)
+        assert (await connection.response("POST")).status == 200
+    [heard] = upstream.asked(prompt)
+    assert heard.headers["tracestate"].startswith("a=1")
+    assert heard.headers["x-api-key"].startswith(CLIENTS_OWN)
+    assert CLIENTS_OWN not in server.log()
 
 
 async def test_the_key_is_in_no_log_no_error_and_no_page(serve, upstream):

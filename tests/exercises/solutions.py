@@ -4,7 +4,6 @@ python tests/exercises/solutions.py typing
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -85,7 +84,7 @@ class NotesServer(Server):
 
 
 HANDLERS = {"GET": Notes.get_notes, "POST": Notes.post_note}
-WITH_NOTES = [*ROUTES, Route(re.compile("/notes"), OWN, HANDLERS)]
+WITH_NOTES = [*ROUTES, Route("/notes", OWN, HANDLERS)]
 
 
 class Patient(App):

@@ -2295,8 +2295,9 @@ class App:
         """By the id that we gave it: the upstream's, and our secret behind a dot."""
         answer = await self.find_answer(id.rpartition(".")[2])
         await self.reach(answer, lambda: answer.end > 0)
-        named = response_now(answer, answer.start + 1)  # its first event settles its id
-        if answer.question.api is not RESPONSES or named["id"] != id:
+        # Its first event settles its id; if Redis has lost that one, any other may name it.
+        named = response_now(answer, inf if answer.start else 1)
+        if answer.question.api is not RESPONSES or named.get("id") != id:
             raise Problem(404, "there is no such response", code="not_found")
         return answer
 
@@ -4659,15 +4660,19 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(argv: list[str] | None, environ: Mapping[str, str]) -> Settings:
     """Flags, then environment, then defaults. Raises UsageError."""
-    parser = Parser(prog="chatstream", description=__doc__.partition("\n")[0])
+    about = __doc__.partition("\n")[0]
+    # argparse quotes all of an ambiguous abbreviation, with a key that may stand in it.
+    parser = Parser(prog="chatstream", description=about, allow_abbrev=False)
     fields = [field for field in dataclasses.fields(Settings) if field.metadata]
     for field in fields:
         if help := field.metadata["help"]:
             option, metavar = f"--{field.name.replace('_', '-')}", field.metadata["metavar"]
             parser.add_argument(option, action="append", help=help, metavar=metavar)
     known, unknown = parser.parse_known_args(argv)
-    if unknown:  # what follows it may be a key
-        raise UsageError(f"there is no flag {unknown[0].partition('=')[0]} (see --help)")
+    if unknown:  # it may be a key, or a key may follow: only a name or a plain word is shown
+        shown = re.match("--[a-z-]+|[a-z]+$", unknown[0])
+        wrong = f"there is no flag {shown[0]}" if shown else "a word belongs to no flag"
+        raise UsageError(f"{wrong} (see --help)")
     given = vars(known)
     settings: JSON = {}
     for field in fields:

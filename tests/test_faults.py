@@ -26,6 +26,7 @@ from kit import (
     OPENAI,
     PING,
     PONG,
+    PROTOCOLS,
     ROOM_PROTOCOL,
     SHAPES,
     TAIL,
@@ -323,6 +324,28 @@ async def test_a_connection_that_waits_keeps_nothing_of_its_last_question(serve)
         assert resident(server.process.pid) - before < 40 << 20
 
 
+@pytest.mark.parametrize("way", ["the clock", "an answer", "a question again"])
+async def test_a_stream_holds_nothing_of_a_body_that_came_with_it(serve, upstream, way):
+    """Nobody asks for one, and it would be held for hours."""
+    server, body = serve("--upstream", upstream.url, "--model", "m"), b" " * (8 << 20)
+    prompt = upstream.script(*sse(delta("Hello"), HOLD))
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        first = await enter(stream("POST", server.http + CHAT, None, asking(prompt)))
+        seen = {"Last-Event-ID": (await first.event()).id}
+        method, path, headers = {
+            "the clock": ("GET", "/clock", {}),
+            "an answer": ("GET", f"/answers/{first.headers['x-answer-id']}", {}),
+            "a question again": ("POST", CHAT, seen),
+        }[way]
+        before = resident(server.process.pid)
+        for _ in range(20):
+            reader = await enter(stream(method, server.http + path, headers, body))
+            assert reader.status == 200
+        await until_health(server, readers=21)
+        assert resident(server.process.pid) - before < 40 << 20
+
+
 async def test_many_requests_in_one_packet_stop_nobody(serve):
     """1,500 of them, each with work to do: others have their turn in between."""
     server = serve(program=program())
@@ -493,6 +516,35 @@ async def read_heads(connection, count, scope):
     scope.cancel()
 
 
+WHOLE = {
+    "a whole answer again": (OPENAI, "chat"),
+    "a response again": ("/v1/responses", "responses"),
+    "vectors": (EMBEDDINGS, "chat"),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+async def test_what_is_not_read_of_a_whole_body_is_counted(serve, upstream, what):
+    """4 MiB, held for each client that reads nothing; there is room for a few of them."""
+    limits = {"ANSWERS_BYTES": 40 << 20, "STUCK_TIMEOUT": 2}
+    server = serve("--upstream", upstream.url, "--model", "m", program=program(**limits))
+    path, name = WHOLE[what]
+    whole = PROTOCOLS[name].whole(["x" * (4 << 20)])
+    prompt = upstream.script(plain(200, whole))
+    url, key = server.http + path, {"Idempotency-Key": "again"}
+    question = {"model": "m", "input": prompt} | asking(prompt)
+    assert (await fetch("POST", url, key, question)).status == 200
+    statuses = set()
+    async with AsyncExitStack() as stack:
+        for _ in range(10):
+            client = await stack.enter_async_context(narrow(server.http))
+            statuses.add((await client.request("POST", path, key, question)).status)
+    assert statuses == ({200} if FULL else {200, 503})
+    with trio.fail_after(5):  # it is there again when they have left
+        while (await fetch("POST", url, key, question)).status != 200:
+            await trio.sleep(0.1)
+
+
 # --------------------------------------------------------------------- stuck readers
 
 STUCK = 50
@@ -581,6 +633,22 @@ async def test_members_that_never_read_are_dropped_and_delay_nobody(serve):
     assert heard == [True] * 5
     assert grown - before < STUCK << 20
     assert resident(pid) - before < 20 << 20
+
+
+async def test_a_member_that_is_stuck_gets_no_time_for_a_goodbye(serve):
+    limits = {"STUCK_TIMEOUT": 1, "LINGER_CLOSE": 30}
+    server = serve("--room-rate", "0", program=program(**limits))
+    async with raw_member(server.ws) as loud, AsyncExitStack() as stack:
+        files = descriptors(server.process.pid)
+        await deaf(stack, 1, server.http, handshake_bytes())
+        await until_health(server, members=2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain, loud, 60)
+            for n in range(2500):
+                await loud.send(frame(TEXT, f"{n} {MOUTHFUL}".encode()))
+            await until_health(server, members=1)
+            await until(lambda: descriptors(server.process.pid) <= files, 5)
+            nursery.cancel_scope.cancel()
 
 
 async def talk_until_dropped(server, member, count):

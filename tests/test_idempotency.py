@@ -1,5 +1,7 @@
 """Idempotency-Key: a question that is repeated is not asked again."""
 
+import re
+
 import pytest
 import trio
 from kit import (
@@ -9,10 +11,12 @@ from kit import (
     OPENAI,
     PROTOCOLS,
     RESPONSES,
+    WORDS,
     Gate,
     answer,
     asking,
     chat_whole,
+    connect,
     delta,
     fetch,
     fetch_events,
@@ -216,3 +220,28 @@ async def test_an_answer_that_was_not_streamed_is_known_to_every_process(serve, 
     ]
     assert said[0] == said[1]
     assert len(upstream.asked(prompt)) == 1
+
+
+@pytest.mark.parametrize("name", ["chat", "responses"])
+async def test_who_waits_at_a_process_that_stops_is_told_so(serve, redis, upstream, name):
+    """And not that the answer is empty: it is still under way at the other process."""
+    flags = ("--redis", redis.url, "--upstream", upstream.url, "--model", "scripted")
+    here, there = serve(*flags), serve(*flags, "--grace", "0.2")
+    gate = Gate()
+    prompt = upstream.script(gate, plain(200, PROTOCOLS[name].whole()))
+    path, body = question(name, prompt, False)
+    async with connect(here.http) as first, connect(there.http) as second:
+        await first.ask("POST", path, keyed("waits"), body)
+        await until(lambda: upstream.asked(prompt))
+        await second.ask("POST", path, keyed("waits"), body)
+        state = "XRANGE chatstream:2:state - +"  # in which it says whose answers it reads
+        await until(lambda: re.search(rb"[0-9a-f]{32}", redis.do(state)))
+        there.signal()
+        response = await (await second.response("POST")).read()
+        assert (response.status, response.error["type"]) == (503, "server_stopping")
+        assert await there.exit_code(3) == 0
+        gate.open()
+        response = await (await first.response("POST")).read()
+        assert response.status == 200
+        assert WORDS[-1] in response.body.decode()
+    assert "Traceback" not in there.log()

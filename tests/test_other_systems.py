@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from kit import (
@@ -13,6 +14,7 @@ from kit import (
     asking,
     assert_no_fault,
     clean_environment,
+    fetch,
     fetch_events,
     guest,
     hear,
@@ -21,6 +23,8 @@ from kit import (
     stream,
     text_of,
 )
+
+import chatstream
 
 # What the libraries need of Linux they have found before it is taken away; Trio looks
 # for epoll only when it runs, and so gets a `select` of its own.
@@ -46,6 +50,51 @@ del signal.pthread_sigmask, signal.SIGHUP, socket.TCP_USER_TIMEOUT
 import chatstream
 sys.exit(chatstream.main())
 """
+
+
+LIMITS = {
+    "as many as there are": ((1024, 1 << 20), (1 << 20, 1 << 20)),
+    "root takes more": ((1024, 4096), (65536, 65536)),
+    "what it has": ((200_000, 200_000), (200_000, 200_000)),
+    "more than a system without a limit gives": ((100_000, 1 << 63), (100_000, 1 << 63)),
+    "a system without a limit": ((256, 1 << 63), (65536, 1 << 63)),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), LIMITS.values(), ids=LIMITS)
+def test_a_limit_of_files_is_raised_and_never_lowered(monkeypatch, before, after):
+    """macOS says that there is none, and refuses to give that."""
+    given = [before]
+
+    def give(_, limit):
+        if limit[0] > min(limit[1], 1 << 30):
+            raise ValueError("not allowed to raise maximum limit")
+        given.append(limit)
+
+    system = types.SimpleNamespace(RLIMIT_NOFILE=7, getrlimit=lambda _: given[-1], setrlimit=give)
+    monkeypatch.setattr(chatstream, "resource", system)
+    chatstream.raise_file_limit()
+    assert given[-1] == after
+
+
+OTHER_TYPES = """
+import mimetypes, sys
+sys.path.insert(0, {root!r})
+mimetypes.knownfiles.append({types!r})
+import chatstream
+sys.exit(chatstream.main())
+"""
+
+
+async def test_the_systems_own_types_do_not_break_the_pages(serve, tmp_path):
+    """Of a script that is called text, a browser runs nothing."""
+    system = tmp_path / "mime.types"
+    system.write_text("text/plain js css html\n")
+    text = OTHER_TYPES.format(root=str(ROOT), types=str(system))
+    server = serve(program=[sys.executable, "-c", text])
+    for path, kind in [("/", "html"), ("/page.js", "javascript"), ("/style.css", "css")]:
+        response = await fetch("GET", server.http + path)
+        assert kind in response.headers["content-type"]
 
 
 @pytest.fixture(scope="module")

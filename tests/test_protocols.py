@@ -13,6 +13,7 @@ from kit import (
     FIN,
     HOLD,
     MANNERS,
+    OPENAI,
     PROTOCOLS,
     RESPONSES,
     RST,
@@ -23,6 +24,7 @@ from kit import (
     Gate,
     NodeSdks,
     PythonSdks,
+    chat_whole,
     fetch,
     fetch_events,
     need_module,
@@ -34,6 +36,7 @@ from kit import (
     sse,
     stream,
     told,
+    until,
     wait_until,
 )
 
@@ -588,6 +591,68 @@ async def test_a_whole_answer_that_is_cut_is_not_paid_for_twice(relay, upstream,
 
 
 # ---------------------------------------------------------------------- ids and secrets
+
+
+STATES = {
+    "begun": ([*response_stream()[:1], HOLD], {}),
+    "under way": ([*response_stream()[:6], HOLD], {}),
+    "ended": (response_stream(), {}),
+    "cut": ([*response_stream()[:6], RST], {}),
+    "polled": ([*response_stream()[:6], HOLD], {"background": True, "stream": False}),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+async def test_only_its_own_id_finds_a_response(relay, upstream, state):
+    steps, fields = STATES[state]
+    prompt = upstream.script(*told(BOOK, steps))
+    body, url = (
+        PROTOCOLS["responses"].ask(prompt) | {"stream": True} | fields,
+        relay.http + RESPONSES,
+    )
+    async with stream("POST", url, None, body) as response:
+        if state == "polled":
+            found = (await response.read()).json
+        else:
+            first = await response.event()
+            found = first.json["response"]
+        if state in ("ended", "cut"):
+            await response.events()
+        name, _, secret = found["id"].rpartition(".")
+        assert (await fetch("GET", f"{url}/{found['id']}")).json["id"] == found["id"]
+        for other in (secret, f"resp_0.{secret}", f"{name}x.{secret}"):
+            assert (await fetch("GET", f"{url}/{other}")).status == 404
+
+
+async def test_an_answer_of_another_protocol_is_no_response(relay, upstream):
+    prompt = upstream.script(plain(200, chat_whole()))
+    response = await fetch("POST", relay.http + OPENAI, None, PROTOCOLS["chat"].ask(prompt))
+    secret = response.headers["x-answer-id"]
+    for id in ("chatcmpl-1", "resp_0"):
+        assert (await fetch("GET", f"{relay.http}{RESPONSES}/{id}.{secret}")).status == 404
+
+
+async def test_a_response_is_found_though_redis_has_lost_its_beginning(two, redis, upstream):
+    here, there = two
+    gate, (created, *rest) = Gate(), response_stream()
+    prompt = upstream.script(*told(BOOK, [created, gate, *rest]))
+    body = PROTOCOLS["responses"].ask(prompt) | {"stream": True}
+
+    def stored():
+        """The ids of its entries that have events."""
+        return re.findall(r"(\d+-\d+)\r\n\*8", redis.do(f"XRANGE {key} - +").decode())
+
+    async with stream("POST", here.http + RESPONSES, None, body) as response:
+        found = (await response.event()).json["response"]
+        key = f"chatstream:2:answer:{response.headers['x-answer-id']}"
+        await until(stored)
+        lost = stored()
+        gate.open()
+        await response.events()
+    await until(lambda: b"response.completed" in redis.do(f"XRANGE {key} - +"))
+    redis.do(" ".join(["XDEL", key, *lost]))
+    retrieved = await fetch("GET", f"{there.http}{RESPONSES}/{found['id']}")
+    assert (retrieved.status, retrieved.json["status"]) == (200, "completed")
 
 
 def test_a_guessed_id_is_unknown(openai, responses, upstream):

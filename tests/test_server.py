@@ -29,6 +29,8 @@ from kit import (
     head,
     need,
     paused,
+    plain,
+    program,
     raw_connection,
     raw_member,
     read_frame,
@@ -107,6 +109,16 @@ async def test_a_flag_wins_over_the_environment(serve, flags, env, model):
         (["--redis", "me:pa55word@127.0.0.1:1"], "redis://"),
         (["--host", "256.1.1.1"], "256.1.1.1"),
         (["extra"], "extra"),
+        (["--prot", "80"], "--prot"),
+        # what may be a secret is not repeated: this text is kept in logs
+        (["--api-key", "sk-pa55word"], "--api-key"),
+        (["--token=sk-pa55word"], "--token"),
+        (["--k=sk-pa55word"], "--k"),
+        (["--api-key sk-pa55word"], "--api-key"),
+        (["sk-pa55word"], "belongs to no flag"),
+        (["--redis", "redis://default:pa55word/abc@127.0.0.1:1"], "%2F"),
+        (["--redis", "redis://127.0.0.1:1?password=pa55word"], "127.0.0.1:1"),
+        (["--redis", "redis://127.0.0.1:1?password=pa55word&db=x"], "--redis"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_2(flags, says):
@@ -115,7 +127,7 @@ def test_a_wrong_flag_is_one_line_and_exit_2(flags, says):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert says in done.stderr
-    assert "pa55word" not in done.stderr
+    assert "pa55word" not in done.stdout + done.stderr
     assert "chatstream: http" not in done.stdout + done.stderr
 
 
@@ -516,6 +528,22 @@ async def test_an_answer_that_is_not_streamed_is_told_of_the_stop(serve, upstrea
         response = await fetch("POST", url, None, asking(prompt))
     assert response.status == 503
     assert response.error["type"] == "server_stopping"
+    assert await server.exit_code(3) == 0
+
+
+async def test_a_short_request_is_answered_before_a_stop(serve, upstream):
+    server = serve("--upstream", upstream.url, program=program(LINGER_CLOSE=0.1))
+    gate = Gate()
+    question = {"model": "m", "input": upstream.script(gate, plain(200, {"data": [1]}))}
+    async with connect(server.http) as client:
+        await client.ask("POST", "/v1/embeddings", None, question)
+        await until(lambda: upstream.asked(question["input"]))
+        server.signal()
+        await until(lambda: refused(server.port))
+        await trio.sleep(0.5)
+        gate.open()
+        response = await (await client.response("POST")).read()
+    assert response.json == {"data": [1]}
     assert await server.exit_code(3) == 0
 
 

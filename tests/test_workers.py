@@ -91,6 +91,20 @@ async def test_a_stop_goes_to_all(crew, number):
     assert "Traceback" not in server.log()
 
 
+async def test_at_a_stop_nobody_is_accepted_though_an_answer_goes_on(serve, redis, upstream):
+    """Who would be accepted then, would wait for an answer that nobody gives."""
+    flags = ("--redis", redis.url, "--workers", "2", "--grace", "20")
+    server = serve(*flags, env={"OPENAI_BASE_URL": upstream.url})
+    gate = Gate()
+    async with asked(server, upstream.script(*answer("a ", gate, "b"))) as here:
+        await here.events(1)
+        server.signal()
+        await until(lambda: refused(server.port) and refused(server.room_port), 3)
+        gate.open()
+        assert text_of(await here.events()) == "b"
+    assert await server.exit_code(5) == 0
+
+
 @pytest.mark.parametrize("child", ["sleep 1", "sleep 1; exit 3", "sleep 1; kill -9 $$"])
 async def test_a_child_of_somebody_else_does_not_end_the_parent(serve, redis, child):
     """A shell leaves its children to what it is replaced by; so does a container."""

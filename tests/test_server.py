@@ -118,7 +118,7 @@ async def test_a_flag_wins_over_the_environment(serve, flags, env, model):
         (["sk-pa55word"], "belongs to no flag"),
         (["--redis", "redis://default:pa55word/abc@127.0.0.1:1"], "%2F"),
         (["--redis", "redis://127.0.0.1:1?password=pa55word"], "127.0.0.1:1"),
-        (["--redis", "redis://127.0.0.1:1?password=pa55word&db=x"], "--redis"),
+        (["--redis", "redis://127.0.0.1:1?password=pa55word&db=x"], "Redis"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_2(flags, says):

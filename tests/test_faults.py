@@ -639,8 +639,8 @@ async def test_members_that_never_read_are_dropped_and_delay_nobody(serve):
 
 
 async def test_a_member_that_is_stuck_gets_no_time_for_a_goodbye(serve):
-    limits = {"STUCK_TIMEOUT": 1, "LINGER_CLOSE": 30}
-    server = serve("--room-rate", "0", program=program(**limits))
+    limits = program(STUCK_TIMEOUT=3, LINGER_CLOSE=3)
+    server = serve("--room-rate", "0", program=limits)
     async with raw_member(server.ws) as loud, AsyncExitStack() as stack:
         files = descriptors(server.process.pid)
         await deaf(stack, 1, server.http, handshake_bytes())
@@ -650,7 +650,7 @@ async def test_a_member_that_is_stuck_gets_no_time_for_a_goodbye(serve):
             for n in range(2500):
                 await loud.send(frame(TEXT, f"{n} {MOUTHFUL}".encode()))
             await until_health(server, members=1)
-            await until(lambda: descriptors(server.process.pid) <= files, 5)
+            await until(lambda: descriptors(server.process.pid) <= files, 1.5)
             nursery.cancel_scope.cancel()
 
 

@@ -634,8 +634,8 @@ async def test_an_answer_of_another_protocol_is_no_response(relay, upstream):
 
 async def test_a_response_is_found_though_redis_has_lost_its_beginning(two, redis, upstream):
     here, there = two
-    gate, (created, *rest) = Gate(), response_stream()
-    prompt = upstream.script(*told(BOOK, [created, gate, *rest]))
+    gate, (created, begun, *rest) = Gate(), response_stream()
+    prompt = upstream.script(*told(BOOK, [created, begun, gate, *rest]))
     body = PROTOCOLS["responses"].ask(prompt) | {"stream": True}
 
     def stored():
@@ -645,7 +645,7 @@ async def test_a_response_is_found_though_redis_has_lost_its_beginning(two, redi
     async with stream("POST", here.http + RESPONSES, None, body) as response:
         found = (await response.event()).json["response"]
         key = f"chatstream:2:answer:{response.headers['x-answer-id']}"
-        await until(stored)
+        await until(lambda: b"response.in_progress" in redis.do(f"XRANGE {key} - +"))
         lost = stored()
         gate.open()
         await response.events()

@@ -630,8 +630,9 @@ async def test_numbers_where_the_room_has_texts_end_nothing(pair, redis, upstrea
     async with person(a) as ann, person(b) as bob, raw_member(b.ws) as plain:
         await insist(ann, "before")
         await hear_of(bob, "message", text="before")
-        said = ["said", '[1,["message",6,7,8]]']
-        redis.command("XADD", "chatstream:2:room", *"* room x place 1 after 0".split(), *said)
+        said = '[1,["message",6,7,8]]'
+        entry = ["room", "x", "place", "1", "after", "0", "said", said]
+        redis.command("XADD", "chatstream:2:room", "*", *entry)
         with trio.fail_after(8):
             await insist(ann, "after")
             await hear_of(bob, "message", text="after")

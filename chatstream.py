@@ -1000,6 +1000,8 @@ class Answers:
                 problem = None
         except Problem as failure:
             problem = failure.with_traceback(None)
+        except RecursionError:  # Python could read it, and not write it inside something else
+            problem = upstream_problem("the upstream's answer is nested too deeply")
         except Exception:
             logger.exception("an answer failed in a way that nobody thought of")
             problem = Problem(500, "the answer failed inside the server", "server_error")
@@ -1098,10 +1100,12 @@ class Answers:
 
 LINGER_CLOSE = 2  # seconds for the last bytes to arrive before a socket is closed
 HEAD_BYTES, HEAD_TIMEOUT = 16 * KiB, 10
+HEAD_LINES = 256  # the parser takes 3 us for each: thousands of them would hold up everybody
 AHEAD_BYTES = 128 * KiB  # what a client may send before its turn has come
 IDLE_TIMEOUT = 75  # between two requests; more than a load balancer's 60
 # Ends of a connection that are not a fault of ours, and not news
 QUIET_ENDS = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError)
+TOO_MANY_LINES = re.compile(rb"(?:(?!\r?\n)[^\n]*+\n){%d}" % (HEAD_LINES + 1))  # and none is empty
 NOT_HTTP = f"this is not HTTP/1 with a head of at most {HEAD_BYTES} bytes, chunked if coded"
 
 
@@ -1240,6 +1244,8 @@ class Http1:
                     if not first:  # it has begun, perhaps in the last of the idle seconds
                         scope.deadline = trio.current_time() + HEAD_TIMEOUT
                 raw += data
+                if TOO_MANY_LINES.match(raw):
+                    raise Problem(431, f"a head has at most {HEAD_LINES} lines")
                 self.conn.receive_data(data)
         if scope.cancelled_caught and (first or raw):
             raise Problem(408, "the request's head did not arrive in time")
@@ -1316,7 +1322,9 @@ class Http1:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers, body = problem_response(problem)
             body = b"" if self.only_head else body
-            await self.respond(problem.status, headers | {"connection": "close"}, body)
+            # Whoever sends Upgrade names it in Connection (RFC 9110, section 7.8).
+            ends = "upgrade, close" if "upgrade" in headers else "close"
+            await self.respond(problem.status, headers | {"connection": ends}, body)
 
 
 def dated(headers: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -2243,7 +2251,7 @@ class App:
             raise problem.with_traceback(None)
         request.extra |= answer.headers
         if question.polled:
-            await request.respond_json(to_json(response_now(answer, answer.start + 1)))
+            await request.respond_json(show_response(answer, answer.start + 1))
         elif question.stream:
             await self.stream(request, answer, 0, answer.name)
         else:
@@ -2296,7 +2304,7 @@ class App:
         answer = await self.find_answer(id.rpartition(".")[2])
         await self.reach(answer, lambda: answer.end > 0)
         # Its first event settles its id; if Redis has lost that one, any other may name it.
-        named = response_now(answer, inf if answer.start else 1)
+        named = from_json(show_response(answer, inf if answer.start else 1))
         if answer.question.api is not RESPONSES or named.get("id") != id:
             raise Problem(404, "there is no such response", code="not_found")
         return answer
@@ -2304,7 +2312,7 @@ class App:
     async def get_response(self, request: Request, id: str) -> None:
         answer = await self.find_response(id)
         if request.query.get("stream", "").lower() != "true":
-            return await self.respond_long(request, to_json(response_now(answer)))
+            return await self.respond_long(request, show_response(answer))
         start, after = 0, request.query.get("starting_after", "")
         if re.fullmatch("[0-9]{1,15}", after):
             number = int(after)
@@ -2317,7 +2325,7 @@ class App:
         self.answers.stop(answer, stopped())
         with trio.move_on_after(2):  # another process may have to hear of it
             await answer.ended.wait()
-        await self.respond_long(request, to_json(response_now(answer)))
+        await self.respond_long(request, show_response(answer))
 
     # ── WebSockets ──
 
@@ -3023,6 +3031,16 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
     return (found or unnamed) | {"output": items[::-1] or found.get("output") or []}
 
 
+def show_response(answer: Answer, end: float = inf) -> str:
+    """The same, as JSON. Raises Problem if an item is nested so deep that Python could just
+    read it: to write it here takes more.
+    """
+    try:
+        return to_json(response_now(answer, end))
+    except (ValueError, RecursionError):
+        raise upstream_problem("this response is nested too deeply to be shown") from None
+
+
 def fail_response(answer: Answer, problem: Problem, number: int) -> Event:
     """The end of a response after an error, with the status that retrieve tells."""
     status = "cancelled" if problem.type == "stopped" else "failed"
@@ -3102,7 +3120,7 @@ CHAT = Api("/chat/completions", "choices", split_chat, has_messages=True)
 CHAT_PAGE = dataclasses.replace(CHAT, take=take_for_page, ask=ask_for_page, error_has=("content",))
 COMPLETIONS = Api("/completions", "choices", lambda whole: [whole])
 RESPONSES = Api("/responses", "output", response_events, take_response, ask_for_response,
-                keep_response, lambda answer: to_json(response_now(answer)), fail_response,
+                keep_response, show_response, fail_response,
                 RESPONSE_ENDS)  # fmt: skip
 MESSAGES = Api("/messages", "content", split_message, ends=frozenset({"message_stop"}),
                has_messages=True)  # fmt: skip

@@ -7,12 +7,14 @@ import time
 import pytest
 import trio
 from kit import (
+    BOOK,
     CHAT,
     DONE,
     FIN,
     FORMATS,
     HOLD,
     OPENAI,
+    RESPONSES,
     Gate,
     answer,
     ask,
@@ -25,9 +27,11 @@ from kit import (
     plain,
     program,
     resident,
+    response_stream,
     sse,
     stream,
     text_of,
+    told,
     until,
 )
 
@@ -619,6 +623,38 @@ async def test_ended_answers_are_forgotten_the_oldest_first(serve, upstream):
     assert known == sorted(known, reverse=True)
     assert known[0] == 404
     assert known[-3:] == [200, 200, 200]
+
+
+async def test_an_old_answer_is_read_again_though_memory_is_nearly_full(serve, upstream):
+    """It was put away, and takes twice as much when it is read."""
+    limits = program(ANSWERS_BYTES=150_000)
+    server = serve("--upstream", upstream.url, "--model", "scripted", program=limits)
+    short = upstream.script(*answer(*["x"] * 1300))
+    full = upstream.script(*answer("y" * 90_000))
+    for _ in range(3):
+        async with stream("POST", server.http + CHAT, None, ask(short)) as response:
+            url = f"{server.http}/answers/{response.headers['x-answer-id']}"
+            events = await response.events()
+        assert text_of(events) == "x" * 1300
+        await trio.sleep(0.5)  # put away
+        assert len(await fetch_events("POST", server.http + CHAT, None, ask(full))) == 2
+        assert await fetch_events("GET", url) == events
+
+
+async def test_a_response_in_the_background_is_put_away_at_its_end(serve, upstream):
+    """It takes a third then: more of them are still known."""
+    limits = program(ANSWERS_BYTES=1_000_000)
+    server = serve("--upstream", upstream.url, "--model", "scripted", program=limits)
+    created, *_, end = response_stream(["Hi"])
+    steps = [created, *[{"type": "x"}] * 550, end]
+    body = {"input": upstream.script(*told(BOOK, steps)), "stream": True, "background": True}
+    urls = []
+    for n in range(15):
+        created, *_ = await fetch_events("POST", server.http + RESPONSES, None, body)
+        urls.append(f"{server.http}{RESPONSES}/{created.json['response']['id']}")
+        if n % 5 == 4:
+            await trio.sleep(0.5)
+    assert {(await fetch("GET", url)).status for url in urls} == {200}
 
 
 async def test_what_is_left_of_a_stopped_answer_is_small(serve):

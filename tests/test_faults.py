@@ -17,6 +17,7 @@ import pytest
 import trio
 from kit import (
     BODIES,
+    BOOK,
     BROKEN,
     CHAT,
     CLOSE,
@@ -27,6 +28,7 @@ from kit import (
     PING,
     PONG,
     PROTOCOLS,
+    RESPONSES,
     ROOM_PROTOCOL,
     SHAPES,
     TAIL,
@@ -59,9 +61,12 @@ from kit import (
     read_frame,
     reset,
     resident,
+    response_stream,
+    response_whole,
     sse,
     stream,
     tasks,
+    told,
     unharmed,
     until,
     visit,
@@ -137,6 +142,48 @@ async def test_a_body_in_bad_chunks_is_refused(demo):
             said = await said_to(demo.http, request + body + SMUGGLED)
             assert re.match(rb"HTTP/1.1 (4..|501) ", said), (name, said)
             assert said.count(b"HTTP/1.1 ") == 1, (name, said)
+
+
+HEADS = {
+    "a handshake": (f"{k}: {v}" for k, v in HANDSHAKE.items()),
+    "two lengths": ("Content-Length: 0", "Transfer-Encoding: chunked"),
+    "a bad chunk": ("Transfer-Encoding: chunked",),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+async def test_a_refusal_of_head_has_no_body(demo, name):
+    request = head("HEAD", "/time", "Host: localhost", *HEADS[name])
+    async with unharmed(demo):
+        refusal, _, body = (await said_to(demo.http, request + b"zz\r\n")).partition(b"\r\n\r\n")
+        assert refusal.startswith(b"HTTP/1.1 4")
+        assert body == b""
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+async def test_a_head_has_256_lines_at_most(demo, pieces):
+    """A parser takes longer for many short lines than for a few long ones."""
+    async with unharmed(demo):
+        for count, status in ((254, 200), (255, 431), (5400, 431)):
+            request = head("GET", "/time", "Host: localhost", *["a:"] * count)
+            size = len(request) // pieces + 1
+            async with connect(demo.http) as connection:
+                for at in range(0, len(request), size):
+                    with suppress(trio.BrokenResourceError):  # refused already
+                        await connection.send(request[at : at + size])
+                    await trio.sleep(0.05)
+                response = await (await connection.response()).read()
+                assert response.status == status
+
+
+async def test_many_lines_behind_a_head_are_no_part_of_it(demo):
+    body = b"[" + b"\n" * 1000 + b"]"
+    ask = head("POST", CHAT, "Host: localhost", f"Content-Length: {len(body)}")
+    get = head("GET", "/time", "Host: localhost", *["a:"] * 100)
+    async with raw_connection(demo.http, ask + body + get * 5) as connection:
+        assert (await (await connection.response()).read()).status == 400
+        for _ in range(5):
+            assert (await (await connection.response()).read()).status == 200
 
 
 async def test_a_reader_that_pipelines_is_seen_to_leave(serve):
@@ -258,6 +305,17 @@ async def test_who_asks_no_more_is_closed_without_a_word(serve):
             await (await connection.request("GET", "/time")).read()
             await trio.sleep(0.5)  # each one begins a new wait
         assert await drain(connection, 70) == b""
+
+
+async def test_a_head_that_begins_when_the_wait_is_nearly_over_gets_its_time(serve):
+    server = serve(program=program(IDLE_TIMEOUT=1, HEAD_TIMEOUT=3))
+    async with connect(server.http) as connection:
+        await (await connection.request("GET", "/time")).read()
+        await trio.sleep(0.7)
+        await connection.send(b"GET /time HTTP/1.1\r\n")
+        await trio.sleep(0.7)
+        await connection.send(b"Host: localhost\r\n\r\n")
+        assert (await connection.response()).status == 200
 
 
 # -------------------------------------------------------------- what one client costs
@@ -492,6 +550,43 @@ async def test_a_question_whose_model_is_chosen_later_is_counted_as_it_goes_on(s
             asked = stream("POST", server.http + OPENAI, None, question.encode())
             response = await stack.enter_async_context(asked)
             assert response.status == 200
+
+
+LONG_TEXT = "x" * 6_000_000  # more than the system takes from us
+LONG_WHOLE = {
+    "a response so far": ("GET", None),
+    "a whole answer": (RESPONSES, response_whole([LONG_TEXT])),
+    "vectors": (EMBEDDINGS, {"object": "list", "data": [LONG_TEXT]}),
+}
+
+
+@pytest.mark.parametrize("name", LONG_WHOLE)
+async def test_long_bodies_that_nobody_takes_are_counted(serve, upstream, name):
+    """Each client makes us hold three times as much: there is room for some of them."""
+    limits = program(ANSWERS_BYTES=80 << 20)
+    server = serve("--upstream", upstream.url, "--model", "scripted", program=limits)
+    begun = told(BOOK, [*response_stream([LONG_TEXT])[:-1], HOLD])
+    asked = {"input": upstream.script(*begun), "stream": True}
+    async with unharmed(server), stream("POST", server.http + RESPONSES, None, asked) as running:
+        events = await running.events(8)
+        path, said = LONG_WHOLE[name]
+        if said is None:
+            question = "GET", f"{RESPONSES}/{events[0].json['response']['id']}", None
+        else:
+            question = "POST", path, {"input": upstream.script(plain(200, said))}
+        assert (await one_of_them(server, *question)).status == 200
+        async with AsyncExitStack() as stack:
+            for _ in range(8):
+                connection = await stack.enter_async_context(narrow(server.http))
+                await connection.ask(*question[:2], None, question[2])
+            await trio.sleep(0.3)
+            assert (await one_of_them(server, *question)).status in (502, 503)
+        await trio.sleep(0.3)
+        assert (await one_of_them(server, *question)).status == 200
+
+
+async def one_of_them(server, method, path, body):
+    return await fetch(method, server.http + path, None, body)
 
 
 async def test_a_number_without_end_is_no_fault_of_the_demo(demo):
@@ -756,6 +851,37 @@ async def test_fragments_of_nothing_do_not_pile_up(serve):
             for _ in range(100):
                 await member.send(frame(0, b"", fin=False) * 5000)
         assert resident(server.process.pid) - before < 3 << 20
+
+
+async def test_a_message_in_tiny_fragments_takes_the_memory_of_its_text(serve):
+    """As a list of texts, it would take 40 times as much."""
+    server = serve("--room-rate", "0")
+    letter = "\u0436".encode()
+    message = frame(TEXT, letter, fin=False) + frame(0, letter, fin=False) * 24_000
+    async with AsyncExitStack() as stack:
+        members = [await stack.enter_async_context(raw_member(server.ws)) for _ in range(5)]
+        before = resident(server.process.pid)
+        for member in members:
+            await member.send(message + frame(PING, b"read"))
+        for member in members:
+            assert await read_frame(member) == (PONG, b"read")
+        assert resident(server.process.pid) - before < 4 << 20
+
+
+@pytest.mark.parametrize("opcode", [PING, PONG])
+async def test_a_member_that_says_nothing_for_long_is_welcome(serve, opcode):
+    """Nothing but half a megabyte of signs of life."""
+    server = serve()
+    async with raw_member(server.ws) as member, trio.open_nursery() as nursery:
+        nursery.start_soon(signs_of_life, member, opcode)
+        while await read_frame(member) != (TEXT, ("hello" + TAIL).encode()):
+            pass
+
+
+async def signs_of_life(member, opcode):
+    for _ in range(80):
+        await member.send(frame(opcode, b"x" * 125) * 50)
+    await member.send(frame(TEXT, b"hello"))
 
 
 async def test_a_ping_after_the_close_harms_nobody(demo):

@@ -15,6 +15,7 @@ from kit import (
     FIN,
     HOLD,
     OPENAI,
+    RESPONSES,
     RST,
     SECRET,
     SSE_HEAD,
@@ -41,6 +42,7 @@ from kit import (
     sse,
     stream,
     text_of,
+    unharmed,
     until,
 )
 
@@ -989,6 +991,32 @@ async def test_the_page_is_told_what_the_model_thinks(relay, upstream, field):
         {"content": "", "reasoning": "Let me see"},
         {"content": "Hello"},
     ]
+
+
+DEEP = {
+    "an item": '{"type":"response.output_item.done","sequence_number":1,"item":%s}',
+    "a response": '{"type":"response.created","response":{"id":"r","metadata":%s}}',
+    "the end": '{"type":"response.completed","response":{"id":"r","output":[%s]}}',
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+async def test_what_can_just_be_read_ends_no_more_than_its_own_answer(relay, upstream, name):
+    """Python reads JSON of some depth that it cannot write inside something else."""
+    created = {"type": "response.created", "response": {"id": "resp_1"}}
+    polls = set()
+    async with unharmed(relay):
+        for depth in range(900, 996):
+            deep = DEEP[name] % ('{"a":' * depth + "1" + "}" * depth)
+            prompt = upstream.script(*sse(created, f"data: {deep}\n\n".encode(), FIN))
+            body = {"input": prompt, "stream": True}
+            async with stream("POST", relay.http + RESPONSES, None, body) as response:
+                answer_id = response.headers["x-answer-id"]
+                types = [event.type for event in await response.events()]
+            assert {"error", "response.completed"} & {*types}
+            poll = await fetch("GET", f"{relay.http}{RESPONSES}/resp_1.{answer_id}")
+            polls.add(poll.status)
+    assert polls <= {200, 502}
 
 
 # ------------------------------------------------------- what the upstream is to judge

@@ -216,6 +216,25 @@ async def test_a_wrong_version_is_told_the_right_one(demo):
     head = HANDSHAKE | {"Sec-WebSocket-Version": "8"}
     response = await fetch("GET", demo.http + "/room", head)
     assert response.headers["sec-websocket-version"] == "13"
+    assert response.headers["upgrade"] == "websocket"
+    assert response.headers["connection"] == "upgrade, close"
+
+
+HANDSHAKE_LINES = [f"{name}: {value}" for name, value in HANDSHAKE.items()]
+UNREADABLE = {
+    "a host that is no name": ("http://localhost/room", "Host: caf\xe9"),
+    "two lines that must be one": ("/room", "Host: localhost", "Connection: keep-alive"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+async def test_a_handshake_that_cannot_be_read_is_refused_at_once(demo, name):
+    path, *lines = UNREADABLE[name]
+    request = head("GET", path, *HANDSHAKE_LINES, *lines)
+    async with unharmed(demo), raw_connection(demo.http, request) as connection:
+        response = await connection.response()
+        assert response.status == 400
+        assert (await response.read()).error["message"]
 
 
 async def test_a_handshake_of_another_kind_ends_its_connection_only(demo):

@@ -37,6 +37,7 @@ from kit import (
     drain,
     fetch,
     frame,
+    frozen,
     health,
     http2,
     insecure,
@@ -113,6 +114,17 @@ async def test_a_plain_client_on_the_tls_port_harms_nobody(secure):
             await plain.send(b"GET / HTTP/1.1\r\n\r\n")
             await drain(plain)
         await clock.events(1)
+
+
+@pytest.mark.parametrize("said", [b"", b"x"])
+async def test_clients_that_are_gone_before_they_are_accepted_harm_nobody(secure, said):
+    plain = secure.http.replace("https", "http")
+    async with unharmed(secure), AsyncExitStack() as stack:
+        with frozen(secure.process):
+            for _ in range(20):
+                connection = await stack.enter_async_context(connect(plain))
+                await connection.send(said)
+                reset(connection.transport)
 
 
 def test_old_tls_is_refused(secure):

@@ -930,27 +930,26 @@ class Answers:
         if len(body) < LONG_QUESTION:
             yield
         else:
-            with self.reserved(len(body)):
+            with self.reserved(len(body), stop=True):
                 async with self._parsing:
                     yield
 
     def begin(self, nursery: trio.Nursery, model: Model, question: Question, name: str) -> Answer:
         """Start an answer in this nursery. Raises Problem 503 if there are too many.
 
-        If all places are taken, the one that nobody has attended for the longest time
-        is stopped.
+        If all places are taken, or memory is full, those that nobody has attended for the
+        longest time are stopped.
         """
-        others = self.open()
-        background = sum(other.question.background for other in others)
+        background = sum(other.question.background for other in self.open())
         if question.background and background >= ANSWERS_BACKGROUND:
             raise too_busy()
-        if len(others) >= ANSWERS_RUNNING:
-            alone = [other for other in others if not other.attendants]
-            if not alone:
-                raise too_busy()
-            self.stop(min(alone, key=lambda a: a.scope.deadline), abandoned())
         size = len(question.body) + ANSWER_OVERHEAD
-        self.reserve(size)
+        self.reserve(size, stop=True)  # first, because it may refuse
+        if len(self.open()) >= ANSWERS_RUNNING:
+            if not (alone := self.alone()):
+                self.held -= size
+                raise too_busy()
+            self.stop(alone[0], abandoned())
         name = name or secrets.token_hex(16)
         answer = Answer(name, question, model, self.linger, self.pump.notify, self.account)
         answer.size = size
@@ -966,6 +965,11 @@ class Answers:
     def open(self) -> list[Answer]:
         return [answer for answer in self.running if not answer.closed]
 
+    def alone(self) -> list[Answer]:
+        """Those that nobody attends; first the one that was left first."""
+        alone = [answer for answer in self.open() if not answer.attendants]
+        return sorted(alone, key=lambda answer: answer.scope.deadline)
+
     def stop(self, answer: Answer, problem: Problem) -> None:
         if not answer.closed:
             answer.model.stop(answer, problem)
@@ -975,17 +979,31 @@ class Answers:
         self.held += size
         while self.held > ANSWERS_BYTES and self.ended:
             self.forget(next(iter(self.ended)))
-        return self.held <= ANSWERS_BYTES
+        return self.excess() <= 0
 
-    def reserve(self, size: int) -> None:
-        """Count so many bytes, until they are taken off `held`. Raises Problem 503."""
+    def excess(self) -> int:
+        """How many bytes are too many, when those that have just been stopped have gone."""
+        if (excess := self.held - ANSWERS_BYTES) <= 0:
+            return excess  # at once: this is asked for each token
+        return excess - sum(answer.size for answer in self.running if answer.closed)
+
+    def reserve(self, size: int, stop: bool = False) -> None:
+        """Count so many bytes, until they are taken off `held`. Raises Problem 503.
+
+        For a question, running answers that nobody attends are stopped: as many as it
+        takes, or none if all of them would not do.
+        """
         if not self.account(size):
-            self.held -= size
-            raise too_busy()
+            alone = self.alone() if stop else []
+            if sum(answer.size for answer in alone) < self.excess():
+                self.held -= size
+                raise too_busy()
+            while alone and self.excess() > 0:
+                self.stop(alone.pop(0), abandoned())
 
     @contextlib.contextmanager
-    def reserved(self, size: int) -> Iterator[None]:
-        self.reserve(size)
+    def reserved(self, size: int, stop: bool = False) -> Iterator[None]:
+        self.reserve(size, stop)
         try:
             yield
         finally:

@@ -12,6 +12,7 @@ from kit import (
     DONE,
     FIN,
     FORMATS,
+    FULL,
     HOLD,
     OPENAI,
     RESPONSES,
@@ -24,6 +25,7 @@ from kit import (
     error_of,
     fetch,
     fetch_events,
+    health,
     plain,
     program,
     resident,
@@ -623,6 +625,40 @@ async def test_ended_answers_are_forgotten_the_oldest_first(serve, upstream):
     assert known == sorted(known, reverse=True)
     assert known[0] == 404
     assert known[-3:] == [200, 200, 200]
+
+
+async def test_when_memory_is_full_the_answer_that_was_left_first_makes_room(serve, upstream):
+    limits = program(ANSWERS_BYTES=2_000_000)
+    server = serve("--upstream", upstream.url, "--model", "scripted", program=limits)
+    prompt = upstream.script(*sse(delta("x" * 200_000), HOLD))
+    names = []
+
+    async def start(_):
+        body = ask(prompt, user="y" * 300_000)
+        async with stream("POST", server.http + OPENAI, None, body) as response:
+            assert response.status == 200
+            assert (await response.event()).json["choices"]
+            names.append(response.headers["x-answer-id"])
+
+    async with stream("POST", server.http + OPENAI, None, ask(prompt)) as read:
+        await read.event()
+        for n in range(10):
+            await start(n)
+        left = (await health(server))["answers"]
+        body = ask(prompt, user="y" * 3_000_000)
+        too_long = await fetch("POST", server.http + OPENAI, None, body)
+        if not FULL:
+            assert too_long.status == 503
+            assert (await health(server))["answers"] == left  # none was stopped for nothing
+            async with stream("GET", f"{server.http}/answers/{names[0]}") as first:
+                assert first.status == 404
+        for name in (read.headers["x-answer-id"], *names[-3:]):
+            async with stream("GET", f"{server.http}/answers/{name}") as again:
+                assert (await again.event()).json["choices"]
+        await in_turns(start, 10, at_once=3)
+        url = f"{server.http}/answers/{read.headers['x-answer-id']}"
+        assert (await fetch("DELETE", url)).status == 204
+        assert error_of(await read.events())["type"] == "stopped"
 
 
 async def test_an_old_answer_is_read_again_though_memory_is_nearly_full(serve, upstream):

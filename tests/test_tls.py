@@ -9,6 +9,7 @@ import json
 import re
 import socket
 import ssl
+import struct
 import time
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -73,6 +74,17 @@ def impatient(serve, certificate):
 
 
 # ---------------------------------------------------------------------- what it is for
+
+
+def serialized(frame_type, stream_id, **fields):
+    made = frame_type(stream_id)
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made.serialize()
+
+
+def headers_frame(number, block, *flags):
+    return serialized(frames.HeadersFrame, number, data=block, flags={*flags})
 
 
 async def test_tls_serves_pages_streams_and_the_room(secure):
@@ -219,14 +231,18 @@ async def test_the_stream_that_is_one_too_many_is_refused_alone(secure):
         assert not client.resets
 
 
-async def test_a_client_that_says_goodbye_reads_on_to_the_end(serve, certificate, upstream):
+@pytest.mark.parametrize(
+    "more", [b"", serialized(frames.WindowUpdateFrame, 0, window_increment=1)], ids=["", "window"]
+)
+async def test_a_client_that_says_goodbye_reads_on_to_the_end(serve, certificate, upstream, more):
     """It promises to ask nothing new, and no more (RFC 9113, section 6.8)."""
     server = serve(*certificate, env={"OPENAI_BASE_URL": upstream.url})
     body = json.dumps(asking(upstream.script(*answer("Hel", 0.5, "lo")))).encode()
     async with unharmed(server), http2(server.http) as client:
         number = await client.ask(CHAT, "POST", body)
         await client.body_has(number, b"Hel")
-        await client.raw(serialized(frames.GoAwayFrame, 0, last_stream_id=0, error_code=0))
+        goodbye = serialized(frames.GoAwayFrame, 0, last_stream_id=0, error_code=0)
+        await client.raw(goodbye + more)  # in one packet
         status, said = await client.whole(number)
         assert status == 200
         assert b"data: [DONE]" in said
@@ -379,18 +395,37 @@ async def test_a_head_has_16_kib_at_most_over_http_2_too(secure):
         assert client.goaway == 11, "ENHANCE_YOUR_CALM"
 
 
+PLAIN_HEAD = b"\x82\x84\x87\x41\x09localhost"  # GET https://localhost/
+TO_NOTHING, AND_BACK = b"\x20", b"\x3f\xe1\x1f"  # sizes of the table: 0 and 4096
+
+
+@pytest.mark.parametrize("sizes", [TO_NOTHING, TO_NOTHING + AND_BACK], ids=["one", "two"])
+async def test_the_tables_size_may_change_twice_before_a_head(secure, sizes):
+    """As RFC 7541, section 4.2, has it."""
+    async with unharmed(secure), http2(secure.http) as client:
+        number = request_head(client)
+        client.conn.data_to_send()  # not with this head, but with
+        await client.raw(headers_frame(number, sizes + PLAIN_HEAD, "END_HEADERS", "END_STREAM"))
+        assert (await client.whole(number))[0] == 200
+
+
+async def test_a_head_of_a_thousand_changes_holds_nobody_up(serve, certificate):
+    server = serve(*certificate, program=measured(0.1))
+    async with unharmed(server), http2(server.http) as client:
+        number = await client.ask("/clock")
+        await client.body_has(number, b"data:")
+        piece = TO_NOTHING * 16384
+        more = serialized(frames.ContinuationFrame, number + 2, data=piece) * 60
+        ending = {"data": PLAIN_HEAD, "flags": {"END_HEADERS"}}
+        last = serialized(frames.ContinuationFrame, number + 2, **ending)
+        with suppress(*BROKEN):  # it need not hear all of it
+            await client.raw(headers_frame(number + 2, piece) + more + last)
+        await until(lambda: client.closed)
+        assert client.goaway == 11, "ENHANCE_YOUR_CALM"
+    assert "held:" not in server.stderr_text(), server.stderr_text()
+
+
 # ---------------------------------------------------------------- broken frames
-
-
-def serialized(frame_type, stream_id, **fields):
-    made = frame_type(stream_id)
-    for name, value in fields.items():
-        setattr(made, name, value)
-    return made.serialize()
-
-
-def headers_frame(number, block, *flags):
-    return serialized(frames.HeadersFrame, number, data=block, flags={*flags})
 
 
 BAD_FRAMES = {
@@ -554,6 +589,25 @@ async def test_a_table_whose_size_changes_all_the_time_stops_nobody(serve, certi
         for _ in range(100):
             await client.raw(b"".join(changes) * 100)
         assert (await client.whole(await client.ask("/time"), 30))[0] == 200
+    assert "held:" not in server.stderr_text(), server.stderr_text()
+
+
+async def test_settings_that_nobody_knows_are_not_kept(serve, certificate):
+    """Each would cost memory for ever, and time at each frame of settings that follows."""
+    server = serve(*certificate, program=measured(0.1))
+    async with unharmed(server), http2(server.http) as client:
+        number = await client.ask("/clock")
+        await client.body_has(number, b"data:")
+        before = resident(server.process.pid)
+        for first in range(16, 65_536, 2600):
+            many = range(first, min(first + 2600, 65_536))  # of which the library knows no frame
+            body = b"".join(struct.pack(">HL", code, 70_000) for code in many)
+            head = struct.pack(">L", len(body))[1:] + b"\x04" + bytes(5)
+            await client.raw(head + body)
+        await client.raw(serialized(frames.SettingsFrame, 0, settings={}) * 1000)
+        assert (await client.whole(await client.ask("/time"), 30))[0] == 200
+        assert resident(server.process.pid) - before < 20 << 20
+        await lives(client, number)
     assert "held:" not in server.stderr_text(), server.stderr_text()
 
 

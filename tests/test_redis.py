@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import trio
@@ -17,6 +18,7 @@ from kit import (
     ROOT,
     TOGETHER,
     Gate,
+    Line,
     answer,
     asked,
     asking,
@@ -31,6 +33,8 @@ from kit import (
     hear_texts,
     insist,
     person,
+    plain,
+    program,
     raw_member,
     read_frame,
     say,
@@ -42,6 +46,8 @@ from kit import (
     told,
     until,
 )
+
+import chatstream
 
 SOON = 1.0
 
@@ -241,6 +247,21 @@ async def test_a_process_that_comes_later_knows_what_was_said(serve, redis):
         assert (await say_and_hear(bob))["id"] > said["id"]
 
 
+async def test_a_copy_for_which_there_is_no_memory_is_refused(serve, redis, upstream):
+    """Those who read it where it is written lose nothing."""
+    flags, env = ("--redis", redis.url, *TOGETHER), {"OPENAI_BASE_URL": upstream.url}
+    a, b = serve(*flags, env=env), serve(*flags, env=env, program=program(ANSWERS_BYTES=200_000))
+    gate = Gate()
+    prompt = upstream.script(*answer("a ", gate, *["x" * 50_000] * 10))
+    async with asked(a, prompt) as here, stream("GET", at(b, here)) as there:
+        first = await here.events(1)
+        assert await there.events(1) == first
+        gate.open()
+        assert error_of(await there.events())["code"] == "too_busy"
+        assert (await here.events())[-1].data == "[DONE]"
+    assert (await fetch("GET", b.http + "/healthz")).json["answers"] == 0
+
+
 # -------------------------------------------------------------------- one of them stops
 
 
@@ -413,6 +434,72 @@ async def test_what_redis_lost_before_all_had_heard_it_is_a_gap(pair, redis):
                 if found["type"] == "error":
                     await say(bob, "three")
     assert "gap" in dict(heard)
+
+
+def emptied(redis):
+    redis.stop()
+    redis.forget()
+    redis.start()
+
+
+@pytest.mark.parametrize("meanwhile", ["emptied before", "a thousand messages"])
+async def test_who_missed_much_and_speaks_first_is_heard_after_a_gap(pair, redis, meanwhile):
+    """Redis is emptied, and the others have heard more than this process can think of."""
+    a, b = pair
+    async with person(a, "Ann") as ann, person(b, "Bob") as bob:
+        said = await say_and_hear(ann)
+        await hear_of(bob, "message", text=said["text"])
+        with frozen(a.process):
+            if meanwhile == "emptied before":
+                emptied(redis)
+                await insist(bob, "in between")
+            else:
+                for n in range(1100):
+                    await say(bob, str(n))
+                await hear_of(bob, "message", text="1099")
+            emptied(redis)
+        with trio.fail_after(12):
+            await insist(ann, "last")
+            await hear_of(bob, "gap")
+            await hear_of(bob, "message", text="last")
+
+
+async def test_what_was_stored_when_redis_died_is_not_refused(serve, redis):
+    """The reply is lost, and Redis comes back at once with what it has stored."""
+    with Line(redis.port) as line:
+        a = serve("--redis", f"redis://127.0.0.1:{line.port}", *TOGETHER)
+        b = serve("--redis", redis.url, *TOGETHER)
+        async with person(a, "Ann") as ann, person(b, "Bob") as bob:
+            said = await say_and_hear(ann)
+            await hear_of(bob, "message", text=said["text"])
+            line.stall()
+            await say(ann, "one")
+            newest = "XREVRANGE chatstream:2:room + - COUNT 1"
+            await until(lambda: b"one" in redis.do(newest))
+            redis.stop()
+            line.cut()
+            line.flow()
+            await trio.sleep(0.4)
+            redis.start()
+            await say(ann, "two")
+            for member in (ann, bob):
+                heard = []
+                while heard[-1:] != ["two"]:
+                    found = await event(member)
+                    if found["type"] in ("message", "error", "gap"):
+                        heard.append(found.get("text", found["type"]))
+                assert heard == ["one", "two"]
+
+
+def test_thousands_of_messages_fit_into_one_batch(redis):
+    """As many as there are members who speak at the same time, while Redis is slow."""
+    keys = [f"chatstream:2:{name}" for name in ("room", "room:comings", "presence", "said:me")]
+    said = ["message", '[1, ["message", "Ann", "hello", null]]'] * 4100
+    late = str(time.time() + 60)
+    done = redis.command("EVAL", chatstream.LUA + chatstream.SAY, str(len(keys)), *keys,
+                         late, "room-1", "0", "me", "1", *said)  # fmt: skip
+    assert done == b":1\r\n"
+    assert b"\r\nplace\r\n$4\r\n4099\r\n" in redis.do(f"XREVRANGE {keys[0]} + - COUNT 1")
 
 
 async def while_away(a, b, upstream, away, kept=True):
@@ -682,6 +769,42 @@ async def test_a_process_that_stood_still_goes_on(pair, upstream, seconds):
         async with person(b, "Cid"):
             assert (await hear_of(bob, "joined", name="Cid"))["members"] == 3
     assert "Traceback" not in a.log() + b.log()
+
+
+async def test_who_comes_to_a_process_that_slept_hears_nothing_twice(pair):
+    """It has heard more elsewhere than this process, which has just woken up."""
+    a, b = pair
+    async with person(a, "Ann") as ann, person(b, "Bob") as bob:
+        said = await say_and_hear(ann)
+        await hear_of(bob, "message", text=said["text"])
+        with frozen(b.process):
+            for _ in range(50):
+                said = await say_and_hear(ann)
+                await trio.sleep(0.05)  # longer than Redis may be silent
+        async with person(b, "Cid", after=said["id"]) as cid:
+            await say(ann, "new")
+            heard = [await event(cid)]
+            while heard[-1].get("text") != "new":
+                heard.append(await event(cid))
+            assert not [found for found in heard[:-1] if found["type"] in ("message", "gap")]
+
+
+async def test_an_answer_that_was_refused_here_is_nobody_elses(serve, redis, upstream):
+    """It is found in Redis only, where it says that this process writes it."""
+    env = {"OPENAI_BASE_URL": upstream.url}
+    server = serve("--redis", redis.url, *TOGETHER, env=env, program=program(SILENCE=0.5))
+    prompt = upstream.script(plain(429, {"error": {"message": "no"}}))
+    async with person(server) as ann:
+        await hear_of(ann, "joined")
+        async with asked(server, prompt) as response:
+            assert response.status == 429
+            url = at(server, response)
+        async with stream("GET", url) as again:
+            with trio.fail_after(12):
+                await again.events()
+            await trio.sleep(1.2)  # a beat
+        await say(ann, "still here")
+        assert (await event(ann))["type"] == "message"
 
 
 async def test_members_of_the_dead_are_forgotten_by_who_comes_later(serve, redis, upstream):

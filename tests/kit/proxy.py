@@ -169,7 +169,7 @@ class Line(Background):
 
     async def _pass_on(self, client):
         server = await trio.open_tcp_stream("127.0.0.1", self.server_port)
-        passing = []  # the requests of this connection
+        passing = [Passed()]  # what is none, and then the requests of this connection
         async with client, server, trio.open_nursery() as nursery:
             nursery.start_soon(self._up, client, server, passing, nursery.cancel_scope)
             async for piece in server:

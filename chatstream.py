@@ -4510,10 +4510,10 @@ class Cluster:
         if start > copy.end:
             copy.skip_to(start)  # what Redis has lost, readers are told of by a gap
         for data, type in events[copy.end - start :]:
+            if not copy.affordable:  # and there is more of it: its end may be there already
+                copy.kept = False
+                return copy.finish(too_busy())
             copy.append(str(data), str(type))
-        if not copy.affordable:
-            copy.kept = False
-            return copy.finish(too_busy())
         if entry["end"]:
             if problem := from_json(entry["end"]):
                 copy.problem = Problem(**problem)

@@ -257,7 +257,7 @@ async def test_a_copy_for_which_there_is_no_memory_is_refused(serve, redis, upst
         first = await here.events(1)
         assert await there.events(1) == first
         gate.open()
-        assert error_of(await there.events())["code"] == "too_busy"
+        assert error_of(await there.events())["type"] == "server_busy"
         assert (await here.events())[-1].data == "[DONE]"
     assert (await fetch("GET", b.http + "/healthz")).json["answers"] == 0
 

@@ -4321,8 +4321,10 @@ class Cluster:
         """
         reason, pause = "", 0.0
         while True:
-            answers = self.app.answers
-            self.mirrored = {a: n for a, n in self.mirrored.items() if answers.has(a.name)}
+            # Answers are forgotten meanwhile. Not those that somebody reads elsewhere.
+            needed = set[Answer]().union(*(n.reads for n in self.neighbours.values()))
+            self.mirrored = {a: n for a, n in self.mirrored.items()
+                             if a in needed or self.app.answers.has(a.name)}  # fmt: skip
             self.read, self.finding = dict.fromkeys(self.read, "0-0"), {}
             try:
                 async with self.connect() as self.redis, trio.open_nursery() as nursery:
@@ -4517,6 +4519,8 @@ class Cluster:
         if entry["end"]:
             if problem := from_json(entry["end"]):
                 copy.problem = Problem(**problem)
+                if not events:  # who buried its writer had heard less than Redis has
+                    return copy.finish(copy.problem)
             copy.close()
 
     async def claim_key(self, question: Question) -> tuple[Answer | None, str]:

@@ -302,6 +302,24 @@ async def test_a_killed_process_leaves_an_error_and_no_ghosts(pair, upstream):
                 pass
 
 
+async def test_the_dead_have_an_end_for_all_also_if_redis_has_more_than_was_heard(
+    serve, redis, upstream
+):
+    flags, env = ("--redis", redis.url, *TOGETHER), {"OPENAI_BASE_URL": upstream.url}
+    a, b, c = (serve(*flags, env=env, program=program(SILENCE=1.5)) for _ in range(3))
+    prompt = upstream.script(*sse(delta("a"), Gate()))
+    async with asked(a, prompt) as here, stream("GET", at(b, here)) as there:
+        first = await there.events(1)
+        redis.do(f"XADD chatstream:2:answer:{here.headers['x-answer-id']} * to 9")
+        os.kill(a.process.pid, signal.SIGKILL)
+        with trio.fail_after(10):
+            ended = await there.events()
+        assert error_of(ended)["type"] == "upstream_error"
+        await trio.sleep(0.2)
+        late = await fetch_events("GET", at(c, here))
+        assert error_of(late) == error_of(first + ended)
+
+
 async def test_nobody_pays_for_what_a_killed_process_was_reading(pair, upstream):
     """Its readers cannot say that they have left: so their silence says it."""
     a, b = pair
@@ -554,6 +572,22 @@ async def test_connections_that_break_are_replaced_for_ever(serve, redis, upstre
         redis.do("CLIENT KILL TYPE normal")
     with trio.fail_after(10):
         await works(a, b, upstream)
+
+
+async def test_an_answer_that_is_forgotten_while_redis_is_away_ends_elsewhere(
+    serve, redis, upstream
+):
+    flags, env = ("--redis", redis.url, *TOGETHER), {"OPENAI_BASE_URL": upstream.url}
+    a, b = serve(*flags, "--keep", "0.3", env=env), serve(*flags, env=env)
+    async with read_by_both((a, b), upstream) as (here, there, gate, _):
+        await trio.sleep(1.2)  # a beat, with which its reader is known
+        redis.stop()
+        gate.open()
+        rest = await here.events()
+        await trio.sleep(3)  # forgotten, and one attempt to reach Redis after that
+        redis.start()
+        with trio.fail_after(8):
+            assert await there.events() == rest
 
 
 async def test_a_redis_that_hangs_does_not_delay_the_head(pair, redis, upstream):

@@ -47,6 +47,7 @@ class Soak:
         self.servers, self.old, self.started = [], [], 0
         self.counts, self.lost = Counter(), Counter()
         self.stored = {}  # what a sender has heard: its id
+        self.texts = {}  # what stands at each place
         self.refused, self.heard = set(), set()
         self.chains = []  # what one member heard without being told of a gap
         self.calm = trio.Event()
@@ -173,6 +174,8 @@ class Soak:
         chain[1].append(int(place))
         if event["type"] == "message":
             self.heard.add(event["text"])
+            if self.texts.setdefault(event["id"], event["text"]) != event["text"]:
+                self.lost["two messages at one place"] += 1
             self.stored[event["text"]] = (name, int(place))
             if event["text"].startswith("last"):
                 self.last_words.add((event["text"], id(chain)))

@@ -4062,7 +4062,10 @@ class Http2(H2Protocol):
                     self.widened = trio.current_time()
                 await super()._handle_events([event])
         self.bound_table()
+        self.bound_head()
         await self._flush()
+        if self.connection.state_machine.state is ConnectionState.CLOSED:
+            raise trio.BrokenResourceError("the client's head is too long")
         self.news.set()
         self.news = trio.Event()
 
@@ -4077,6 +4080,12 @@ class Http2(H2Protocol):
         if sizes := encoder.table_size_changes:
             sizes[:] = [min(sizes), sizes[-1]]  # RFC 7541, section 4.2
             encoder.header_table.resized = True
+
+    def bound_head(self) -> None:
+        """One that never ends may be a MiB, which h2 keeps and nobody counts."""
+        unfinished = self.connection.incoming_buffer._headers_buffer
+        if sum(len(frame.data) for frame in unfinished) > HEAD_BYTES:
+            self.connection.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         if len(self.streams) >= HTTP2_STREAMS:

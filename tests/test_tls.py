@@ -409,15 +409,26 @@ async def test_the_tables_size_may_change_twice_before_a_head(secure, sizes):
         assert (await client.whole(number))[0] == 200
 
 
-async def test_a_head_of_a_thousand_changes_holds_nobody_up(serve, certificate):
+async def test_it_may_not_change_three_times(secure):
+    """Each costs the client a byte."""
+    async with unharmed(secure), http2(secure.http) as client:
+        sizes = TO_NOTHING * 2 + AND_BACK
+        await client.raw(headers_frame(1, sizes + PLAIN_HEAD, "END_HEADERS", "END_STREAM"))
+        await until(lambda: client.closed)
+        assert client.goaway == 11, "ENHANCE_YOUR_CALM"
+
+
+@pytest.mark.parametrize("many", [2, 60])
+async def test_a_head_of_changes_only_holds_nobody_up(serve, certificate, many):
+    """Whether it ever ends or not."""
     server = serve(*certificate, program=measured(0.1))
     async with unharmed(server), http2(server.http) as client:
         number = await client.ask("/clock")
         await client.body_has(number, b"data:")
         piece = TO_NOTHING * 16384
-        more = serialized(frames.ContinuationFrame, number + 2, data=piece) * 60
+        more = serialized(frames.ContinuationFrame, number + 2, data=piece) * many
         ending = {"data": PLAIN_HEAD, "flags": {"END_HEADERS"}}
-        last = serialized(frames.ContinuationFrame, number + 2, **ending)
+        last = serialized(frames.ContinuationFrame, number + 2, **ending) if many > 2 else b""
         with suppress(*BROKEN):  # it need not hear all of it
             await client.raw(headers_frame(number + 2, piece) + more + last)
         await until(lambda: client.closed)

@@ -4237,11 +4237,11 @@ end
 return results
 """
 TELL = """
-local me, members, state = unpack(ARGV)
+local me, members, state, at = unpack(ARGV)
 heal(KEYS[1], 'hash') last_entry(KEYS[2])
 for i = 3, #KEYS do heal(KEYS[i], 'stream') end
 redis.call('HSET', KEYS[1], me, members)
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state)
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'from', me, 'state', state, 'at', at)
 return redis.call('TIME')
 """
 # Of those who claim a key at the same time, one gets it: also a key whose answer is forgotten.
@@ -4311,6 +4311,7 @@ class Cluster:
         self.finding: dict[str, trio.Lock] = {}  # by answer
         self.neighbours: dict[str, Neighbour] = {}
         self.beaten = -inf  # when we heard ourselves
+        self.told = -inf  # when we told what we heard then: it may be read again much later
         self.offset = 0.0  # Redis's time less ours, in seconds
         self.caught_up = trio.Event()
         self.warned: set[str] = set()  # of these streams
@@ -4506,10 +4507,10 @@ class Cluster:
         return copy
 
     async def reach(self, log: EventLog, known: Callable[[], bool]) -> None:
-        """Wait for what may be on its way, until we have heard ourselves a second later."""
+        """Wait for what may be on its way, until we have heard what we told a second later."""
         asked = trio.current_time()
         with self.must_know("what was said"), trio.fail_after(REDIS_TIMEOUT + 1):
-            while not (known() or log.closed or self.beaten > asked + 1):  # noqa: ASYNC110
+            while not (known() or log.closed or self.told > asked + 1):  # noqa: ASYNC110
                 await trio.sleep(0.01)
 
     def hear_answer(self, key: str, entry: Mapping[str, str]) -> None:
@@ -4564,6 +4565,7 @@ class Cluster:
         """All that the others need to know of us. Returns what it is that we want."""
         counts, wants = self.app.counts(), self.wants()
         args: list[Any] = [self.me, counts["members"], to_json([counts, *wants])]
+        args.append(trio.current_time())
         now: Any = await self.redis.eval(LUA + TELL, [PRESENCE, STATE, *self.read], args)
         self.offset = int(now[0]) + int(now[1]) / 1e6 - trio.current_time()
         return wants
@@ -4585,6 +4587,7 @@ class Cluster:
                 # While Redis or we stood still, it was not silent.
                 neighbour.silent += min(now - self.beaten, BEAT)
             self.beaten = now
+            self.told = max(self.told, float(entry["at"]))
             return
         counts, reads, stops = from_json(entry["state"])
         answers, counts = self.app.answers, {what: int(n) for what, n in counts.items()}

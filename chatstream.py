@@ -1219,7 +1219,8 @@ class Http1:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.conn = h11.Connection(h11.SERVER)  # a new one for each request
+        self.conn: h11.Connection  # a new one for each request
+        self.ahead = b""  # what the client has sent of the next one
         self.only_head = False  # no response to HEAD has a body
 
     async def serve(self, handle: Callable[[Request], Awaitable[None]]) -> Request | None:
@@ -1236,6 +1237,7 @@ class Http1:
                 # could be taken for it.
                 if {self.conn.our_state, self.conn.their_state} != {h11.DONE}:
                     break
+                self.ahead = self.conn.trailing_data[0]
                 del request  # with its body; the next one may be long in coming
                 await trio.lowlevel.checkpoint()  # pipelined requests let others in
         except (Problem, h11.RemoteProtocolError) as error:
@@ -1249,7 +1251,7 @@ class Http1:
         Its parser is a new one. A client may send empty lines before a request (RFC 9112,
         section 2.2), and h11 takes none.
         """
-        ahead = self.conn.trailing_data[0].lstrip(b"\r\n")
+        ahead = self.ahead.lstrip(b"\r\n")
         self.conn = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         self.only_head = False
         first, raw = not self.wire.sent, b""

@@ -420,12 +420,16 @@ async def test_it_may_not_change_three_times(secure):
 
 async def test_a_head_may_come_in_pieces(secure):
     async with http2(secure.http) as client:
-        start = headers_frame(1, PLAIN_HEAD[:1], "END_STREAM")
-        bytes_of_it = [PLAIN_HEAD[n : n + 1] for n in range(1, 6)]
-        pieces = [serialized(frames.ContinuationFrame, 1, data=data) for data in bytes_of_it]
-        last = {"data": PLAIN_HEAD[6:], "flags": {"END_HEADERS"}}
-        await client.raw(start + b"".join(pieces) + serialized(frames.ContinuationFrame, 1, **last))
-        assert (await client.whole(1))[0] == 200
+        number = request_head(client)
+        client.conn.data_to_send()  # not in this form, but in
+        flags = [set()] * 5 + [{"END_HEADERS"}]
+        parts = [PLAIN_HEAD[n : n + 1] for n in range(1, 6)] + [PLAIN_HEAD[6:]]
+        pieces = [
+            serialized(frames.ContinuationFrame, number, data=part, flags=ends)
+            for part, ends in zip(parts, flags, strict=True)
+        ]
+        await client.raw(headers_frame(number, PLAIN_HEAD[:1], "END_STREAM") + b"".join(pieces))
+        assert (await client.whole(number))[0] == 200
 
 
 @pytest.mark.parametrize("ends", [True, False])

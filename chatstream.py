@@ -2227,7 +2227,7 @@ class App:
             answer = await self.find_answer(last.rpartition("-")[0] or last)
             return await self.follow(request, answer, last)
         async with self.answers.parsing(request.body):
-            question = self.read_question(request, api)
+            question = await self.read_question(request, api)
         request.body = b""
         answer = await self.ask(question)
         with answer.attended():
@@ -2236,10 +2236,12 @@ class App:
             if await race_disconnect(request.connection.disconnected, answer.started):
                 await self.first_response(request, answer)
 
-    def read_question(self, request: Request, api: Api) -> Question:
+    async def read_question(self, request: Request, api: Api) -> Question:
         body = JsonBody(request.body)
         check_question(body.fields, api)
         body.choose(self.model.choose(body.model))
+        if len(request.body) >= LONG_QUESTION:  # it may be parsed again
+            await trio.lowlevel.checkpoint()
         question = api.ask(api, body, passed_headers(request, self.settings.token))
         self.model.prepare(question, body.fields)
         if key := request.headers.get("idempotency-key"):
@@ -2772,6 +2774,9 @@ class JsonBody:
     def raw(self) -> bytes:
         if not self.changes:
             return self._raw
+        if not self.fields.keys() & self.changes.keys():  # then they are added, at its end
+            start, more = self._raw.rstrip()[:-1], to_json(self.changes)[1:].encode()
+            return start + (b"," if self.fields else b"") + more
         fields = (self.parse() | self.changes).items()
         return to_json({k: v for k, v in fields if v is not None or k not in self.changes}).encode()
 

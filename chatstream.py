@@ -2774,9 +2774,6 @@ class JsonBody:
     def raw(self) -> bytes:
         if not self.changes:
             return self._raw
-        if not self.fields.keys() & self.changes.keys():  # then they are added, at its end
-            start, more = self._raw.rstrip()[:-1], to_json(self.changes)[1:].encode()
-            return start + (b"," if self.fields else b"") + more
         fields = (self.parse() | self.changes).items()
         return to_json({k: v for k, v in fields if v is not None or k not in self.changes}).encode()
 

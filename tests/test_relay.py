@@ -661,22 +661,6 @@ async def test_connections_that_the_upstream_has_closed_are_not_kept(serve):
         await until(lambda: descriptors(server.process.pid) <= before + 5, 1)
 
 
-@pytest.mark.parametrize("named", [True, False])
-async def test_a_question_goes_on_byte_for_byte_also_where_its_model_is_chosen(
-    serve, upstream, named
-):
-    server = serve("--upstream", upstream.url, "--model", "scripted")
-    prompt = upstream.script(*answer("Hello"))
-    messages = json.dumps(asking(prompt)["messages"], indent=1)
-    model = ' "model" : "scripted",' if named else ""
-    question = f'{{"messages" : {messages},{model} "seed": 1.50e1, "stream":true  }}'
-    events = await fetch_events("POST", server.http + OPENAI, None, f"{question} \n".encode())
-    assert text_of(events) == "Hello"
-    [heard] = upstream.asked(prompt)
-    chosen = f'{question[:-1]},"model":"scripted"}}'
-    assert heard.body.decode() == (f"{question} \n" if named else chosen)
-
-
 async def test_a_header_that_is_repeated_with_nothing_in_it_goes_on(serve, upstream):
     server = serve("--upstream", upstream.url, "--model", "m")
     prompt = upstream.script(*answer("Hello"))

@@ -229,7 +229,7 @@ class EventLog:
                 yield self._at(index)
 
     def place_after(self, last_event_id: str | None) -> int | None:
-        """The place after this id's event, which may be forgotten; None if it is not our id."""
+        """The place after the event with this id, even a forgotten one; None if it is not ours."""
         name, _, place = (last_event_id or "").rpartition("-")
         if name != self.name or not re.fullmatch("[0-9]{1,15}", place):
             return None
@@ -558,7 +558,7 @@ class Pump:
                 self._news.set()
 
     def at_once(self, append: Callable[[], None]) -> None:
-        """Write what is appended here without run(): for a few readers, waking it costs more."""
+        """Append, and write it to its readers: for a few of them, waking up run() costs more."""
         self._waking = False
         try:
             append()
@@ -566,9 +566,9 @@ class Pump:
             self._waking = True
         if sum(len(log.readers) for log in self._news_in) > 64:
             return self._news.set()  # run() pauses among them
-        logs, self._news_in = self._news_in, {}
+        logs, self._news_in, now = self._news_in, {}, trio.current_time()
         for reader in [reader for log in logs for reader in log.readers]:
-            reader.catch_up(trio.current_time())
+            reader.catch_up(now)
 
     async def run(self) -> None:
         """Pass after pass. The busier it gets, the more each write carries.
@@ -790,7 +790,7 @@ class Answer(EventLog):
         self.close()
 
     def close(self, kept: bool = True) -> None:
-        """Not kept is a copy that ends without an event: the answer goes on elsewhere."""
+        """A copy that ends before its answer, which goes on elsewhere, is not kept."""
         self.kept = kept
         super().close()
         self.accepted.set()
@@ -823,6 +823,7 @@ class Problem(Exception):
         self.error: JSON = {"message": message, "type": type, "param": param, "code": code}
 
     def arguments(self) -> JSON:
+        """With these, the same Problem is made again: later, or in another process."""
         return {"status": self.status, "headers": self.headers, **self.error}
 
 
@@ -941,9 +942,10 @@ class Answers:
         If all places are taken, or memory is full, those that nobody has attended for the
         longest time are stopped.
         """
-        background = sum(other.question.background for other in self.open())
-        if question.background and background >= ANSWERS_BACKGROUND:
-            raise too_busy()
+        if question.background:
+            background = sum(other.question.background for other in self.open())
+            if background >= ANSWERS_BACKGROUND:
+                raise too_busy()
         size = len(question.body) + ANSWER_OVERHEAD
         self.reserve(size, stop=True)  # first, because it may refuse
         if len(self.open()) >= ANSWERS_RUNNING:
@@ -983,9 +985,9 @@ class Answers:
         return self.excess() <= 0
 
     def excess(self) -> int:
-        """How many bytes are too many, when those that have just been stopped have gone."""
+        """Bytes beyond the limit. An answer that was just stopped no longer counts."""
         if (excess := self.held - ANSWERS_BYTES) <= 0:
-            return excess  # at once: this is asked for each token
+            return excess  # nearly always; and this is asked for each token
         return excess - sum(answer.size for answer in self.running if answer.closed)
 
     def reserve(self, size: int, stop: bool = False) -> None:
@@ -1124,7 +1126,8 @@ AHEAD_BYTES = 128 * KiB  # what a client may send before its turn has come
 IDLE_TIMEOUT = 75  # between two requests; more than a load balancer's 60
 # Ends of a connection that are not a fault of ours, and not news
 QUIET_ENDS = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError)
-TOO_MANY_LINES = re.compile(rb"(?:(?!\r?\n)[^\n]*+\n){%d}" % (HEAD_LINES + 1))  # and none is empty
+# An empty line ends a head: those behind it do not count.
+TOO_MANY_LINES = re.compile(rb"(?:(?!\r?\n)[^\n]*+\n){%d}" % (HEAD_LINES + 1))
 NOT_HTTP = f"this is not HTTP/1 with a head of at most {HEAD_BYTES} bytes, chunked if coded"
 
 
@@ -1505,9 +1508,9 @@ def check_handshake(request: Request) -> None:
 
 
 async def shake_hands(head: bytes, may_v1: bool) -> tuple[bytes, bool]:
-    """What accepts this WebSocket (RFC 6455, section 4.2.2); and does it speak our subprotocol?
+    """The response that accepts a WebSocket (RFC 6455, section 4.2.2), and whether it has v1.
 
-    Raises Problem for a head that trio-websocket cannot read, or refuses: then it hangs up.
+    Raises Problem for a head that trio-websocket cannot read or does not accept.
     """
     received = trio.testing.MemoryReceiveStream()
     received.put_data(head)
@@ -2240,8 +2243,8 @@ class App:
         body = JsonBody(request.body)
         check_question(body.fields, api)
         body.choose(self.model.choose(body.model))
-        if len(request.body) >= LONG_QUESTION:  # it may be parsed again
-            await trio.lowlevel.checkpoint()
+        if len(request.body) >= LONG_QUESTION:
+            await trio.lowlevel.checkpoint()  # let others in, before it is parsed again
         question = api.ask(api, body, passed_headers(request, self.settings.token))
         self.model.prepare(question, body.fields)
         if key := request.headers.get("idempotency-key"):
@@ -2327,7 +2330,8 @@ class App:
         answer = await self.find_answer(id.rpartition(".")[2])
         await self.reach(answer, lambda: answer.end > 0)
         # Its first event settles its id; if Redis has lost that one, any other may name it.
-        named = from_json(show_response(answer, inf if answer.start else 1))
+        with not_too_deep():
+            named = response_now(answer, inf if answer.start else 1)
         if answer.question.api is not RESPONSES or named.get("id") != id:
             raise Problem(404, "there is no such response", code="not_found")
         return answer
@@ -2843,6 +2847,7 @@ class Relay:
         if not self.began:
             self.began = True
             answer.accepted.set()
+        # Where events have names, those that bring a word end in "delta".
         if not self.spoke and (type.endswith("delta") or not api.ends):
             self.spoke = True
             self.metrics.first_token(trio.current_time() - answer.begun)
@@ -2898,6 +2903,10 @@ class Relay:
         self.answer.append(data, type)
         if not self.answer.affordable or self.answer.size > ANSWER_BYTES:
             raise upstream_problem("the answer is too large to keep", code="too_large")
+
+
+def take_as_is(relay: Relay, chunk: JSON, data: str, type: str) -> None:
+    relay.write(data, type)
 
 
 def split_chat(whole: JSON) -> Iterator[JSON]:
@@ -3054,14 +3063,18 @@ def response_now(answer: Answer, end: float = inf) -> JSON:
     return (found or unnamed) | {"output": items[::-1] or found.get("output") or []}
 
 
-def show_response(answer: Answer, end: float = inf) -> str:
-    """The same, as JSON. Raises Problem if an item is nested so deep that Python could just
-    read it: to write it here takes more.
-    """
+@contextlib.contextmanager
+def not_too_deep() -> Iterator[None]:
+    """Raises Problem where an item, as deep as Python can just read, stands a level deeper."""
     try:
-        return to_json(response_now(answer, end))
+        yield
     except (ValueError, RecursionError):
         raise upstream_problem("this response is nested too deeply to be shown") from None
+
+
+def show_response(answer: Answer, end: float = inf) -> str:
+    with not_too_deep():
+        return to_json(response_now(answer, end))
 
 
 def fail_response(answer: Answer, problem: Problem, number: int) -> Event:
@@ -3112,13 +3125,12 @@ class Api:
     path: str  # below the base URL of the upstream
     says: str  # the field of a whole answer that has what it says
     split: Callable[[JSON], Iterable[JSON]]  # JSON where a stream was wanted
-    take: Callable[[Relay, JSON, str, str], None] = lambda relay, _, *event: relay.write(*event)
+    take: Callable[[Relay, JSON, str, str], None] = take_as_is  # an event
     ask: Callable[[Api, JsonBody, dict[str, str]], Question] = ask_as_is
     keep: Callable[[JSON], JSON] | None = None  # a whole answer; else as it came
     whole: Callable[[Answer], str] = lambda answer: answer[answer.start].data
     fail: Callable[[Answer, Problem, int], Event] | None = None  # after the error
-    # Names of the events that end it; those with a word end in "delta". None: [DONE] ends it.
-    ends: frozenset[str] = frozenset()
+    ends: frozenset[str] = frozenset()  # names of its last events; without any, [DONE] ends it
     error_has: tuple[str, ...] = ()  # empty texts
     has_messages: bool = False
 
@@ -3143,8 +3155,7 @@ CHAT = Api("/chat/completions", "choices", split_chat, has_messages=True)
 CHAT_PAGE = dataclasses.replace(CHAT, take=take_for_page, ask=ask_for_page, error_has=("content",))
 COMPLETIONS = Api("/completions", "choices", lambda whole: [whole])
 RESPONSES = Api("/responses", "output", response_events, take_response, ask_for_response,
-                keep_response, show_response, fail_response,
-                RESPONSE_ENDS)  # fmt: skip
+                keep_response, show_response, fail_response, RESPONSE_ENDS)  # fmt: skip
 MESSAGES = Api("/messages", "content", split_message, ends=frozenset({"message_stop"}),
                has_messages=True)  # fmt: skip
 APIS = (CHAT_PAGE, CHAT, COMPLETIONS, RESPONSES, MESSAGES)
@@ -3955,9 +3966,9 @@ class Http2Stream:
 
 
 class HeadDecoder(hpack.Decoder):
-    """It refuses what hpack would be at for seconds: a MiB of changes of its table's size.
+    """Refuses a head that hpack would work on for a second: a MiB of changes of its table's size.
 
-    Two may come before a head (RFC 7541, section 4.2).
+    At most two may come before the first field (RFC 7541, section 4.2).
     """
 
     def decode(self, data: bytes, raw: bool = False) -> Iterable[hpack.HeaderTuple]:
@@ -3967,7 +3978,7 @@ class HeadDecoder(hpack.Decoder):
 
 
 class GoesOn(H2ConnectionStateMachine):
-    """A client's GOAWAY ends nothing: it goes on reading, and h2 would send nothing more."""
+    """After a client's GOAWAY, h2 sends nothing more. But the client still reads its streams."""
 
     def process_input(self, input_: ConnectionInputs) -> list[h2.events.Event]:
         return [] if input_ is ConnectionInputs.RECV_GOAWAY else super().process_input(input_)
@@ -4373,9 +4384,9 @@ class Cluster:
             raise Problem(503, away, "server_error", code="not_stored")
 
     async def say(self, batch: list[Said], ended: trio.Event) -> None:
-        """Until Redis says that it is stored, or that it is too late for it.
+        """Try until Redis says that it is stored, or that it came too late.
 
-        Whatever else is heard says nothing: a reply may be lost, or have come while we
+        No other outcome tells which: the reply may be lost, or have come while this process
         stood still.
         """
         room, keys = self.app.room, [ROOM, COMINGS, PRESENCE, f"{PREFIX}said:{self.me}"]
@@ -4485,8 +4496,8 @@ class Cluster:
                 if not answers.has(name):
                     entries: Any = await self.redis.xrange(key) or ()
         self.finding.pop(name, None)
-        if answers.has(name):
-            return answers.find(name)  # somebody else asked at the same moment
+        if found := answers.find(name):
+            return found  # somebody else asked at the same moment
         told = [entry.field_values for entry in entries]
         try:
             head = next((fields["head"] for fields in told if "head" in fields), "")
@@ -4504,7 +4515,7 @@ class Cluster:
         return copy
 
     async def reach(self, log: EventLog, known: Callable[[], bool]) -> None:
-        """Wait for what may be on its way, until we have heard what we told a second later."""
+        """Wait for what may be on its way: at most until a state told a second later is heard."""
         asked = trio.current_time()
         with self.must_know("what was said"), trio.fail_after(REDIS_TIMEOUT + 1):
             while not (known() or log.closed or self.told > asked + 1):  # noqa: ASYNC110
@@ -4519,14 +4530,14 @@ class Cluster:
         if start > copy.end:
             copy.skip_to(start)  # what Redis has lost, readers are told of by a gap
         for data, type in events[copy.end - start :]:
-            if not copy.affordable:  # and there is more of it: its end may be there already
+            if not copy.affordable:  # asked before each event: the last one would end it well
                 copy.kept = False
                 return copy.finish(too_busy())
             copy.append(str(data), str(type))
         if entry["end"]:
             if problem := from_json(entry["end"]):
                 copy.problem = Problem(**problem)
-                if not events:  # who buried its writer had heard less than Redis has
+                if not events:  # buried by a process that had heard less than Redis has
                     return copy.finish(copy.problem)
             copy.close()
 
@@ -4561,8 +4572,8 @@ class Cluster:
     async def tell(self) -> list[list[str]]:
         """All that the others need to know of us. Returns what it is that we want."""
         counts, wants = self.app.counts(), self.wants()
-        args: list[Any] = [self.me, counts["members"], to_json([counts, *wants])]
-        args.append(trio.current_time())
+        state = to_json([counts, *wants])
+        args: list[Any] = [self.me, counts["members"], state, trio.current_time()]
         now: Any = await self.redis.eval(LUA + TELL, [PRESENCE, STATE, *self.read], args)
         self.offset = int(now[0]) + int(now[1]) / 1e6 - trio.current_time()
         return wants
@@ -4986,7 +4997,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse_flags(argv, os.environ)
         form = "%(asctime)s %(levelname)s %(message)s"
         logging.basicConfig(level=settings.log_level.upper(), format=form)
-        # They log heads, with keys in them; and a lost connection as a traceback.
+        # They log heads, which may hold keys, and a traceback for each lost connection.
         for noisy in ("trio-websocket", "hpack", "coredis"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         raise_file_limit()
